@@ -1,0 +1,49 @@
+"""How a user's mistake reaches the terminal: one line, exit code 2. Knows nothing of what the programs do."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser that raises ValueError, so that a mistyped flag is reported like every other mistake: in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def run(
+    main: Callable[[], None], rank: Callable[[], int] = lambda: 0, leave: Callable[[], bool] = lambda: True
+) -> None:
+    """
+    Run a program; ValueError, OSError and ImportError become one line on stderr and exit code 2.
+
+    By the project's rule these are what a user's mistake or a missing optional package raises.
+    SDM_TRACEBACK=1 in the environment lets them through, for whoever hunts a bug.
+
+    :param main: the program.
+    :param rank: gives this process's rank. As a rule all ranks meet the same mistake, and rank 0 prints it.
+    :param leave: called after a mistake, to leave the other ranks in peace; says whether they all met one, too. If they
+        did not, this rank prints its own.
+    """
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("SDM_TRACEBACK") == "1":
+            raise
+        line = f"error: {' '.join(str(error).split())}\n"
+        if rank() == 0:
+            _report(line)
+        if not leave() and rank() != 0:
+            _report(line)
+        sys.exit(2)
+
+
+def _report(line: str) -> None:
+    sys.stderr.write(line)
+    sys.stderr.flush()

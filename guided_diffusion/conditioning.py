@@ -1,0 +1,297 @@
+"""The condition y: the only owner of its channel layout. Makes a sample's parts from arrays, a batch's tensor from its
+parts, and pictures from the tensor. Knows nothing of files, models or diffusion."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+
+from .hv_maps import gen_instance_hv_map, vis_hv_map
+
+COLOUR_NAMES = {1: ("colour",), 3: ("colour_r", "colour_g", "colour_b")}
+
+
+@dataclass(frozen=True)
+class ConditionSpec:
+    """
+    Which parts make up the condition, and in which order.
+
+    Without class_cond: HV map (2) or binary mask (1), colour map (in_channels), instance edges (1).
+    With class_cond: one-hot classes (num_classes), instance edges (1), colour map (in_channels).
+
+    :param use_hv_map: horizontal and vertical distances to each nucleus's centre, instead of the binary mask.
+    :param use_col_map: the appearance image with its pixels shuffled.
+    :param no_instance: leave the edges out.
+    :param class_cond: the mask holds class ids.
+    :param num_classes: with class_cond the number of classes; else the number of channels of the whole condition.
+    :param in_channels: channels of the images, 1 or 3.
+    :raises ValueError: where the flags contradict each other.
+    """
+
+    use_hv_map: bool = False
+    use_col_map: bool = False
+    no_instance: bool = False
+    class_cond: bool = False
+    num_classes: int = 2
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        if self.in_channels not in COLOUR_NAMES:
+            raise ValueError(f"--in_channels {self.in_channels}: images are grey (1) or RGB (3)")
+        if self.class_cond and self.use_hv_map:
+            raise ValueError(
+                "--class_cond True with --use_hv_map True: an HV map replaces the class map; turn one of them off"
+            )
+        if self.num_classes < 1:
+            raise ValueError(f"--num_classes {self.num_classes} must be at least 1")
+        if not self.class_cond and self.num_classes != self.channels:
+            raise ValueError(
+                f"--num_classes {self.num_classes}, but the condition has {self.channels} channels "
+                f"({', '.join(self.channel_names)}): give --num_classes {self.channels}"
+            )
+
+    @classmethod
+    def flags(cls) -> dict[str, bool | int]:
+        """:return: the flags that make a spec, with their defaults."""
+        return asdict(cls())
+
+    @property
+    def _layout(self) -> dict[str, tuple[str, ...]]:
+        """Part -> its channels' names, in order."""
+        structure = ("hv_x", "hv_y") if self.use_hv_map else ("mask",)
+        classes = tuple(f"class_{i}" for i in range(self.num_classes))
+        colour = COLOUR_NAMES[self.in_channels] if self.use_col_map else ()
+        edge = () if self.no_instance else ("edge",)
+        if self.class_cond:
+            return {"structure": classes, "edge": edge, "colour": colour}
+        return {"structure": structure, "colour": colour, "edge": edge}
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """The name of each channel, in order."""
+        return tuple(name for names in self._layout.values() for name in names)
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of y."""
+        return len(self.channel_names)
+
+    def _slices(self) -> dict[str, slice]:
+        slices, start = {}, 0
+        for part, names in self._layout.items():
+            slices[part] = slice(start, start + len(names))
+            start += len(names)
+        return slices
+
+    # ---- one sample, numpy ----
+
+    def check_classes(self, class_map: np.ndarray, name: str) -> None:
+        """
+        :param class_map: an [H x W] class map as stored; checked only with class_cond.
+        :param name: what to call it in the error.
+        :raises ValueError: where a class id is not below num_classes.
+        """
+        if self.class_cond and int(class_map.max(initial=0)) >= self.num_classes:
+            raise ValueError(
+                f"{name}: class id {int(class_map.max())} is out of range for --num_classes {self.num_classes}: "
+                "ids count from 0; raise --num_classes or fix the mask"
+            )
+
+    def room(self, size: int) -> dict[str, tuple[tuple[int, ...], type]]:
+        """:return: the parts that encode makes of a sample of size x size pixels: name -> (shape, dtype)."""
+        parts = {"class_map": ((size, size), np.int32), "instance": ((1, size, size), np.int32)}
+        if self.use_hv_map:
+            parts["hv_map"] = (2, size, size), np.float32
+        if self.use_col_map:
+            parts["colours"] = (self.in_channels, size, size), np.uint8
+        return parts
+
+    def encode(
+        self,
+        image: np.ndarray,
+        class_map: np.ndarray,
+        inst_map: np.ndarray,
+        rng: np.random.Generator,
+        preserve_nuclei_col: bool = False,
+        *,
+        hv_map: np.ndarray | None = None,
+        out: dict[str, np.ndarray],
+    ) -> None:
+        """
+        Make one sample's parts, after all cropping and turning, in few bytes; decode makes a batch's tensors of them.
+
+        :param image: the appearance, an [in_channels x H x W] uint8 array.
+        :param class_map: an [H x W] integer array: class ids with class_cond, else non-zero in nuclei.
+        :param inst_map: an [H x W] integer array of instance ids, 0 outside nuclei.
+        :param rng: shuffles the colour map.
+        :param preserve_nuclei_col: shuffle colours within nuclei and within background apart, by the structure's mask.
+        :param hv_map: what hv_planes makes of inst_map, where that is known already.
+        :param out: arrays as room describes them, which are filled.
+        """
+        out["class_map"][...] = class_map
+        out["instance"][0] = inst_map
+        if self.use_hv_map:
+            out["hv_map"][...] = hv_planes(inst_map) if hv_map is None else hv_map
+        if self.use_col_map:
+            order = shuffled_order(class_map.shape, class_map != 0 if preserve_nuclei_col else None, rng)
+            flat = (len(image), -1)
+            # "clip" alone lets NumPy write into `out` directly; no place is out of range.
+            np.take(image.reshape(flat), order, axis=1, out=out["colours"].reshape(flat), mode="clip")
+
+    # ---- a batch, torch ----
+
+    def decode(self, parts: dict[str, th.Tensor], pin: bool = False) -> dict[str, th.Tensor]:
+        """
+        Make a batch's tensors, in memory of their own.
+
+        :param parts: what encode gives, batched.
+        :param pin: make them in page-locked memory.
+        :return: "label": [N x 2 x H x W] fp32 HV maps, or [N x 1 x H x W] fp32 0/1 masks, or [N x 1 x H x W] int64
+            classes; "instance": [N x 1 x H x W] int32; with use_col_map "col_map": [N x in_channels x H x W] fp32
+            in [-1, 1]; "label_ori": the class maps, [N x H x W] int64.
+        """
+        classes = parts["class_map"].numpy()
+        if self.use_hv_map:
+            label = copied(parts["hv_map"].numpy(), th.float32, pin)
+        elif self.class_cond:
+            label = copied(classes[:, None], th.int64, pin)
+        else:
+            label = copied(classes[:, None] != 0, th.float32, pin)
+        cond = {"label": label, "instance": copied(parts["instance"].numpy(), th.int32, pin)}
+        if self.use_col_map:
+            cond["col_map"] = as_signed(parts["colours"].numpy(), pin)
+        return {**cond, "label_ori": copied(classes, th.int64, pin)}
+
+    def assemble(self, cond: dict[str, th.Tensor]) -> th.Tensor:
+        """
+        Make y from a batch of parts.
+
+        :param cond: what decode gives: "label", "instance" and, with use_col_map, "col_map".
+        :return: an [N x channels x H x W] fp32 tensor on the parts' device.
+        """
+        label = cond["label"]
+        if self.class_cond:
+            structure = F.one_hot(label[:, 0], self.num_classes).permute(0, 3, 1, 2)
+        else:
+            structure = label
+        parts = {"structure": structure}
+        if self.use_col_map:
+            parts["colour"] = cond["col_map"]
+        if not self.no_instance:
+            parts["edge"] = instance_edges(cond["instance"])
+        return th.cat([parts[part].float() for part in self._layout if part in parts], dim=1)
+
+    def drop(self, y: th.Tensor, dropped: th.Tensor, drop_hvb_only: bool = False) -> th.Tensor:
+        """
+        Replace some samples' conditions by the null condition, zero, as classifier-free guidance trains with.
+
+        :param y: an [N x channels x H x W] condition.
+        :param dropped: an [N] boolean tensor.
+        :param drop_hvb_only: keep the colour map of a dropped sample.
+        """
+        keep = (~dropped).to(y.dtype).view(-1, 1, 1, 1).repeat(1, self.channels, 1, 1)
+        if drop_hvb_only:
+            keep[:, self._slices()["colour"]] = 1
+        return y * keep
+
+    def null(self, y: th.Tensor, keep_colour: bool = False) -> th.Tensor:
+        """
+        Make the condition that stands for none, as drop gives it.
+
+        :param y: an [N x channels x H x W] condition.
+        :param keep_colour: keep the colour map, for models that were trained with drop_hvb_only.
+        :return: [1 x channels x H x W] zeros, which serve any batch; with keep_colour [N x channels x H x W].
+        """
+        if keep_colour:
+            return self.drop(y, th.ones(len(y), dtype=th.bool, device=y.device), drop_hvb_only=True)
+        return th.zeros_like(y[:1])
+
+    def split(self, y: th.Tensor) -> dict[str, th.Tensor]:
+        """:return: part ("structure", "colour", "edge") -> its channels of y; empty parts are left out."""
+        return {part: y[:, where] for part, where in self._slices().items() if where.stop > where.start}
+
+    def render(self, y: th.Tensor) -> list[np.ndarray]:
+        """
+        Draw conditions as pictures, panels side by side: structure (H and V for an HV map), colour map, edges.
+
+        :param y: an [N x channels x H x W] condition.
+        :return: N uint8 arrays, [H x (panels * W) x 3].
+        """
+        parts = {part: values.cpu().numpy() for part, values in self.split(y).items()}
+        panels = [self._panel(part, values) for part, values in parts.items()]
+        return [np.concatenate(row, axis=1) for row in zip(*panels)]
+
+    def _panel(self, part: str, values: np.ndarray) -> list[np.ndarray]:
+        """Draw one part of each sample, [N x C x H x W], as [H x W' x 3] uint8."""
+        if part == "structure" and self.use_hv_map:
+            return [vis_hv_map(hv.transpose(1, 2, 0)) for hv in values]
+        if part == "structure" and self.class_cond:
+            grey = values.argmax(axis=1) * (255 // max(self.num_classes - 1, 1))
+        elif part == "colour":
+            return [as_rgb(((colour + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)) for colour in values]
+        else:
+            grey = values[:, 0] * 255
+        return [as_rgb(g[..., None].astype(np.uint8)) for g in grey]
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """:return: an [H x W x 3] array of an [H x W x 1 or 3] one."""
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+
+
+# By NumPy, which takes one thread: Torch would take as many as there are cores, from the workers.
+
+
+def copied(values: np.ndarray, dtype: th.dtype, pin: bool = False) -> th.Tensor:
+    """:return: an array's values as a tensor of its own, in page-locked memory if `pin`."""
+    tensor = th.empty(values.shape, dtype=dtype, pin_memory=pin)
+    tensor.numpy()[...] = values
+    return tensor
+
+
+def as_signed(values: np.ndarray, pin: bool = False) -> th.Tensor:
+    """:return: uint8 values as an fp32 tensor in [-1, 1], in page-locked memory if `pin`."""
+    tensor = th.empty(values.shape, dtype=th.float32, pin_memory=pin)
+    out = np.divide(values, np.float32(127.5), out=tensor.numpy())
+    np.subtract(out, np.float32(1), out=out)
+    return tensor
+
+
+def hv_planes(inst_map: np.ndarray) -> np.ndarray:
+    """:return: the HV map of an [H x W] instance map, channels first: a contiguous [2 x H x W] fp32 array."""
+    return np.ascontiguousarray(gen_instance_hv_map(inst_map).transpose(2, 0, 1))
+
+
+def shuffled_order(shape: tuple[int, int], mask: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """
+    Say which pixel comes where when an image's pixels are moved about at random, every permutation alike.
+
+    :param shape: H and W.
+    :param mask: an [H x W] boolean array; pixels stay on their side of it. None lets them go anywhere.
+    :return: an [H * W] int64 array of positions in the raveled image.
+    """
+    if mask is None:
+        return rng.permutation(shape[0] * shape[1])
+    order = np.empty(mask.size, np.int64)
+    for side in (mask, ~mask):
+        where = np.flatnonzero(side)
+        order[where] = rng.permutation(where)
+    return order
+
+
+def instance_edges(instance: th.Tensor) -> th.Tensor:
+    """
+    Mark the pixels whose id differs from a left, right, upper or lower neighbour's; so both sides of every border.
+
+    :param instance: an [N x 1 x H x W] integer tensor.
+    :return: an fp32 tensor of the same shape, 0 or 1.
+    """
+    edge = th.zeros_like(instance, dtype=th.bool)
+    across = instance[..., :, 1:] != instance[..., :, :-1]
+    down = instance[..., 1:, :] != instance[..., :-1, :]
+    edge[..., :, 1:] |= across
+    edge[..., :, :-1] |= across
+    edge[..., 1:, :] |= down
+    edge[..., :-1, :] |= down
+    return edge.float()

@@ -1,0 +1,238 @@
+"""
+Which images stand beside which structures: shape properties, stain descriptors, matching, shuffling, subsampling.
+
+Owns the choice of indices. Knows nothing of files, ranks or batches: it sees arrays of one value or one vector per
+image and answers with indices into the same set. Randomness comes from seeds in the arguments; NumPy's global
+generator is never touched.
+"""
+
+from collections.abc import Callable, Iterator
+
+import cv2
+import numpy as np
+from scipy.spatial.distance import cdist
+
+NEAREST = 19  # the candidates of a match; the reference ranks 20 and takes the query itself out
+CAP_QUANTILE = 0.85  # differences above this quantile count as equally large
+LEGACY_SEED = 42  # of the reference's shuffles and subsamples
+OD_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+_MAX_COUNTED_ID = 1 << 20  # above it, counting by sorting takes less memory than a table of all ids
+_CHUNK_ELEMENTS = 1 << 21  # of one [rows x N] block of distances: 16 MiB of float64
+
+
+def area_properties(inst: np.ndarray) -> tuple[int, float]:
+    """
+    Measure the areas of a mask's nuclei, by id as stored.
+
+    :param inst: an [H x W] integer array of ids, 0 = background.
+    :return: (total area, median area) in pixels; (0, 0.0) for an empty mask.
+    :raises ValueError: if ids are not integers or are negative.
+    """
+    areas = _areas(inst)
+    return (int(areas.sum()), float(np.median(areas))) if len(areas) else (0, 0.0)
+
+
+def shape_properties(inst: np.ndarray) -> tuple[float, int, float]:
+    """
+    Measure solidity and areas of a mask's nuclei, by id as stored.
+
+    Solidity is area / area of the convex hull: the hull of the mid-points of all pixel edges, its area the number of
+    pixel centres inside or on it.
+
+    :param inst: an [H x W] integer array of ids, 0 = background.
+    :return: (area-weighted mean solidity, total area, median area); (1.0, 0, 0.0) for an empty mask.
+    :raises ValueError: if ids are not integers or are negative.
+    """
+    total_area, med_area = area_properties(inst)
+    if not total_area:
+        return 1.0, 0, 0.0
+    rows, columns = np.nonzero(inst)
+    by_id = np.argsort(inst[rows, columns], kind="stable")
+    rows, columns = rows[by_id], columns[by_id]
+    borders = np.flatnonzero(np.diff(inst[rows, columns])) + 1
+    nuclei = zip(np.split(rows, borders), np.split(columns, borders))
+    weighted = sum(len(rows) ** 2 / _hull_area(rows, columns) for rows, columns in nuclei)
+    return weighted / total_area, total_area, med_area
+
+
+def match_scores(properties: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """
+    Score how well every mask of a set matches some of them.
+
+    Per property, the differences to the query are capped at their 0.85 quantile and scaled to [0, 1]; the score is
+    1 - the mean over the properties, so the query itself has 1.
+
+    :param properties: an [N x P] array, e.g. total and median area of N masks.
+    :param rows: an [R] integer array, the indices of the queries.
+    :return: an [R x N] float64 array in [0, 1], higher = more alike.
+    """
+    properties = np.asarray(properties, np.float64)
+    penalty = np.zeros((len(rows), len(properties)))
+    for values in properties.T:
+        difference = np.abs(values[None, :] - values[rows, None])
+        cap = np.quantile(difference, CAP_QUANTILE, axis=1, keepdims=True)
+        np.minimum(difference, cap, out=difference)
+        largest = difference.max(axis=1, keepdims=True)  # the smallest is the query's own 0
+        scale = 1 / np.where(largest < 10 * np.finfo(np.float64).eps, 1.0, largest)
+        penalty += difference * scale * (1 / properties.shape[1])
+    return 1 - np.clip(penalty, 0, 1)
+
+
+def match_struct(total_area: np.ndarray, med_area: np.ndarray, seed: int) -> np.ndarray:
+    """
+    Choose for each structure the image that lends it its appearance, by likeness of the nuclei's areas.
+
+    :param total_area: an [N] array, pixels of nuclei in each mask.
+    :param med_area: an [N] array, median area of the nuclei in each mask.
+    :param seed: of the draw among the 19 best matches.
+    :return: an [N] int64 array of indices, never a mask's own.
+    :raises ValueError: if there are fewer than two masks.
+    """
+    _require_others(len(total_area), "--match_struct")
+    properties = np.stack([np.asarray(med_area), np.asarray(total_area)], axis=1)
+    return _draw_near(len(properties), lambda rows: -match_scores(properties, rows), seed)
+
+
+def stain_descriptor(image: np.ndarray) -> np.ndarray:
+    """
+    Describe the stain of an image by statistics of its optical density, -log10((value + 1) / 256).
+
+    Density is proportional to the amount of stain (Beer-Lambert), so its statistics say how much of which colour
+    there is, and nothing of where.
+
+    :param image: an [H x W x 3] uint8 array.
+    :return: a [21] float32 array: for each channel mean, standard deviation and the quantiles 0.05, 0.25, 0.5, 0.75
+             and 0.95 (as values that occur, not interpolated).
+    :raises ValueError: if the image has another shape or type.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise ValueError(f"stain descriptor: expected [H x W x 3] uint8, got {image.shape} {image.dtype}")
+    density = -np.log10((np.arange(255, -1, -1) + 1) / 256)  # ascending: the brightest value first
+    n = image.shape[0] * image.shape[1]
+    described = []
+    for channel in range(3):
+        count = np.bincount(image[..., channel].ravel(), minlength=256)[::-1]
+        mean = count @ density / n
+        deviation = np.sqrt(count @ (density - mean) ** 2 / n)
+        ranks = np.ceil(np.array(OD_QUANTILES) * n)
+        described += [mean, deviation, *density[np.searchsorted(np.cumsum(count), ranks)]]
+    return np.array(described, np.float32)
+
+
+def match_app(descriptors: np.ndarray, seed: int) -> np.ndarray:
+    """
+    Choose for each structure the image that lends it its appearance, by likeness to the structure's own image.
+
+    :param descriptors: an [N x D] array, one appearance vector per image; each of the D values is scaled to zero
+        mean and unit deviation over the set, then distance is Euclidean.
+    :param seed: of the draw among the 19 nearest.
+    :return: an [N] int64 array of indices, never an image's own.
+    :raises ValueError: if there are fewer than two images.
+    """
+    _require_others(len(descriptors), "--match_app")
+    descriptors = np.asarray(descriptors, np.float64)
+    deviation = descriptors.std(axis=0)
+    z = (descriptors - descriptors.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+    return _draw_near(len(z), lambda rows: cdist(z[rows], z), seed)
+
+
+def shuffled(n: int) -> np.ndarray:
+    """
+    Permute the indices of n images, the same way in every run and as the reference does.
+
+    :param n: the number of images.
+    :return: an [n] int64 array, a permutation of 0 .. n - 1.
+    """
+    return np.random.RandomState(LEGACY_SEED).choice(n, n, replace=False).astype(np.int64)
+
+
+def subsample_indices(n: int, fraction: float) -> np.ndarray:
+    """
+    Choose a share of n images, the same in every run and as the reference does.
+
+    :param n: the number of images.
+    :param fraction: the share, in (0, 1].
+    :return: an int64 array of int(n * fraction) different indices, in random order.
+    :raises ValueError: if the fraction is out of range or leaves no image.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"--subsample {fraction}: the share of the images to keep must be in (0, 1]")
+    kept = int(n * fraction)
+    if not kept:
+        enough = np.ceil(1e4 / max(n, 1)) / 1e4
+        raise ValueError(f"--subsample {fraction} leaves none of {n} images; give at least {enough}")
+    return np.random.RandomState(LEGACY_SEED).choice(n, kept, replace=False).astype(np.int64)
+
+
+def _areas(inst: np.ndarray) -> np.ndarray:
+    """Pixels of each id that occurs, ascending by id."""
+    if inst.dtype.kind not in "bui":
+        raise ValueError(f"instance mask: ids must be integers, got {inst.dtype}")
+    values = inst[inst != 0]
+    if not len(values):
+        return np.zeros(0, np.int64)
+    if values.min() < 0:
+        raise ValueError(f"instance mask: ids must not be negative, got {values.min()}")
+    if values.max() > _MAX_COUNTED_ID:
+        return np.unique(values, return_counts=True)[1]
+    count = np.bincount(values)
+    return count[count > 0]
+
+
+def _hull_area(rows: np.ndarray, columns: np.ndarray) -> int:
+    """
+    Count the pixel centres inside or on the convex hull of the edge mid-points of some pixels.
+
+    Coordinates are doubled, so that mid-points are integers and every comparison is exact.
+
+    :param rows: an [n] int64 array, the pixels' rows.
+    :param columns: an [n] int64 array, the pixels' columns.
+    :return: the number of centres, at least n.
+    """
+    centres = 2 * np.stack([columns - columns.min(), rows - rows.min()], axis=1)
+    edges = np.concatenate([centres + step for step in ((1, 0), (-1, 0), (0, 1), (0, -1))])
+    hull = cv2.convexHull(edges.astype(np.int32), clockwise=False)[:, 0].astype(np.int64)
+    height, width = centres[:, 1].max() // 2 + 1, centres[:, 0].max() // 2 + 1
+    y, x = np.ogrid[: 2 * height : 2, : 2 * width : 2]
+    inside = np.ones((height, width), bool)
+    for (x0, y0), (x1, y1) in zip(hull, np.roll(hull, -1, axis=0)):
+        inside &= (x1 - x0) * (y - y0) >= (y1 - y0) * (x - x0)
+    return int(inside.sum())
+
+
+def _require_others(n: int, flag: str) -> None:
+    if n < 2:
+        raise ValueError(f"{flag} has {n} image(s) to choose from; give --data_dir with at least 2, or drop {flag}")
+
+
+def _draw_near(n: int, distance: Callable[[np.ndarray], np.ndarray], seed: int) -> np.ndarray:
+    """
+    Draw for each of n items one of its 19 nearest others (all others if they are fewer).
+
+    An item is taken out of its own ranking first; equal distances rank by index. So neither the platform's sort nor
+    the way the rows are cut into chunks changes the answer.
+
+    :param n: the number of items.
+    :param distance: maps [R] indices to an [R x n] float array.
+    :param seed: of the draw.
+    :return: an [n] int64 array of indices.
+    """
+    n_near = min(NEAREST, n - 1)
+    rank = np.random.default_rng(seed).integers(n_near, size=n)
+    chosen = np.empty(n, np.int64)
+    for rows in _chunks(n):
+        far = distance(rows)
+        far[np.arange(len(rows)), rows] = np.inf
+        reach = np.partition(far, n_near - 1, axis=1)[:, n_near - 1]
+        for i, row, limit in zip(rows, far, reach):
+            near = np.flatnonzero(row <= limit)
+            chosen[i] = near[np.argsort(row[near], kind="stable")[rank[i]]]
+    return chosen
+
+
+def _chunks(n: int) -> Iterator[np.ndarray]:
+    """Ranges of rows for which a [rows x n] block stays small."""
+    size = max(1, _CHUNK_ELEMENTS // n)
+    for start in range(0, n, size):
+        yield np.arange(start, min(start + size, n))

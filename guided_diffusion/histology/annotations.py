@@ -1,0 +1,310 @@
+"""
+The raw MoNuSeg archives: which slides there are, their pixels and their nuclei as an instance map.
+
+Owns the folder layouts the data is published in, Aperio XML and how its outlines become pixels. Knows nothing of
+patches nor of what the maps are used for, and writes nothing.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+TRAIN_SPLIT = "MoNuSegTrainingData"
+TEST_SPLIT = "MoNuSegTestData"
+MANIFEST = "prepare.json"
+
+IMAGE_SUFFIXES = (".tif", ".tiff", ".png")
+XML_SUFFIXES = (".xml",)
+MASK_SUFFIXES = (".tif", ".tiff", ".png")
+
+_IMAGE_FOLDERS = ("images", "tissue images")
+_XML_FOLDERS = ("annotations",)
+_MASK_FOLDERS = ("inst_masks",)
+# What the reference's mask script writes beside the images; its masks and overlays are no slides.
+_DERIVED_FOLDERS = ("bin_masks", "overlay", "rgb_image")
+_MAX_DEPTH = 3
+_EIGHT_BIT_MODES = ("L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+
+
+@dataclass(frozen=True)
+class Slide:
+    """
+    One image and the file that says where its nuclei are.
+
+    :param split: TRAIN_SPLIT or TEST_SPLIT.
+    :param stem: the name both files share.
+    :param image: the image file.
+    :param annotation: an Aperio .xml, or an instance mask.
+    :param folder: the folder both were found under.
+    """
+
+    split: str
+    stem: str
+    image: Path
+    annotation: Path
+    folder: Path
+
+
+def find_slides(raw: Path) -> list[Slide]:
+    """
+    Find all slides at most three folders below `raw`, in any mixture of the layouts they are published in.
+
+    A folder of slides holds `Tissue Images` or `images` beside `Annotations` or `inst_masks` (an .xml goes before
+    a mask of the same stem), or .tif and .xml files side by side. It feeds the split that its name, or else that of
+    its nearest ancestor below `raw`, speaks of: "train" or "test". A folder with a manifest of prepared patches,
+    one named `patches_*` (the reference's output) and hidden ones are passed over.
+
+    :param raw: the folder to search.
+    :return: the slides, training before test, sorted by stem.
+    :raises ValueError: no slide, a file without its partner, a stem used twice, a folder of unknown split.
+    """
+    raw = Path(raw)
+    if not raw.is_dir():
+        raise FileNotFoundError(f"RAW: there is no folder {raw}; give the folder the MoNuSeg archives were unpacked in")
+    if (raw / MANIFEST).exists():
+        raise ValueError(f"RAW: {raw} holds prepared patches ({MANIFEST}); give the folder of the MoNuSeg archives")
+    slides = [slide for folder in _walk(raw) for slide in _slides_in(folder, raw)]
+    if not slides:
+        raise ValueError(
+            f"RAW: found no slides in {raw}; expected 'Tissue Images' (or 'images') beside 'Annotations' (or "
+            f"'inst_masks'), or .tif and .xml side by side, at most {_MAX_DEPTH} folders deep"
+        )
+    first: dict[str, Slide] = {}
+    for slide in slides:
+        other = first.setdefault(slide.stem, slide)
+        if other is not slide:
+            raise ValueError(
+                f"{other.image} and {slide.image} are the same slide by name; remove or rename one of them"
+            )
+    return sorted(slides, key=lambda slide: (slide.split != TRAIN_SPLIT, slide.stem))
+
+
+def read_slide(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Read one slide.
+
+    :return: an [H x W x 3] uint8 RGB image and an [H x W] int32 instance map, 0 = background.
+    :raises ValueError: a file that cannot be used, or the two do not fit each other.
+    """
+    image = read_image(slide.image)
+    height, width = image.shape[:2]
+    if slide.annotation.suffix.lower() not in XML_SUFFIXES:
+        inst_map = read_inst_mask(slide.annotation)
+        if inst_map.shape != (height, width):
+            raise ValueError(
+                f"{slide.annotation} is {inst_map.shape[1]} x {inst_map.shape[0]} px but its image {slide.image} is "
+                f"{width} x {height} px; give the mask that was made for this image"
+            )
+        return image, inst_map
+    polygons = read_polygons(slide.annotation)
+    drawn = [polygon for polygon in polygons if len(polygon)]
+    if drawn and not any(_touches(polygon, height, width) for polygon in drawn):
+        raise ValueError(
+            f"{slide.annotation}: every region lies outside its image {slide.image} ({width} x {height} px); "
+            f"give the annotation that was made for this image"
+        )
+    return image, rasterise(polygons, height, width)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """
+    :return: an [H x W x 3] uint8 RGB array.
+    :raises ValueError: the file cannot be decoded, or has more than 8 bits a channel.
+    """
+    with _decoded(path) as image:
+        if image.mode not in _EIGHT_BIT_MODES:
+            raise ValueError(f"{path}: an image of pixel type {image.mode}; save it as 8-bit RGB")
+        return np.asarray(image.convert("RGB"))
+
+
+def read_inst_mask(path: Path) -> np.ndarray:
+    """
+    :return: an [H x W] int32 map, 0 = background, every other value one nucleus.
+    :raises ValueError: the file cannot be decoded, has several channels, or holds floats or negative values.
+    """
+    with _decoded(path) as image:
+        values = np.asarray(image)
+    if values.ndim != 2:
+        raise ValueError(
+            f"{path}: an instance mask has one channel, this has {values.shape[2]}; save the ids, not colours"
+        )
+    if values.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: an instance mask holds whole numbers, this holds {values.dtype}; save it as uint16 or int32"
+        )
+    if values.size and values.min() < 0:
+        raise ValueError(f"{path}: an instance mask starts at 0 (background), this holds {values.min()}; renumber it")
+    return values.astype(np.int32)
+
+
+def read_polygons(path: Path) -> list[np.ndarray]:
+    """
+    Read the outlines of an Aperio XML: every `Region` of every layer, in document order.
+
+    :return: per region a [V x 2] int32 array of (x, y), truncated toward zero; V = 0 if it has no vertex.
+    :raises ValueError: not well-formed, has a document type, has no region, or a vertex that is not two numbers.
+    """
+    parser = ElementTree.XMLParser(target=_RegionCollector())
+    try:
+        parser.feed(Path(path).read_bytes())
+        regions = parser.close()
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        raise ValueError(f"{path}: not a usable Aperio XML ({error}); export or download it again") from error
+    if not regions:
+        raise ValueError(f"{path}: no Region in this XML; give the annotation of the nuclei, exported from ImageScope")
+    return [_to_pixels(vertices, path, number) for number, vertices in enumerate(regions, start=1)]
+
+
+def rasterise(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+    """
+    Fill outlines into an instance map, number n (from 1) with id n; later ones overwrite earlier ones.
+
+    OpenCV's rules: border pixels belong to the shape, a loop within a loop is a hole (even-odd), and what lies
+    outside the map is cut off. An outline without vertices leaves its number unused.
+
+    :param polygons: [V x 2] int32 arrays of (x, y).
+    :return: an [H x W] int32 map, 0 = background.
+    """
+    inst_map = np.zeros((height, width), dtype=np.int32)
+    for number, polygon in enumerate(polygons, start=1):
+        if len(polygon):
+            cv2.fillPoly(inst_map, [np.ascontiguousarray(polygon, dtype=np.int32)], number)
+    return inst_map
+
+
+class _RegionCollector:
+    """A parser target that keeps the vertices of each region and builds no tree."""
+
+    def __init__(self):
+        self.regions: list[list[tuple[float, float]]] = []
+        self._open: list[list[tuple[float, float]]] = []
+
+    def doctype(self, name, public_id, system):
+        raise ValueError("it has a document type declaration, which could define entities")
+
+    def start(self, tag, attributes):
+        tag = tag.rpartition("}")[2]
+        if tag == "Region":
+            self.regions.append([])
+            self._open.append(self.regions[-1])
+        elif tag == "Vertex" and self._open:
+            try:
+                vertex = float(attributes["X"]), float(attributes["Y"])
+            except KeyError as error:
+                raise ValueError(f"a Vertex in region {len(self.regions)} has no {error.args[0]}") from error
+            for region in self._open:
+                region.append(vertex)
+
+    def end(self, tag):
+        if tag.rpartition("}")[2] == "Region":
+            self._open.pop()
+
+    def close(self):
+        return self.regions
+
+
+def _to_pixels(vertices: list[tuple[float, float]], path: Path, number: int) -> np.ndarray:
+    points = np.trunc(np.array(vertices, dtype=np.float64).reshape(-1, 2))
+    if not (np.abs(points) < 2**31).all():
+        raise ValueError(f"{path}: region {number} has a vertex that is no pixel position; export the XML again")
+    return points.astype(np.int32)
+
+
+def _touches(polygon: np.ndarray, height: int, width: int) -> bool:
+    (x0, y0), (x1, y1) = polygon.min(axis=0), polygon.max(axis=0)
+    return bool(x1 >= 0 and y1 >= 0 and x0 < width and y0 < height)
+
+
+def _decoded(path: Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd tags; what keeps the pixels from being read is an error
+            image = Image.open(path)
+            image.load()
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: no image format known, or cut short; download or export it again") from error
+    # Pillow's decoders raise whatever the broken bytes lead to (OSError, SyntaxError, struct.error, TypeError, ...).
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable image ({error}); download or export it again") from error
+    return image
+
+
+def _walk(raw: Path) -> Iterator[Path]:
+    """`raw` and the folders below it that may hold slides, in sorted order."""
+    named = _IMAGE_FOLDERS + _XML_FOLDERS + _MASK_FOLDERS + _DERIVED_FOLDERS
+    for folder, subfolders, _ in os.walk(raw, followlinks=True):
+        here = Path(folder)
+        if len(here.relative_to(raw).parts) >= _MAX_DEPTH:
+            subfolders.clear()
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            if not name.startswith((".", "__", "patches_"))
+            and name.lower() not in named
+            and not (here / name / MANIFEST).exists()
+        )
+        yield here
+
+
+def _slides_in(folder: Path, raw: Path) -> list[Slide]:
+    """Pair the files of one folder by stem; empty if it holds no slides."""
+    children = {child.name.lower(): child for child in sorted(folder.iterdir()) if child.is_dir()}
+    images = _by_stem([children[name] for name in _IMAGE_FOLDERS if name in children], IMAGE_SUFFIXES)
+    outlines = _by_stem([children[name] for name in _XML_FOLDERS if name in children], XML_SUFFIXES)
+    masks = _by_stem([children[name] for name in _MASK_FOLDERS if name in children], MASK_SUFFIXES)
+    slides = _pair(images, masks | outlines, folder, raw)
+    if any(
+        path.suffix.lower() in (".xml", ".tif", ".tiff") for path in folder.iterdir() if not path.name.startswith(".")
+    ):
+        slides += _pair(_by_stem([folder], IMAGE_SUFFIXES), _by_stem([folder], XML_SUFFIXES), folder, raw)
+    return slides
+
+
+def _by_stem(folders: Sequence[Path], suffixes: tuple[str, ...]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() not in suffixes or path.name.startswith(".") or path.is_dir():
+                continue
+            if path.stem in found:
+                raise ValueError(
+                    f"{found[path.stem]} and {path} are the same slide by name; remove or rename one of them"
+                )
+            found[path.stem] = path
+    return found
+
+
+def _pair(images: dict[str, Path], annotations: dict[str, Path], folder: Path, raw: Path) -> list[Slide]:
+    for stem, path in images.items():
+        if stem not in annotations:
+            raise ValueError(f"{path}: no annotation named {stem}.xml and no instance mask; add it or remove the image")
+    for stem, path in annotations.items():
+        if stem not in images:
+            raise ValueError(f"{path}: no image named {stem}.tif belongs to it; add the image or remove this file")
+    if not images:
+        return []
+    split = _split_of(folder, raw)
+    return [Slide(split, stem, path, annotations[stem], folder) for stem, path in images.items()]
+
+
+def _split_of(folder: Path, raw: Path) -> str:
+    names = folder.relative_to(raw).parts or (folder.resolve().name,)
+    for name in reversed(names):
+        train, test = "train" in name.lower(), "test" in name.lower()
+        if train and test:
+            raise ValueError(f"{folder}: '{name}' speaks of both train and test; name the folder after one of them")
+        if train or test:
+            return TRAIN_SPLIT if train else TEST_SPLIT
+    if folder == raw:
+        return TRAIN_SPLIT
+    raise ValueError(
+        f"{folder} holds slides, but is it training or test data? Put 'train' or 'test' into the folder's name, "
+        f"or give that folder itself as RAW"
+    )

@@ -1,0 +1,129 @@
+"""
+Cutting a slide into patches: where the windows lie, in which order, and the three files each patch becomes.
+
+Owns the patch folder's formats. Knows nothing of where a slide comes from.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+MODES = ("valid", "mirror")
+SUFFIXES = {"images": ".png", "bin_masks": ".png", "inst_masks": ".tif"}
+_PNG_LEVEL = 2  # a third of the time of the default 6, for a few percent more bytes
+
+
+def window_positions(height: int, width: int, window: int, step: int) -> list[tuple[int, int]]:
+    """
+    Top-left corners of the windows in an [height x width] array; their order is the patches' running number.
+
+    Per axis windows start at 0, step, 2 * step, ... while they fit, and one more lies flush with the end if a rest
+    remains. Order: the regular grid row by row, the flush bottom row, the flush right column, the corner.
+
+    :param window: side of the square window in px, at least 1.
+    :param step: distance between windows in px, at least 1.
+    :return: (row, column) pairs.
+    :raises ValueError: the window does not fit into the array.
+    """
+    if height < window or width < window:
+        raise ValueError(
+            f"{width} x {height} px is smaller than the patch of {window} px; choose a smaller --patch_size"
+        )
+    rows, last_row = _starts(height, window, step)
+    columns, last_column = _starts(width, window, step)
+    grid = [(row, column) for row in rows for column in columns]
+    bottom = [(row, column) for row in last_row for column in columns]
+    right = [(row, column) for column in last_column for row in rows]
+    return grid + bottom + right + [(row, column) for row in last_row for column in last_column]
+
+
+def mirror_margins(window: int, step: int, mode: str = "valid") -> tuple[int, int]:
+    """
+    Pixels by which an image is padded before windows are cut: (top and left, bottom and right).
+
+    :param mode: 'valid' pads nothing; 'mirror' pads window - step in all, so that the windows' centres, step x step
+        px each, cover the image.
+    :raises ValueError: a window, step or mode that is no use.
+    """
+    if window < 1 or step < 1:
+        raise ValueError(f"--patch_size is {window}, --stride is {step}; give at least 1 px")
+    if mode not in MODES:
+        raise ValueError(f"--mode is {mode!r}; choose one of {', '.join(MODES)}")
+    if mode == "valid":
+        return 0, 0
+    if step > window:
+        raise ValueError(f"--stride is {step}; mirror needs at most --patch_size, {window}")
+    return (window - step) // 2, (window - step) - (window - step) // 2
+
+
+def patch_count(height: int, width: int, window: int, step: int, mode: str = "valid") -> int:
+    """Number of patches of an [height x width] image; ValueError if it has none."""
+    before, after = mirror_margins(window, step, mode)
+    return len(window_positions(height + before + after, width + before + after, window, step))
+
+
+def extract_patches(
+    image: np.ndarray, inst_map: np.ndarray, window: int, step: int, mode: str = "valid"
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """
+    Cut an image and its instance map into patches, in the order of `window_positions`. Ids stay those of the whole map.
+
+    :param image: an [H x W x 3] array.
+    :param inst_map: an [H x W] array.
+    :param mode: 'valid', or 'mirror': both arrays are first padded by `mirror_margins` (reflected, edge not repeated).
+    :return: pairs of views, [window x window x 3] and [window x window].
+    """
+    if image.shape[:2] != inst_map.shape:
+        raise ValueError(f"image {image.shape[:2]} and instance map {inst_map.shape} differ in size")
+    margins = mirror_margins(window, step, mode)
+    if any(margins):
+        image = np.pad(image, (margins, margins, (0, 0)), mode="reflect")
+        inst_map = np.pad(inst_map, (margins, margins), mode="reflect")
+    for row, column in window_positions(*inst_map.shape, window, step):
+        cut = slice(row, row + window), slice(column, column + window)
+        yield image[cut], inst_map[cut]
+
+
+def patch_files(folder: Path, stem: str, index: int) -> dict[str, Path]:
+    """The three files of patch `index` of slide `stem` below a split's folder, keyed by the subfolder's name."""
+    return {name: Path(folder) / name / f"{stem}_{index:03d}{suffix}" for name, suffix in SUFFIXES.items()}
+
+
+def save_patch(files: dict[str, Path], image: np.ndarray, inst_map: np.ndarray, size: int | None = None) -> None:
+    """
+    Write one patch: an RGB PNG, a grey PNG of 0 and 255, and a 32-bit signed TIFF (which every torch can collate).
+
+    Each file is written aside and then renamed, so a file is either whole or absent.
+
+    :param files: from `patch_files`; the folders exist.
+    :param image: an [H x W x 3] uint8 array.
+    :param inst_map: an [H x W] integer array, ids up to 2^31 - 1.
+    :param size: resize to this many px a side: the image bicubic, the masks nearest.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    instances = Image.fromarray(np.ascontiguousarray(inst_map, dtype=np.int32))
+    if size is not None:
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+        instances = instances.resize((size, size), Image.Resampling.NEAREST)
+    binary = Image.fromarray(np.where(np.asarray(instances) > 0, 255, 0).astype(np.uint8))
+    _save(picture, files["images"], compress_level=_PNG_LEVEL)
+    _save(binary, files["bin_masks"], compress_level=_PNG_LEVEL)
+    _save(instances, files["inst_masks"])
+
+
+def _starts(length: int, window: int, step: int) -> tuple[list[int], list[int]]:
+    """Regular window starts on one axis, and the flush one (as a list of none or one)."""
+    end = length - window
+    return list(range(0, end + 1, step)), [end] if end % step else []
+
+
+def _save(picture: Image.Image, path: Path, **options) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        picture.save(aside, format={".png": "PNG", ".tif": "TIFF"}[path.suffix], **options)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

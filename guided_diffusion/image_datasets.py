@@ -1,0 +1,461 @@
+"""From items to batches: the data set, its sharded and seeded order, load_data. Knows the condition only as a
+ConditionSpec, and nothing of models."""
+
+import itertools
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch as th
+from scipy import ndimage
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from . import data_util, dist_util
+from .conditioning import ConditionSpec, as_rgb, as_signed, hv_planes
+from .image_files import Item, list_items, read_image, read_mask, split_slides
+from .image_transforms import center_crop, random_crop, random_flip_turn
+
+# Decoded files and HV maps are kept in memory up to this many bytes a process; MoNuSeg's patches take 0.6 GB.
+CACHE_BYTES = 2 << 30
+PREFETCH = 2  # batches that each worker prepares ahead
+
+Key = tuple[int, int]  # (epoch, index)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item's arrays: image [H x W x C] uint8, class_map [H x W] uint8 or int32, inst_map [H x W] int32."""
+
+    image: np.ndarray
+    class_map: np.ndarray
+    inst_map: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.image.nbytes + self.class_map.nbytes + self.inst_map.nbytes
+
+
+def read_sample(item: Item, spec: ConditionSpec, image_size: int) -> Sample:
+    """
+    Read an item's files; what is missing is derived: instances are the connected parts of the class mask, the class
+    mask is 255 (1 with class_cond) in every instance.
+
+    :raises ValueError: where sizes differ or are below image_size, or a class id is out of range.
+    """
+    image = read_image(item.image, spec.in_channels)
+    if min(image.shape[:2]) < image_size:
+        raise ValueError(
+            f"{item.image} is {image.shape[1]} x {image.shape[0]} px, smaller than --image_size {image_size}: "
+            "prepare larger patches or lower --image_size"
+        )
+    masks = {}
+    for path in (item.class_mask, item.inst_mask):
+        if path is not None:
+            masks[path] = read_mask(path)
+            if masks[path].shape != image.shape[:2]:
+                raise ValueError(
+                    f"{path} is {masks[path].shape[1]} x {masks[path].shape[0]} px, its image {item.image} "
+                    f"{image.shape[1]} x {image.shape[0]}: they must be of one size"
+                )
+    class_map, inst_map = masks.get(item.class_mask), masks.get(item.inst_mask)
+    if inst_map is None:
+        inst_map = ndimage.label(class_map)[0].astype(np.int32)
+    if class_map is None:
+        class_map = (inst_map != 0) * np.int32(1 if spec.class_cond else 255)
+    spec.check_classes(class_map, item.class_mask or item.inst_mask)
+    if class_map.max(initial=0) <= 255:
+        class_map = class_map.astype(np.uint8)
+    return Sample(image, class_map, inst_map)
+
+
+# ---- the data set ----
+
+
+class NucleiDataset(Dataset):
+    """
+    Samples with their conditions. A key is (epoch, index); all randomness is a function of (seed, epoch, index).
+
+    Item i gives the structure; the appearance (image, colour map, path) comes from item appearance[i].
+
+    :param items: what list_items gives.
+    :param spec: the condition's layout.
+    :param image_size: height and width of what is given out, in pixels; larger images are cropped.
+    :param appearance: an [N] int array, or None for each item's own image.
+    :param augment: crop at random places, flip and turn; else crop centrally.
+    :param preserve_nuclei_col: see ConditionSpec.encode.
+    """
+
+    def __init__(
+        self,
+        items: list[Item],
+        spec: ConditionSpec,
+        image_size: int,
+        *,
+        appearance: np.ndarray | None = None,
+        augment: bool = False,
+        preserve_nuclei_col: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.items = items
+        self.spec = spec
+        self.image_size = image_size
+        self.appearance = np.arange(len(items)) if appearance is None else appearance
+        self.augment = augment
+        self.preserve_nuclei_col = preserve_nuclei_col
+        self.seed = seed
+        self._cache: dict[int, Sample] = {}
+        self._hv_maps: dict[int, np.ndarray] = {}
+        self._cached_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def appearance_of(self, index: int) -> str:
+        """:return: the path of the image that gives an item its appearance."""
+        return self.items[int(self.appearance[index])].image
+
+    def read(self, index: int) -> Sample:
+        """:return: an item's arrays, from memory where they are still there."""
+        if index not in self._cache:
+            sample = read_sample(self.items[index], self.spec, self.image_size)
+            if not self._takes(sample.nbytes):
+                return sample
+            self._cache[index] = sample
+        return self._cache[index]
+
+    def _takes(self, nbytes: int) -> bool:
+        """Whether the cache has room for so much more, which then counts as taken."""
+        if self._cached_bytes + nbytes > CACHE_BYTES:
+            return False
+        self._cached_bytes += nbytes
+        return True
+
+    def prepare(self) -> None:
+        """Make the HV maps of all items in memory, so that worker processes that are started later all have them."""
+        if self.spec.use_hv_map and not self.augment:
+            for index, sample in self._cache.items():
+                self._hv_map(index, *center_crop((sample.inst_map,), self.image_size))
+                if index not in self._hv_maps:  # there is no more room
+                    break
+
+    def _hv_map(self, index: int, inst_map: np.ndarray) -> np.ndarray | None:
+        """An item's HV map, kept if it is the same in every epoch; None where none is to be kept."""
+        if self.augment or not self.spec.use_hv_map:
+            return None
+        if index not in self._hv_maps:
+            hv_map = hv_planes(inst_map)
+            if not self._takes(hv_map.nbytes):
+                return hv_map
+            self._hv_maps[index] = hv_map
+        return self._hv_maps[index]
+
+    def room(self, count: int) -> dict[str, th.Tensor]:
+        """:return: memory for `count` samples as write leaves them there, by part: [count x ...] tensors."""
+        size = self.image_size
+        parts = {"image": ((self.spec.in_channels, size, size), np.uint8), **self.spec.room(size)}
+        # Torch's memory, and not NumPy's, can be shared with worker processes.
+        return {
+            name: th.empty((count, *shape), dtype=th.from_numpy(np.empty(0, dtype)).dtype)
+            for name, (shape, dtype) in parts.items()
+        }
+
+    def write(self, keys: list[Key], room: dict[str, th.Tensor]) -> None:
+        """
+        Make samples, all but what takes many bytes and little work.
+
+        :param keys: (epoch, index) of each.
+        :param room: what `room` gave for as many samples.
+        """
+        arrays = {name: tensor.numpy() for name, tensor in room.items()}
+        for place, key in enumerate(keys):
+            self._write(key, {name: array[place] for name, array in arrays.items()})
+
+    def _write(self, key: Key, out: dict[str, np.ndarray]) -> None:
+        epoch, index = key
+        rng = np.random.default_rng([self.seed, epoch, index])
+        source = int(self.appearance[index])
+        structure = self.read(index)
+        if source == index:
+            image, class_map, inst_map = self._cut((structure.image, structure.class_map, structure.inst_map), rng)
+        else:
+            class_map, inst_map = self._cut((structure.class_map, structure.inst_map), rng)
+            (image,) = self._cut((self.read(source).image,), rng)
+        out["image"][...] = image.transpose(2, 0, 1)
+        hv_map = self._hv_map(index, inst_map)
+        self.spec.encode(out["image"], class_map, inst_map, rng, self.preserve_nuclei_col, hv_map=hv_map, out=out)
+
+    def finish(self, keys: list[Key], room: dict[str, th.Tensor], pin: bool = False) -> tuple[th.Tensor, dict]:
+        """
+        Make a batch of what `write` wrote; its tensors do not share memory with the room.
+
+        :param pin: make them in page-locked memory.
+        :return: the appearance images, [N x C x H x W] fp32 in [-1, 1], and a dict: "label", "instance", "col_map"
+            and "label_ori" as ConditionSpec.decode gives them; "path" and "structure_path", lists of the images that
+            appearance and structure come from; "index", [N] int64.
+        """
+        indices = [index for _, index in keys]
+        return as_signed(room["image"].numpy(), pin), {
+            **self.spec.decode(room, pin),
+            "path": [self.appearance_of(index) for index in indices],
+            "structure_path": [self.items[index].image for index in indices],
+            "index": th.tensor(indices),
+        }
+
+    def __getitem__(self, key: Key) -> tuple[th.Tensor, dict]:
+        """
+        :param key: (epoch, index).
+        :return: one sample, as finish gives batches of them: [C x H x W], and "path", "structure_path" and "index" as
+            str, str and int.
+        """
+        room = self.room(1)
+        self.write([key], room)
+        batch, cond = self.finish([key], room)
+        return batch[0], {**{name: part[0] for name, part in cond.items()}, "index": key[1]}
+
+    def _cut(self, arrays: tuple[np.ndarray, ...], rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        if self.augment:
+            return random_flip_turn(random_crop(arrays, self.image_size, rng), rng)
+        return center_crop(arrays, self.image_size)
+
+
+class StreamSampler(Sampler):
+    """
+    One endless stream of keys for all ranks: epoch after epoch, each its own seeded permutation.
+
+    Rank r takes positions r, r + W, r + 2W, ... of the stream, so what a step sees does not depend on how many ranks
+    share it, and a resumed run goes on at any position.
+
+    :param length: the number of items.
+    :param start: the position of the stream to begin at, for all ranks together.
+    :param shuffle: permute; else every epoch is in order.
+    """
+
+    def __init__(
+        self, length: int, *, rank: int = 0, world_size: int = 1, seed: int = 0, start: int = 0, shuffle: bool = True
+    ) -> None:
+        self.length = length
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.start = start
+        self.shuffle = shuffle
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position = self.start + self.rank
+        current, order = -1, np.arange(self.length)
+        while True:
+            epoch, place = divmod(position, self.length)
+            if self.shuffle and epoch != current:
+                # The third number keeps these draws apart from every sample's.
+                order = np.random.default_rng([self.seed, epoch, self.length]).permutation(self.length)
+                current = epoch
+            yield epoch, int(order[place])
+            position += self.world_size
+
+
+def load_dataset(
+    *,
+    data_dir: str,
+    dataset_mode: str,
+    image_size: int,
+    spec: ConditionSpec,
+    is_train: bool = True,
+    augment: bool = False,
+    preserve_nuclei_col: bool = False,
+    subsample: float = 1.0,
+    shuffle_masks: bool = False,
+    match_struct: bool = False,
+    match_app: bool = False,
+    seed: int = 0,
+    val_share: float = 0.0,
+    part: str = "",
+) -> NucleiDataset:
+    """
+    Make a data set and read every file once, shared out over the ranks, so that what is wrong shows now. Collective.
+
+    :param data_dir: see list_items; so are dataset_mode and is_train.
+    :param subsample: use only this share of the items.
+    :param shuffle_masks: give each structure the image of another item, by a fixed permutation.
+    :param match_struct: give it that of an item with similar nuclei.
+    :param match_app: give it that of an item with a similar stain.
+    :param seed: of the choices above and of all samples; other parameters as NucleiDataset's.
+    :param val_share: the share of the slides that are held out, see split_slides.
+    :param part: which items to load: "train", "held_out", which may be none, or "" for all.
+    """
+    if match_struct and shuffle_masks:
+        raise ValueError("--match_struct True with --shuffle_masks True: both choose the appearance; turn one off")
+    items = list_items(data_dir, dataset_mode, is_train)
+    if subsample != 1:
+        items = [items[i] for i in sorted(data_util.subsample_indices(len(items), subsample))]
+    if part:
+        items = split_slides(items, val_share, seed)[part == "held_out"]
+    dataset = NucleiDataset(
+        items, spec, image_size, augment=augment, preserve_nuclei_col=preserve_nuclei_col, seed=seed
+    )
+
+    def describe(sample: Sample) -> object:
+        if match_struct:
+            return data_util.area_properties(sample.inst_map)
+        return data_util.stain_descriptor(as_rgb(sample.image)) if match_app else None
+
+    described = _read_all(dataset, describe)
+    if not items:
+        return dataset
+    if match_struct:
+        total_area, med_area = np.array(described).T
+        dataset.appearance = data_util.match_struct(total_area, med_area, seed)
+    elif match_app:
+        dataset.appearance = data_util.match_app(np.array(described), seed)
+    elif shuffle_masks:
+        dataset.appearance = data_util.shuffled(len(items))
+    return dataset
+
+
+def _read_all(dataset: NucleiDataset, describe: Callable[[Sample], object]) -> list:
+    """Read every item once, each by one rank; :return: what `describe` says of each, on every rank. Collective."""
+    rank, world_size = dist_util.rank(), dist_util.world_size()
+
+    def read_share() -> list:
+        share = range(rank, len(dataset), world_size)
+        with ThreadPoolExecutor(2) as pool:
+            described = pool.map(lambda index: describe(dataset.read(index)), share)
+            bar = dist_util.progress_bar(described, total=len(share), desc="reading", unit="image", delay=1)
+            return list(bar)
+
+    shares = dist_util.all_gather(dist_util.agree(read_share))
+    return [shares[i % world_size][i // world_size] for i in range(len(dataset))]
+
+
+def load_data(
+    *,
+    data_dir: str,
+    dataset_mode: str,
+    batch_size: int,
+    image_size: int,
+    spec: ConditionSpec,
+    deterministic: bool = False,
+    start: int = 0,
+    num_workers: int = 0,
+    seed: int = 0,
+    **options,
+) -> Iterator[tuple[th.Tensor, dict]]:
+    """
+    Make an endless iterator over this rank's batches.
+
+    :param batch_size: samples a batch, on this rank.
+    :param spec: the condition's layout.
+    :param deterministic: go through the items in order rather than shuffled.
+    :param start: how many samples all ranks together have already seen.
+    :param num_workers: processes that read and prepare; 0 does it in this one.
+    :param options: see load_dataset; so are the other parameters.
+    :return: batches as NucleiDataset describes them: images [N x C x H x W] in [-1, 1], and a dict.
+    """
+    dataset = load_dataset(
+        data_dir=data_dir, dataset_mode=dataset_mode, image_size=image_size, spec=spec, seed=seed, **options
+    )
+    return stream(dataset, batch_size, deterministic=deterministic, start=start, num_workers=num_workers, seed=seed)
+
+
+def stream(
+    dataset: NucleiDataset,
+    batch_size: int,
+    *,
+    deterministic: bool = False,
+    start: int = 0,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> Iterator[tuple[th.Tensor, dict]]:
+    """Make an endless iterator over this rank's batches of a data set. Parameters as load_data's."""
+    rank, world_size = dist_util.rank(), dist_util.world_size()
+    shard = len(dataset) // world_size
+    if shard < 1:
+        raise ValueError(f"{world_size} ranks but only {len(dataset)} images: start at most {len(dataset)} ranks")
+    if not 1 <= batch_size <= shard:
+        raise ValueError(
+            f"--batch_size {batch_size} is out of range: each of {world_size} ranks has {shard} of {len(dataset)} "
+            f"images; give 1 to {shard}"
+        )
+    if num_workers > 1:
+        dataset.prepare()
+    sampler = StreamSampler(
+        len(dataset), rank=rank, world_size=world_size, seed=seed, start=start, shuffle=not deterministic
+    )
+    # When the loader asks for a batch, at most the last one it gave out is still to be finished, besides those ahead.
+    rooms = [dataset.room(batch_size) for _ in range(num_workers * PREFETCH + 1)]
+    if num_workers:
+        _share(rooms, num_workers)
+    loader = DataLoader(
+        _Writer(dataset, rooms),
+        batch_size=None,
+        sampler=_orders(iter(sampler), batch_size, len(rooms)),
+        num_workers=num_workers,
+        prefetch_factor=PREFETCH if num_workers else None,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals,
+    )
+    return _finished(dataset, rooms, iter(loader))
+
+
+# ---- from workers to this process ----
+
+# Fresh shared memory costs more than all the work on a sample, so there are a few rooms for a batch each, used in turn.
+# Workers leave compact parts there; this process makes them the tensors of a batch.
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a worker is to do: make these samples, in this room."""
+
+    room: int
+    keys: list[Key]
+
+
+class _Writer(Dataset):
+    """Carries out orders."""
+
+    def __init__(self, dataset: NucleiDataset, rooms: list[dict[str, th.Tensor]]) -> None:
+        self.dataset = dataset
+        self.rooms = rooms
+
+    def __getitem__(self, order: _Order) -> _Order:
+        self.dataset.write(order.keys, self.rooms[order.room])
+        return order
+
+
+def _orders(keys: Iterator[Key], batch_size: int, rooms: int) -> Iterator[_Order]:
+    for number in itertools.count():
+        yield _Order(number % rooms, list(itertools.islice(keys, batch_size)))
+
+
+def _share(rooms: list[dict[str, th.Tensor]], num_workers: int) -> None:
+    """Move rooms into memory that worker processes see."""
+    tensors = [tensor for room in rooms for tensor in room.values()]
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        raise ValueError(
+            f"--num_workers {num_workers}: no {sum(tensor.nbytes for tensor in tensors) >> 20} MiB of shared memory "
+            f"({error}): give --num_workers 0, a smaller --batch_size, or the container a larger --shm-size"
+        ) from None
+
+
+def _leave_signals(worker: int) -> None:
+    """Clusters ask all processes of a job to stop; a worker stops when the process it works for does."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _as_it_is(order: _Order) -> _Order:
+    return order
+
+
+def _finished(
+    dataset: NucleiDataset, rooms: list[dict[str, th.Tensor]], orders: Iterator[_Order]
+) -> Iterator[tuple[th.Tensor, dict]]:
+    pin = th.cuda.is_available()
+    for order in orders:
+        yield dataset.finish(order.keys, rooms[order.room], pin)

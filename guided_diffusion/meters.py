@@ -1,0 +1,95 @@
+"""Means of what is measured at every step, kept on the device until somebody reads them. Knows no model and no sink."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch as th
+
+from . import dist_util
+
+QUARTERS = 4
+
+
+class LossMeter:
+    """
+    Means of losses since the last reading, in all and by quarter of the timesteps, over all ranks.
+
+    :param num_timesteps: the number of timesteps.
+    :param device: where the losses are.
+    """
+
+    def __init__(self, num_timesteps: int, device: th.device | str = "cpu") -> None:
+        self.num_timesteps = num_timesteps
+        self.device = device
+        self._sums: dict[str, th.Tensor] = {}  # name -> [2 x QUARTERS]: sums and counts, of finite losses
+
+    def add(self, t: th.Tensor, losses: dict[str, th.Tensor]) -> None:
+        """
+        Count some losses in; nothing waits for the device.
+
+        :param t: an [N] int tensor of timesteps.
+        :param losses: name -> [N] losses; those that are not finite are left out.
+        """
+        quarters = QUARTERS * t // self.num_timesteps
+        for name, values in losses.items():
+            values = values.detach().double()
+            finite = values.isfinite()
+            sums = self._sums.setdefault(name, th.zeros(2, QUARTERS, dtype=th.float64, device=self.device))
+            sums.index_add_(1, quarters, th.stack([values.nan_to_num(0, 0, 0), finite.double()]))
+
+    def read(self) -> dict[str, float]:
+        """
+        Wait for the device and begin anew. Collective.
+
+        :return: name -> mean, and name_q0 to name_q3 for the quarters that had losses.
+        """
+        own = {name: sums.tolist() for name, sums in self._sums.items()}
+        self._sums = {}
+        means = {}
+        everyones = dist_util.all_gather(own)
+        for name in own:
+            sums, counts = (
+                [sum(values) for values in zip(*(rank[name][i] for rank in everyones if name in rank))] for i in (0, 1)
+            )
+            if sum(counts):
+                means[name] = sum(sums) / sum(counts)
+                means |= {f"{name}_q{i}": s / n for i, (s, n) in enumerate(zip(sums, counts)) if n}
+        return means
+
+
+class StepClock:
+    """
+    How fast training goes, and which share of its time it waits for data; pauses do not count.
+
+    :param samples: how many have been seen already.
+    """
+
+    def __init__(self, samples: int = 0) -> None:
+        self._began = time.perf_counter()
+        self._waited = 0.0
+        self._samples = samples
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block's time as spent waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block's time out."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def read(self, samples: int) -> dict[str, float]:
+        """
+        :param samples: how many have been seen by now.
+        :return: "images_per_s", and "data_wait", the share of time, since the last reading.
+        """
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        row = {"images_per_s": (samples - self._samples) / seconds, "data_wait": self._waited / seconds}
+        self._began, self._waited, self._samples = time.perf_counter(), 0.0, samples
+        return row

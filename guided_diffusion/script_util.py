@@ -1,0 +1,267 @@
+"""From flags to objects: defaults, parsing, factories. Knows every flag's name and none of the training or sampling."""
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+from . import gaussian_diffusion as gd
+from .conditioning import ConditionSpec
+from .respace import SpacedDiffusion, space_timesteps
+from .unet import UNetModel
+
+# Levels of the U-Net by image size, where --channel_mult is not given.
+DEFAULT_CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+}
+
+
+def diffusion_defaults() -> dict[str, Any]:
+    """:return: the flags that make a diffusion process, with their defaults."""
+    return dict(
+        learn_sigma=False,
+        diffusion_steps=1000,
+        noise_schedule="linear",
+        timestep_respacing="",
+        use_kl=False,
+        predict_xstart=False,
+        rescale_timesteps=False,
+        rescale_learned_sigmas=False,
+    )
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """:return: the flags that make a model and a diffusion process, with their defaults."""
+    return dict(
+        image_size=64,
+        num_classes=2,
+        in_channels=3,
+        num_channels=128,
+        num_res_blocks=2,
+        num_heads=4,
+        num_heads_upsample=-1,
+        num_head_channels=-1,
+        attention_resolutions="16,8",
+        channel_mult="",
+        dropout=0.0,
+        class_cond=False,
+        no_instance=False,
+        use_col_map=False,
+        use_checkpoint=False,
+        use_scale_shift_norm=True,
+        resblock_updown=False,
+        use_fp16=False,
+        use_new_attention_order=False,
+        **diffusion_defaults(),
+    )
+
+
+def data_defaults() -> dict[str, Any]:
+    """:return: the flags that choose and arrange the data, in training and sampling alike, with their defaults."""
+    return dict(
+        data_dir="",
+        dataset_mode="monuseg",
+        augment=False,
+        preserve_nuclei_col=False,
+        subsample=1.0,
+        shuffle_masks=False,
+        match_struct=False,
+        match_app=False,
+        num_workers=1,
+        seed=0,
+    )
+
+
+def check_data_flags(flags: dict[str, Any]) -> None:
+    """:raises ValueError: where a number among data_defaults is out of range, whatever the data."""
+    if not 0 <= flags["seed"] < 2**63:
+        raise ValueError(f"--seed {flags['seed']} is out of range: give 0 to 2**63 - 1")
+    if flags["num_workers"] < 0:
+        raise ValueError(f"--num_workers {flags['num_workers']} must be at least 0")
+
+
+def condition_spec(flags: dict[str, Any]) -> ConditionSpec:
+    """
+    Make the condition's layout from flags, which checks --num_classes against it.
+
+    :param flags: flag -> value; others than the spec's are ignored.
+    """
+    return ConditionSpec(**{name: flags[name] for name in ConditionSpec.flags()})
+
+
+def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:
+    """
+    Make a model and its diffusion process.
+
+    :param flags: all of model_and_diffusion_defaults.
+    """
+    names = diffusion_defaults()
+    diffusion_flags = {name: flags.pop(name) for name in names}
+    model = create_model(learn_sigma=diffusion_flags["learn_sigma"], **flags)
+    diffusion_flags["steps"] = diffusion_flags.pop("diffusion_steps")
+    return model, create_gaussian_diffusion(**diffusion_flags)
+
+
+def create_model(
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    channel_mult: str = "",
+    learn_sigma: bool = False,
+    class_cond: bool = False,
+    no_instance: bool = False,
+    use_col_map: bool = False,
+    use_checkpoint: bool = False,
+    attention_resolutions: str = "16,8",
+    num_heads: int = 1,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    use_scale_shift_norm: bool = False,
+    dropout: float = 0.0,
+    resblock_updown: bool = False,
+    use_fp16: bool = False,
+    use_new_attention_order: bool = False,
+) -> UNetModel:
+    """
+    Make a U-Net from flags.
+
+    :param channel_mult: comma-separated multipliers, one a level; "" means the default for the image size.
+    :param attention_resolutions: comma-separated heights of the feature maps that get attention, in pixels.
+    :param num_classes: with class_cond the number of one-hot classes, on top of which edges and colour come; else
+        the number of channels of the condition.
+    """
+    cond_channels = num_classes
+    if class_cond:
+        cond_channels = ConditionSpec(
+            class_cond=True,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            no_instance=no_instance,
+            use_col_map=use_col_map,
+        ).channels
+    return UNetModel(
+        image_size=image_size,
+        in_channels=in_channels,
+        model_channels=num_channels,
+        out_channels=2 * in_channels if learn_sigma else in_channels,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=_attention_rates(image_size, attention_resolutions),
+        dropout=dropout,
+        channel_mult=_channel_mult(image_size, channel_mult),
+        num_classes=cond_channels,
+        use_checkpoint=use_checkpoint,
+        use_fp16=use_fp16,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+        use_new_attention_order=use_new_attention_order,
+    )
+
+
+def _channel_mult(image_size: int, channel_mult: str) -> tuple[float, ...]:
+    if channel_mult:
+        try:
+            return tuple(float(mult) for mult in channel_mult.split(","))
+        except ValueError:
+            raise ValueError(f"--channel_mult {channel_mult} does not parse: give multipliers such as 1,2,2") from None
+    if image_size not in DEFAULT_CHANNEL_MULT:
+        sizes = ", ".join(str(size) for size in sorted(DEFAULT_CHANNEL_MULT))
+        raise ValueError(
+            f"--image_size {image_size} has no default --channel_mult ({sizes} have): give one, e.g. 1,2,2"
+        )
+    return DEFAULT_CHANNEL_MULT[image_size]
+
+
+def _attention_rates(image_size: int, attention_resolutions: str) -> tuple[int, ...]:
+    flag = f"--attention_resolutions {attention_resolutions}"
+    try:
+        sizes = [int(size) for size in attention_resolutions.split(",") if size]
+    except ValueError:
+        raise ValueError(f"{flag} does not parse: give sizes such as 32,16,8") from None
+    for size in sizes:
+        if not 1 <= size <= image_size:
+            raise ValueError(f"{flag}: {size} is out of range for --image_size {image_size}")
+    return tuple(image_size // size for size in sizes)
+
+
+def create_gaussian_diffusion(
+    *,
+    steps: int = 1000,
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: str | list[int] = "",
+) -> SpacedDiffusion:
+    """
+    Make a diffusion process from flags.
+
+    :param steps: the length of the process the model is trained on.
+    :param sigma_small: without learn_sigma, use the posterior's variance rather than beta.
+    :param timestep_respacing: see respace.space_timesteps; "" keeps all steps.
+    """
+    if steps < 1:
+        raise ValueError(f"--diffusion_steps {steps} must be at least 1")
+    if use_kl:
+        loss_type = gd.LossType.RESCALED_KL
+    elif rescale_learned_sigmas:
+        loss_type = gd.LossType.RESCALED_MSE
+    else:
+        loss_type = gd.LossType.MSE
+    if learn_sigma:
+        var_type = gd.ModelVarType.LEARNED_RANGE
+    else:
+        var_type = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=gd.get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        model_var_type=var_type,
+        loss_type=loss_type,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+# ---- command lines ----
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:
+    """
+    Add a flag for each entry, typed as its default; booleans are written True or False.
+
+    :param parser: is added to.
+    :param default_dict: flag -> default; None makes a string.
+    """
+    for name, default in default_dict.items():
+        kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
+        parser.add_argument(f"--{name}", default=default, type=kind)
+
+
+def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
+    """:return: flag -> value for the flags named."""
+    return {key: getattr(args, key) for key in keys}
+
+
+def str2bool(text: str | bool) -> bool:
+    """
+    Read a boolean flag's value.
+
+    :param text: yes, true, t, y, 1 or no, false, f, n, 0, in any case.
+    """
+    if isinstance(text, bool):
+        return text
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")

@@ -1,0 +1,93 @@
+"""What a model in training is worth: its loss on held-out samples, and pictures. Knows models, data and samplers by
+their interfaces; nothing of training."""
+
+from pathlib import Path
+
+import numpy as np
+import torch as th
+from PIL import Image
+from torch.utils.data import default_collate
+
+from . import dist_util
+from .conditioning import ConditionSpec, as_rgb
+from .gaussian_diffusion import GaussianDiffusion
+from .image_datasets import NucleiDataset
+from .meters import LossMeter
+from .results import draw_grid
+from .samplers import SampleNoise, kept_conditions, make_schedule, sample, to_uint8
+from .unet import UNetModel
+
+MIN_LOSSES = 64  # a smaller data set is gone through several times, with other noise and timesteps
+PREVIEW_SAMPLER, PREVIEW_STEPS = "dpmpp_2m_sde", 25
+
+
+class Validation:
+    """
+    Measures and draws what a model makes of samples that it is not trained on; always on the same noise and timesteps.
+
+    :param dataset: the samples; augmentation must be off.
+    :param spec: the condition's layout.
+    :param diffusion: the process.
+    :param batch_size: samples a forward pass.
+    :param seed: of noise and timesteps.
+    """
+
+    def __init__(
+        self, dataset: NucleiDataset, spec: ConditionSpec, diffusion: GaussianDiffusion, batch_size: int, seed: int = 0
+    ) -> None:
+        self.dataset = dataset
+        self.spec = spec
+        self.diffusion = diffusion
+        self.batch_size = batch_size
+        self.seed = seed
+        self.total = len(dataset) * max(1, -(-MIN_LOSSES // len(dataset)))
+        rng = np.random.default_rng([seed, self.total])
+        # Stratified: one timestep out of each of so many equal spans, in random order.
+        places = (rng.permutation(self.total) + rng.random(self.total)) / self.total
+        self._timesteps = (places * diffusion.num_timesteps).astype(int)
+
+    def _batch(self, numbers: list[int], device: th.device) -> tuple[th.Tensor, th.Tensor]:
+        """Images and conditions of some samples, by their numbers modulo the data set's length."""
+        images, cond = default_collate([self.dataset[0, k % len(self.dataset)] for k in numbers])
+        tensors = {name: value.to(device) for name, value in cond.items() if th.is_tensor(value)}
+        return images.to(device), self.spec.assemble(tensors)
+
+    @th.no_grad()
+    def losses(self, model: UNetModel) -> dict[str, float]:
+        """
+        Average the training loss over the data set, each rank its share. Collective.
+
+        :return: "loss", and "loss_q0" to "loss_q3" by quarter of the timesteps; of "mse" and "vb" likewise. The same on
+            every rank, and but for rounding for any number of ranks.
+        """
+        device = next(model.parameters()).device
+        meter = LossMeter(self.diffusion.num_timesteps, device)
+        share = range(self.total)[dist_util.rank() :: dist_util.world_size()]
+        for first in range(0, len(share), self.batch_size):
+            numbers = list(share[first : first + self.batch_size])
+            images, y = self._batch(numbers, device)
+            t = th.from_numpy(self._timesteps[numbers]).to(device)
+            noise = SampleNoise(self.seed, numbers, device)(images)
+            meter.add(t, self.diffusion.training_losses(model, images, t, model_kwargs={"y": y}, noise=noise))
+        return meter.read()
+
+    def draw(self, model: UNetModel, path: Path, count: int) -> np.ndarray:
+        """
+        Paint the first samples' conditions and write the picture: condition | appearance | sample, a row each.
+
+        :return: the picture, [H x W x 3] uint8.
+        """
+        count = min(count, len(self.dataset))
+        images, y = self._batch(list(range(count)), next(model.parameters()).device)
+        steps = min(PREVIEW_STEPS, self.diffusion.num_timesteps // 2)
+        schedule = make_schedule(PREVIEW_SAMPLER, self.diffusion, max(steps, 1))
+        options = dict(channels=images.shape[1], seed=self.seed, indices=range(count), schedule=schedule)
+        with kept_conditions(model, y):
+            made = sample(PREVIEW_SAMPLER, self.diffusion, model, y, **options)
+        rows = [
+            [cond, as_rgb(image), as_rgb(result)]
+            for cond, image, result in zip(self.spec.render(y), to_uint8(images), to_uint8(made))
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_grid(rows, ["condition", "appearance", "sample"], f"{path.stem}: {PREVIEW_SAMPLER}, {steps} steps", path)
+        return np.asarray(Image.open(path).convert("RGB"))

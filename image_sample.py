@@ -1,0 +1,187 @@
+"""Sample labelled patches from trained models: python image_sample.py --model_path M --data_dir DATA ..."""
+
+import argparse
+import json
+
+from guided_diffusion import checkpoint, cli, dist_util, logger
+from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.fp16_util import compute_dtype
+from guided_diffusion.image_datasets import load_dataset
+from guided_diffusion.results import ResultFolder, check_results_path, check_same_run, save_run
+from guided_diffusion.samplers import SAMPLERS, make_schedule
+from guided_diffusion.script_util import (
+    add_dict_to_argparser,
+    args_to_dict,
+    check_data_flags,
+    condition_spec,
+    create_model_and_diffusion,
+    data_defaults,
+    model_and_diffusion_defaults,
+)
+from guided_diffusion.sweep import SPADE_CACHE, Sweep, find_checkpoints, parse_interval, parse_scales
+from guided_diffusion.unet import UNetModel
+
+# What decides how a run is carried out, and not what it writes.
+HOW = "batch_size num_workers results_path num_samples spade_cache compile overwrite dry_run use_checkpoint".split()
+
+NULL_CONDITIONS = ("zeros", "keep_colour", "")
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """:return: a parser of every flag, with its default."""
+    defaults = dict(
+        use_train=False,
+        clip_denoised=True,
+        num_samples=10_000,
+        batch_size=1,
+        use_ddim=False,
+        sampler="",
+        num_steps=0,
+        model_path="",
+        results_path="",
+        s="1.0",
+        guidance_interval="",
+        guide_path="",
+        null_condition="",
+        precision="",
+        compile=False,
+        spade_cache="auto",
+        overwrite=False,
+        dry_run=False,
+    )
+    defaults = {**data_defaults(), **defaults, **ConditionSpec.flags(), **model_and_diffusion_defaults()}
+    parser = cli.FlagParser(description=__doc__)
+    add_dict_to_argparser(parser, defaults)
+    return parser
+
+
+def resolve(argv: list[str] | None) -> argparse.Namespace:
+    """
+    Read the command line over the checkpoint's own configuration, if that lies beside it.
+
+    :return: flag -> value: given by hand, else the checkpoint's, else the default.
+    :raises ValueError: where a flag given by hand contradicts the checkpoint's.
+    """
+    parser = create_argparser()
+    args = parser.parse_args(argv)
+    if not args.model_path:
+        return args
+    config = checkpoint.load_config(find_checkpoints(args.model_path)[0]) or {}
+    known = {name: config[name] for name in checkpoint.MODEL_FIELDS if name in config and name in vars(args)}
+    for name, value in known.items():
+        if type(value) is not type(parser.get_default(name)):
+            raise ValueError(f"config.json beside {args.model_path} has --{name} {value!r}: restore it or remove it")
+    colour_kept = config.get("drop_hvb_only") and config.get("use_col_map")
+    parser.set_defaults(**known, null_condition="keep_colour" if colour_kept else "zeros")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """:raises ValueError: where a flag's value is out of range, or contradicts another's."""
+    check_data_flags(vars(args))
+    for name, least in (("num_samples", 0), ("batch_size", 1), ("num_steps", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+    if args.spade_cache not in SPADE_CACHE:
+        raise ValueError(f"unknown --spade_cache {args.spade_cache}: choose one of {', '.join(SPADE_CACHE)}")
+    if args.null_condition not in NULL_CONDITIONS:
+        raise ValueError(
+            f"unknown --null_condition {args.null_condition}: choose one of {', '.join(NULL_CONDITIONS[:2])}"
+        )
+    if args.null_condition == "keep_colour" and not args.use_col_map:
+        raise ValueError("--null_condition keep_colour without --use_col_map True: there is no colour map to keep")
+    if args.sampler and args.sampler not in SAMPLERS:
+        raise ValueError(f"unknown --sampler {args.sampler}: choose one of {', '.join(SAMPLERS)}")
+    if args.use_ddim and args.sampler not in ("", "ddim"):
+        raise ValueError(f"--use_ddim True with --sampler {args.sampler}: give one of them")
+    if args.num_steps and args.timestep_respacing:
+        raise ValueError(
+            f"--num_steps {args.num_steps} with --timestep_respacing {args.timestep_respacing}: both say how many; "
+            "give one of them"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    Flags -> objects -> run.
+
+    :param argv: the command line without the program's name; sys.argv's if None.
+    """
+    args = resolve(argv)
+    check(args)
+    spec = condition_spec(vars(args))
+    model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    args.sampler = args.sampler or ("ddim" if args.use_ddim else "ddpm")
+    scales = parse_scales(args.s)
+    schedule = make_schedule(args.sampler, diffusion, args.num_steps)
+    interval = parse_interval(args.guidance_interval)
+    if args.dry_run:
+        print(json.dumps({**vars(args), "condition_channels": spec.channel_names}, indent=2))
+        return
+
+    dist_util.setup_dist()
+    if dist_util.rank():
+        logger.set_level(logger.ERROR)
+    checkpoints = find_checkpoints(args.model_path)
+    check_results_path(args.results_path, args.data_dir)
+    run = {name: value for name, value in vars(args).items() if name not in HOW}
+    if not args.overwrite:
+        check_same_run(args.results_path, run)
+    for path in [*checkpoints, *filter(None, [args.guide_path])]:
+        checkpoint.check_config(path, vars(args))
+        checkpoint.check_weights(model, path)
+    dataset = load_dataset(
+        spec=spec,
+        is_train=args.use_train,
+        image_size=args.image_size,
+        **args_to_dict(args, data_defaults().keys() - {"num_workers"}),
+    )
+    device = dist_util.dev()
+    dtype = compute_dtype(args.use_fp16, device, args.precision)
+
+    def ready(model: UNetModel) -> UNetModel:
+        model.place(device, args.compile)
+        model.eval().convert_to(dtype, weights=True)
+        return model
+
+    def load_model(path: str) -> UNetModel:
+        checkpoint.load_weights(model, path)
+        return model
+
+    ready(model)
+    guide = None
+    if args.guide_path:
+        guide, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+        checkpoint.load_weights(ready(guide), args.guide_path)
+    sweep = Sweep(
+        dataset=dataset,
+        spec=spec,
+        diffusion=diffusion,
+        checkpoints=checkpoints,
+        scales=scales,
+        results_path=args.results_path,
+        count=args.num_samples or len(dataset),
+        sampler=args.sampler,
+        schedule=schedule,
+        interval=interval,
+        keep_colour=args.null_condition == "keep_colour",
+        guide=guide,
+        **args_to_dict(args, ["seed", "batch_size", "num_workers", "clip_denoised", "spade_cache"]),
+    )
+    if not args.overwrite:
+        sweep.check_count()
+    if dist_util.rank() == 0:
+        if args.overwrite:
+            for folder in (ResultFolder(args.results_path), *sweep.folders.values()):
+                folder.remove()
+        save_run(args.results_path, run)
+    dist_util.barrier()
+    if len(schedule) == diffusion.original_num_steps > 25:
+        times = len(schedule) / 25
+        logger.log(f"{len(schedule)} steps a sample; --sampler dpmpp_2m_sde --num_steps 25 is {times:.0f} times faster")
+    sweep.run(load_model)
+    dist_util.shutdown()
+
+
+if __name__ == "__main__":
+    cli.run(main, dist_util.launched_rank, dist_util.leave)

@@ -1,0 +1,177 @@
+"""Train a semantic diffusion model: python, mpiexec -n N python or torchrun image_train.py --data_dir DATA ..."""
+
+import argparse
+import functools
+import json
+
+import torch as th
+
+from guided_diffusion import checkpoint, cli, dist_util, logger
+from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.fp16_util import compute_dtype
+from guided_diffusion.image_datasets import NucleiDataset, load_dataset, stream
+from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.script_util import (
+    add_dict_to_argparser,
+    args_to_dict,
+    check_data_flags,
+    condition_spec,
+    create_model_and_diffusion,
+    data_defaults,
+    model_and_diffusion_defaults,
+)
+from guided_diffusion.train_options import TrainOptions
+from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.validation import Validation
+
+VAL_SPLITS = ("slides", "test", "none")
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """:return: a parser of every flag, with its default."""
+    defaults = dict(
+        schedule_sampler="uniform",
+        lr=1e-4,
+        weight_decay=0.0,
+        lr_anneal_steps=0,
+        batch_size=1,
+        microbatch="-1",
+        ema_rate="0.9999",
+        drop_rate=0.0,
+        drop_hvb_only=False,
+        grad_clip=0.0,
+        log_interval=10,
+        save_interval=10_000,
+        val_interval=1000,
+        val_split="slides",
+        val_share=0.1,
+        keep_checkpoints="all",
+        preview_samples=4,
+        max_steps=0,
+        precision="",
+        compile=False,
+        resume_checkpoint="",
+        init_checkpoint="",
+        fp16_scale_growth=1e-3,
+        is_train=True,
+        dry_run=False,
+    )
+    defaults = {**data_defaults(), **defaults, **ConditionSpec.flags(), **model_and_diffusion_defaults()}
+    parser = cli.FlagParser(description=__doc__)
+    add_dict_to_argparser(parser, defaults)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """:raises ValueError: where a flag's value is out of range, or contradicts another's."""
+    check_data_flags(vars(args))
+    for name in ("shuffle_masks", "match_struct", "match_app"):
+        if getattr(args, name):
+            raise ValueError(f"--{name} True pairs images with the masks of others, which is for image_sample.py only")
+    if args.val_split not in VAL_SPLITS:
+        raise ValueError(f"unknown --val_split {args.val_split}: choose one of {', '.join(VAL_SPLITS)}")
+    if not 0 < args.val_share < 1:
+        raise ValueError(f"--val_share {args.val_share} must lie between 0 and 1")
+    if args.resume_checkpoint and args.init_checkpoint:
+        raise ValueError("--resume_checkpoint and --init_checkpoint both say where to begin: give one of them")
+    if args.resume_checkpoint and not checkpoint.parse_step(args.resume_checkpoint):
+        raise ValueError(
+            f"--resume_checkpoint {args.resume_checkpoint} has no step in its name, as model040000.pt has: "
+            "to begin with its weights give --init_checkpoint"
+        )
+
+
+def check_last_step(options: TrainOptions, resume_checkpoint: str) -> None:
+    """:raises ValueError: where the run would have to go back."""
+    step = checkpoint.parse_step(resume_checkpoint) if resume_checkpoint else 0
+    if options.last_step is not None and options.last_step < step:
+        raise ValueError(f"--max_steps {options.last_step} is below the resumed step {step}: give more")
+
+
+def load_parts(args: argparse.Namespace, spec: ConditionSpec) -> tuple[NucleiDataset, NucleiDataset | None]:
+    """:return: what to train on, and what to validate on by --val_split, None where there is nothing. Collective."""
+    load = functools.partial(load_dataset, spec=spec, image_size=args.image_size)
+    options = args_to_dict(args, data_defaults().keys() - {"num_workers"})
+    held = dict(is_train=args.is_train, val_share=args.val_share)
+    if args.val_split != "slides":
+        seen = load(is_train=args.is_train, **options)
+        return seen, load(is_train=False, **{**options, "augment": False}) if args.val_split == "test" else None
+    seen = load(part="train", **held, **options)
+    held_out = load(part="held_out", **held, **{**options, "augment": False})
+    if not len(held_out):
+        logger.warn("fewer than three slides: none is held out, so there is no validation, best checkpoint or preview")
+    return seen, held_out if len(held_out) else None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    Flags -> objects -> run.
+
+    :param argv: the command line without the program's name; sys.argv's if None.
+    """
+    args = create_argparser().parse_args(argv)
+    check(args)
+    spec = condition_spec(vars(args))
+    options = TrainOptions(**args_to_dict(args, TrainOptions.__dataclass_fields__))
+    th.manual_seed(args.seed)  # the initial weights; all later draws have generators of their own
+    model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion.num_timesteps)
+    check_last_step(options, args.resume_checkpoint)
+    config = {**vars(args), "condition_channels": spec.channel_names}
+    if args.dry_run:
+        print(json.dumps(config, indent=2))
+        return
+
+    dist_util.setup_dist()
+    if dist_util.rank():
+        logger.set_level(logger.ERROR)
+    dtype = compute_dtype(args.use_fp16, dist_util.dev(), args.precision)
+    for path in filter(None, (args.resume_checkpoint, args.init_checkpoint)):
+        checkpoint.check_config(path, vars(args))
+    if logger.environment_dir():
+        checkpoint.check_fresh(logger.environment_dir(), vars(args))
+        # To go on, run the same command: what is there already is newer than any checkpoint to begin with.
+        args.resume_checkpoint = checkpoint.find_newest(logger.environment_dir()) or args.resume_checkpoint
+        check_last_step(options, args.resume_checkpoint)
+    model.place(dist_util.dev(), args.compile, training=True)
+    model.convert_to(dtype)
+
+    dataset, held_out = load_parts(args, spec)
+    per_step = args.batch_size * dist_util.world_size()
+    data = stream(
+        dataset,
+        args.batch_size,
+        start=checkpoint.samples_seen(args.resume_checkpoint, per_step),
+        **args_to_dict(args, ["num_workers", "seed"]),
+    )
+    loop = TrainLoop(
+        model=model,
+        diffusion=diffusion,
+        spec=spec,
+        data=data,
+        options=options,
+        schedule_sampler=schedule_sampler,
+        validation=Validation(held_out, spec, diffusion, args.batch_size, args.seed) if held_out else None,
+        resume_checkpoint=args.resume_checkpoint,
+        init_checkpoint="" if args.resume_checkpoint else args.init_checkpoint,
+        config=config,
+    )
+    rank = dist_util.rank()
+    dist_util.agree(lambda: logger.configure() if rank == 0 else None)
+    folder = dist_util.all_gather(logger.get_dir())[0]
+    if rank == 0:
+        checkpoint.save_config(folder, config)
+    else:
+        logger.configure(folder, rank=rank)
+    logger.log(f"condition: {', '.join(spec.channel_names)}; checkpoints and logs go to {logger.get_dir()}")
+    if loop.step:
+        logger.log(f"going on from {args.resume_checkpoint}")
+    loop.run_loop()
+    if rank == 0:
+        checkpoint.save_config(folder, {"images": len(dataset), **loop.result()}, checkpoint.RESULT_NAME)
+    logger.close()
+    dist_util.shutdown()
+
+
+if __name__ == "__main__":
+    cli.run(main, dist_util.launched_rank, dist_util.leave)

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# The whole road in minutes, on two cores: slides -> patches -> a small model -> labelled samples, and a picture.
+#
+#   bash scripts/demo.sh                        with toy slides, so without any download
+#   RAW=path/to/MoNuSeg bash scripts/demo.sh    with the real ones: the folder the archives were unpacked in
+#
+# From the environment, with the default: STEPS 400 (of training), DEMO_DIR (demo_output in the repository's root),
+# PYTHON (see setup.sh). All is made anew each time, in DEMO_DIR/toy or DEMO_DIR/real.
+set -euo pipefail
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+python=$root/.venv/bin/python
+raw=${RAW:-}
+steps=${STEPS:-400}
+samples=12
+sampling_steps=25
+demo=${DEMO_DIR:-$root/demo_output}
+work=$demo/toy
+if [[ -n $raw ]]; then
+    work=$demo/real
+    [[ -d $raw ]] || die "RAW=$raw is not a folder: give the one the MoNuSeg archives were unpacked in"
+fi
+[[ $steps =~ ^[1-9][0-9]*$ ]] || die "STEPS=$steps is not a number of training steps"
+
+# fresh FOLDER: make it, or empty it of what an earlier demo wrote; what is somebody else's stays.
+fresh() {
+    if [[ -e $1 && ! -e $1/.demo && -n $(ls -A "$1") ]]; then
+        die "$1 is there but not by this script: move it away, or set DEMO_DIR to another folder"
+    fi
+    mkdir -p "$1"
+    touch "$1/.demo"
+    find "$1" -mindepth 1 ! -name .demo -delete
+}
+
+# stage TEXT COMMAND...: say what comes, do it, say how long it took.
+stage=0
+stage() {
+    local began=$SECONDS
+    stage=$((stage + 1))
+    echo "[$stage/4] $1"
+    "${@:2}"
+    echo "      took $((SECONDS - began)) s"
+}
+
+# Threads that wait do so asleep: where anything else runs beside, spinning would slow training tenfold.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+
+bash "$root/scripts/setup.sh"
+for folder in patches model samples; do
+    fresh "$work/$folder"
+done
+
+if [[ -n $raw ]]; then
+    stage "taking the slides in $raw" true
+else
+    raw=$work/raw
+    fresh "$raw"
+    stage "drawing toy slides, with known nuclei" "$python" "$root/scripts/make_toy_monuseg.py" "$raw"
+fi
+
+stage "preparing patches of 64 px, reduced to 32 px" \
+    "$python" "$root/scripts/prepare_monuseg.py" "$raw" "$work/patches" --patch_size 64 --stride 64 --resize 32
+
+model_flags=(
+    --image_size 32 --num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --num_head_channels 32
+    --attention_resolutions 8 --resblock_updown True --use_scale_shift_norm True --use_fp16 True
+    --noise_schedule cosine --learn_sigma False --predict_xstart True
+    --num_classes 6 --use_hv_map True --use_col_map True
+)
+stage "training a small model for $steps steps, of about 0.6 s each on two cores" \
+    env OPENAI_LOGDIR="$work/model" OPENAI_LOG_FORMAT=log,csv \
+    "$python" "$root/image_train.py" --data_dir "$work/patches" "${model_flags[@]}" \
+    --lr 5e-4 --batch_size 16 --ema_rate 0.99 --drop_rate 0.1 --max_steps "$steps"
+
+# Structures and appearances that training has not seen, where the slides include test slides.
+use_train=True
+[[ ! -d $work/patches/MoNuSegTestData ]] || use_train=False
+stage "painting $samples patches, in $sampling_steps steps" \
+    "$python" "$root/image_sample.py" --data_dir "$work/patches" "${model_flags[@]}" \
+    --model_path "$work/model/ema_0.99_$(printf %06d "$steps").pt" --results_path "$work/samples" \
+    --use_train "$use_train" --match_struct True --s 1.5 --sampler dpmpp_2m_sde --num_steps "$sampling_steps" \
+    --num_samples "$samples" --batch_size "$samples"
+
+echo "all of it took $SECONDS s; condition, appearance and sample side by side:"
+echo "$work/samples/grid.png"

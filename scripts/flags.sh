@@ -1,0 +1,84 @@
+# shellcheck shell=bash
+# The launchers' shared flags and functions, sourced by train.sh, finetune.sh, sample_single.sh and sample.sh.
+#
+# The arrays hold the README's 128 px configuration. From the environment, with the default:
+#   IMAGE_SIZE 128, BATCH_SIZE 8 (sampling: 16), LR 1e-4, SAVE_INTERVAL 5000, MAX_STEPS 0: no end (finetune.sh: 50000),
+#   NUM_SAMPLES 1000, S 1.5 (sample_single.sh), SAMPLER dpmpp_2m_sde, NUM_STEPS 25,
+#   ITERATIONS, S_VALUES, KIND, EMA_RATE (see sample.sh);
+#   OUT OUTPUT: the folder of all training runs, OPENAI_LOGDIR $OUT/SDM-MoNuSeg: that of this one, OPENAI_LOG_FORMAT;
+#   NPROC: processes, one a GPU, or 1 where there is none; MPIEXEC "mpiexec": the launcher with its own flags, if any;
+#   PYTHON: the active virtual environment's, else that of setup.sh, else python.
+# Any other flag goes at the end of a launcher's command line, where it wins over those here.
+#
+# No launcher changes the directory, so that a relative path means what it means to the caller.
+set -euo pipefail
+
+ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+# die MESSAGE: a user's mistake ends in one line and exit code 2, as in the programs.
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# need COUNT USAGE ARGUMENT...: stop with the usage unless so many arguments come first and none of them is a flag.
+need() {
+    local count=$1 usage=$2 i
+    shift 2
+    for ((i = 1; i <= count; i++)); do
+        if [[ -z ${!i:-} || ${!i} == -* ]]; then
+            echo "usage: $usage" >&2
+            exit 2
+        fi
+    done
+}
+
+# need_file PATH WHAT: stop unless there is such a file; a URL is left to the program that reads it.
+need_file() {
+    [[ $1 == *://* || -f $1 ]] || die "$2 $1 is not a file: check the path"
+}
+
+# One process a GPU that may be used, by CUDA_VISIBLE_DEVICES if that is set; without a GPU, one.
+count_processes() {
+    local gpus
+    mapfile -t gpus < <(nvidia-smi -L 2>/dev/null | grep '^GPU ')
+    if ((${#gpus[@]})) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+    fi
+    echo "$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))"
+}
+
+if [[ -z ${PYTHON:-}${VIRTUAL_ENV:-} && -x $ROOT/.venv/bin/python ]]; then
+    PATH=$ROOT/.venv/bin:$PATH
+fi
+NPROC=${NPROC:-$(count_processes)}
+[[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC is not a number of processes"
+LAUNCH=("${PYTHON:-python}")
+if ((NPROC > 1)); then
+    read -ra mpiexec <<<"${MPIEXEC:-mpiexec}"
+    command -v "${mpiexec[0]}" >/dev/null \
+        || die "NPROC=$NPROC needs ${mpiexec[0]}: activate setup.sh's .venv, or set MPIEXEC"
+    LAUNCH=("${mpiexec[@]}" -n "$NPROC" "${LAUNCH[@]}")
+fi
+
+OUT=${OUT:-OUTPUT}
+export OPENAI_LOGDIR=${OPENAI_LOGDIR:-$OUT/SDM-MoNuSeg}
+export OPENAI_LOG_FORMAT=${OPENAI_LOG_FORMAT:-stdout,log,csv,tensorboard}
+
+MODEL_FLAGS=(
+    --image_size "${IMAGE_SIZE:-128}" --num_channels 128 --num_head_channels 32 --num_res_blocks 2
+    --attention_resolutions 32,16,8 --resblock_updown True --use_scale_shift_norm True --use_fp16 True
+    --diffusion_steps 1000 --noise_schedule cosine --learn_sigma True
+)
+# HV map, colour map and instance edges: 2 + 3 + 1 channels.
+CONDITION_FLAGS=(--num_classes 6 --class_cond False --use_hv_map True --use_col_map True --no_instance False)
+DATA_FLAGS=(--dataset_mode monuseg)
+TRAIN_FLAGS=(
+    --lr "${LR:-1e-4}" --batch_size "${BATCH_SIZE:-8}" --use_checkpoint True --save_interval "${SAVE_INTERVAL:-5000}"
+)
+# Structures come from the training set; each takes the appearance of an image with nuclei of like size and area.
+SAMPLE_FLAGS=(
+    --use_train True --shuffle_masks False --match_struct True --match_app False
+    --batch_size "${BATCH_SIZE:-16}" --num_samples "${NUM_SAMPLES:-1000}"
+    --sampler "${SAMPLER:-dpmpp_2m_sde}" --num_steps "${NUM_STEPS:-25}"
+)

@@ -1,0 +1,32 @@
+"""
+Draw a small toy data set of H&E-like slides with known nuclei, in the layout the MoNuSeg archives are published in.
+
+    python scripts/make_toy_monuseg.py OUT [--train 6] [--test 2] [--size 256] [--seed 0]
+
+scripts/prepare_monuseg.py reads it like the real thing, so everything can be tried with no download.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from guided_diffusion import cli
+from guided_diffusion.histology import toy
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the toy archives")
+    parser.add_argument("--train", type=int, default=6, help="training slides (default 6)")
+    parser.add_argument("--test", type=int, default=2, help="test slides (default 2)")
+    parser.add_argument("--size", type=int, default=256, help="side of a slide in px (default 256)")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal files (default 0)")
+    args = parser.parse_args(argv)
+    toy.write_toy_monuseg(args.out, args.train, args.test, args.size, args.seed)
+    print(f"{args.out}: drew {args.train} training and {args.test} test slides of {args.size} x {args.size} px")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,187 @@
+"""
+Cut the raw MoNuSeg archives into the patches that training reads.
+
+    python scripts/prepare_monuseg.py RAW OUT [--patch_size 128] [--stride 128] [--mode valid|mirror] [--resize N]
+
+RAW is the folder the archives were unpacked in: `Tissue Images` (or `images`) beside `Annotations` (or `inst_masks`
+where there is no XML), or .tif and .xml side by side, at most three folders deep and in any mixture.
+OUT becomes {MoNuSegTrainingData,MoNuSegTestData}/{images,bin_masks,inst_masks}/STEM_###.png|tif. All input is checked
+before anything is written. Running it again writes the same bytes; nothing it did not write is touched.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from guided_diffusion import cli
+from guided_diffusion.histology import annotations, patches
+from guided_diffusion.histology.annotations import MANIFEST, TEST_SPLIT, TRAIN_SPLIT, Slide
+
+Counts = dict[str, dict[str, int]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    if args.workers < 1:
+        raise ValueError(f"--workers is {args.workers}; give at least 1")
+    if args.resize is not None and args.resize < 1:
+        raise ValueError(f"--resize is {args.resize}; give a side of at least 1 px, or leave it out")
+    patches.mirror_margins(args.patch_size, args.stride, args.mode)
+    slides = annotations.find_slides(args.raw)
+    check_out(args.raw, args.out, slides)
+    settings = {name: getattr(args, name) for name in ("patch_size", "stride", "mode", "resize")}
+    check_manifest(args.out, settings)
+
+    check = partial(count_patches, patch_size=args.patch_size, stride=args.stride, mode=args.mode)
+    counts: Counts = {TRAIN_SPLIT: {}, TEST_SPLIT: {}}
+    checks = each(check, slides, args.workers)
+    for slide, count in zip(slides, tqdm(checks, "checking", len(slides), leave=False, disable=None)):
+        counts[slide.split][slide.stem] = count
+    check_recorded_slides(args.out, counts)
+
+    make_folders(args.out, counts)
+    # The manifest goes first, so that what an interrupted run leaves is not taken for a finished set of other settings.
+    write_manifest(args.out, settings, counts, complete=False)
+    write = partial(write_patches, out=args.out, **settings)
+    for _ in tqdm(each(write, slides, args.workers), "slides", len(slides), mininterval=1):
+        pass
+    write_manifest(args.out, settings, counts, complete=True)
+    summary = "; ".join(f"{split}: {len(c)} slides, {sum(c.values())} patches" for split, c in counts.items())
+    print(f"{args.out}: {summary}")
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("raw", metavar="RAW", type=Path, help="folder of the unpacked archives")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="folder for the patches; the reference would name it patches_valid_inst_128x128_128x128 "
+        "(patches_MODE_inst_SIZExSIZE_STRIDExSTRIDE)",
+    )
+    parser.add_argument("--patch_size", type=int, default=128, help="side of a patch in px (default 128)")
+    parser.add_argument("--stride", type=int, default=128, help="distance between patches in px (default 128)")
+    parser.add_argument("--mode", default="valid", help="valid (default), or mirror: pads by reflection first")
+    parser.add_argument(
+        "--resize", type=int, metavar="N", help="resize patches to N px (images bicubic, masks nearest)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    return parser
+
+
+def each(task: Callable[[Slide], int], slides: list[Slide], workers: int) -> Iterator[int]:
+    """`task` of every slide, in order, over `workers` processes; the first error ends it."""
+    if workers == 1 or len(slides) == 1:
+        yield from map(task, slides)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(slides)), mp_context=context) as pool:
+        try:
+            yield from pool.map(task, slides)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def count_patches(slide: Slide, patch_size: int, stride: int, mode: str) -> int:
+    """Read a slide for no other purpose than to meet all its errors; its number of patches."""
+    image, _ = annotations.read_slide(slide)
+    try:
+        return patches.patch_count(*image.shape[:2], patch_size, stride, mode)
+    except ValueError as error:
+        raise ValueError(f"{slide.image}: {error}") from error
+
+
+def write_patches(slide: Slide, out: Path, patch_size: int, stride: int, mode: str, resize: int | None) -> int:
+    """Write all patches of a slide; their number."""
+    index = -1
+    for index, (image, inst_map) in enumerate(
+        patches.extract_patches(*annotations.read_slide(slide), patch_size, stride, mode)
+    ):
+        patches.save_patch(patches.patch_files(out / slide.split, slide.stem, index), image, inst_map, resize)
+    return index + 1
+
+
+def check_out(raw: Path, out: Path, slides: Iterable[Slide]) -> None:
+    """Refuse an OUT that is a file, or where patches would lie among the raw data."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"OUT: {out} is a file; give a folder")
+    if out.resolve() == raw.resolve():
+        raise ValueError(f"OUT: {out} is RAW itself; choose another folder")
+    splits = [(out / split).resolve() for split in (TRAIN_SPLIT, TEST_SPLIT)]
+    targets = [out.resolve(), *(split / name for split in splits for name in patches.SUFFIXES)]
+    read_from = {path.parent.resolve() for slide in slides for path in (slide.image, slide.annotation)}
+    within = any(not read_from.isdisjoint((target, *target.parents)) for target in targets)
+    if within or any(slide.folder.resolve() in splits for slide in slides):
+        raise ValueError(f"OUT: patches in {out} would lie among the raw data; choose another folder")
+
+
+def read_manifest(out: Path) -> dict | None:
+    path = out / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return {"settings": dict(manifest["settings"]), "patches": {k: dict(v) for k, v in manifest["patches"].items()}}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not readable; choose another OUT or delete this one") from error
+
+
+def check_manifest(out: Path, settings: dict) -> None:
+    """Refuse to mix patches of two settings in one folder."""
+    manifest = read_manifest(out)
+    if manifest is None:
+        return
+    for name, value in settings.items():
+        before = manifest["settings"].get(name)
+        if before != value:
+            raise ValueError(
+                f"--{name} is {value}, but {out} was prepared with {before}; choose another OUT or delete it"
+            )
+
+
+def check_recorded_slides(out: Path, counts: Counts) -> None:
+    """Refuse to leave behind patches of an earlier run, or to overwrite patches of somebody else."""
+    manifest = read_manifest(out) or {"patches": {}}
+    for split, stems in counts.items():
+        for stem in stems.keys() - manifest["patches"].get(split, {}).keys():
+            for index in range(stems[stem]):
+                for path in patches.patch_files(out / split, stem, index).values():
+                    if os.path.lexists(path):
+                        raise ValueError(f"{path} is there but not by this command; choose another OUT or delete it")
+    for split, stems in manifest["patches"].items():
+        for stem, before in stems.items():
+            now = counts.get(split, {}).get(stem, 0)
+            if now != before:
+                raise ValueError(
+                    f"{out} holds {before} patches of slide {stem} in {split}, this run would make {now}; "
+                    f"choose another OUT or delete it"
+                )
+
+
+def make_folders(out: Path, counts: Counts) -> None:
+    for split, stems in counts.items():
+        for name in patches.SUFFIXES if stems else ():
+            (out / split / name).mkdir(parents=True, exist_ok=True)
+
+
+def write_manifest(out: Path, settings: dict, counts: Counts, complete: bool) -> None:
+    content = {"settings": settings, "complete": complete, "patches": counts}
+    aside = out / f".{MANIFEST}.{os.getpid()}.part"
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, out / MANIFEST)
+
+
+if __name__ == "__main__":
+    cli.run(main)

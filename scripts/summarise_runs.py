@@ -1,0 +1,40 @@
+"""Sum training runs up in a table: python scripts/summarise_runs.py OUT.csv NAME=FOLDER [NAME=FOLDER ...]"""
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from guided_diffusion import cli
+
+FIELDS = ("cluster", "images", "steps", "best_val_loss", "path")
+
+
+def row(name: str, folder: str) -> dict[str, object]:
+    """:return: FIELDS of one run, from the result.json that image_train.py leaves at its end."""
+    path = Path(folder) / "result.json"
+    try:
+        result = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: that run has not come to its end; run it again") from None
+    best = result["best"].get("val_loss", "")
+    return dict(zip(FIELDS, (name, result["images"], result["step"], best, result["checkpoint"])))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the table, whole or not at all."""
+    out, *runs = sys.argv[1:] if argv is None else argv
+    rows = [row(*run.split("=", 1)) for run in runs]
+    aside = f"{out}.part"
+    with open(aside, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(aside, out)
+
+
+if __name__ == "__main__":
+    cli.run(main)

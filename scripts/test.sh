@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Run the tests, all or those asked for, in the .venv that setup.sh makes.
+#
+#   bash scripts/test.sh [arguments of pytest ...]
+#
+# Paths are the repository's: tests/test_unet.py.
+set -euo pipefail
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+bash "$root/scripts/setup.sh"
+cd -- "$root"
+export PATH=$root/.venv/bin:$PATH
+exec .venv/bin/python -m pytest "$@"

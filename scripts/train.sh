@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Pretrain on a whole data set.
+#
+#   bash scripts/train.sh DATA [flags of image_train.py ...]
+#
+# DATA holds MoNuSegTrainingData. Checkpoints and logs go to OPENAI_LOGDIR. flags.sh lists what the environment sets.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
+
+need 1 "bash scripts/train.sh DATA [flags of image_train.py ...]" "$@"
+data=$1
+shift
+
+exec "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "$data" "${DATA_FLAGS[@]}" \
+    "${MODEL_FLAGS[@]}" "${CONDITION_FLAGS[@]}" "${TRAIN_FLAGS[@]}" --max_steps "${MAX_STEPS:-0}" "$@"

@@ -1,0 +1,110 @@
+"""What several test modules share: where the development data lies, if it is there."""
+
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from PIL import Image
+
+# Small tensors gain nothing from a second thread, and lose much where something else runs beside.
+th.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip("the reference's numbers are not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def name_seeded(golden):
+    spec = importlib.util.spec_from_file_location("name_seeded", golden / "name_seeded.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def monuseg() -> Path:
+    folder = SHARED / "data" / "monuseg"
+    if not folder.is_dir():
+        pytest.skip("MoNuSeg is not on this machine")
+    return folder
+
+
+def draw_patch(seed: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """A noisy pink image and an instance map of some discs, ids with gaps."""
+    rng = np.random.default_rng(seed)
+    inst = np.zeros((size, size), np.int32)
+    rows, cols = np.mgrid[:size, :size]
+    for i in range(4):
+        r, c = rng.integers(0, size, 2)
+        inst[(rows - r) ** 2 + (cols - c) ** 2 <= int(rng.integers(9, 30))] = 10 * i + int(rng.integers(1, 9))
+    base = np.where(inst[..., None] > 0, (90, 60, 130), (220, 160, 200)) + rng.integers(-20, 20, 3)
+    image = np.clip(base + rng.normal(0, 8, (size, size, 3)), 0, 255).astype(np.uint8)
+    return image, inst
+
+
+def write_patches(folder: Path, count: int = 8, size: int = 32, bin_masks: bool = True, first: int = 0) -> Path:
+    """Fill a MoNuSeg-layout split folder with drawn patches; :return: the folder."""
+    for name in ("images", "inst_masks", *(["bin_masks"] if bin_masks else [])):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for k in range(first, first + count):
+        image, inst = draw_patch(k, size)
+        Image.fromarray(image).save(folder / "images" / f"slide-{k // 4}_{k % 4:03d}.png")
+        Image.fromarray(inst).save(folder / "inst_masks" / f"slide-{k // 4}_{k % 4:03d}.tif")
+        if bin_masks:
+            mask = (inst > 0).astype(np.uint8) * 255
+            Image.fromarray(mask).save(folder / "bin_masks" / f"slide-{k // 4}_{k % 4:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    """A MoNuSeg-layout data set: 8 training and 4 test patches of 32 px."""
+    write_patches(tmp_path / "data" / "MoNuSegTrainingData")
+    write_patches(tmp_path / "data" / "MoNuSegTestData", count=4, first=100)
+    return tmp_path / "data"
+
+
+# The smallest model with every kind of layer: two levels, attention, SPADE, resampling inside residual blocks.
+TINY = (
+    "--image_size 16 --num_channels 32 --channel_mult 1,1 --num_res_blocks 1 --attention_resolutions 8 "
+    "--num_head_channels 16 --resblock_updown True --learn_sigma True --noise_schedule cosine "
+    "--num_classes 6 --use_hv_map True --use_col_map True --num_workers 0"
+).split()
+
+
+@pytest.fixture
+def logdir(tmp_path, monkeypatch) -> Path:
+    """Where a training run of this test writes; it is not made yet."""
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "log"))
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "log,csv")
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """:return: a function that makes a folder on a disk of so many KiB; skips where nothing may be mounted."""
+    mounted = []
+
+    def mount(kib):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("nothing may be mounted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -1,0 +1,94 @@
+"""DESIGN's table of ranks, held as data: a module imports only modules of a lower rank."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "guided_diffusion"
+
+RANKS = {
+    "cli": 0,
+    "logger": 0,
+    "nn": 0,
+    "losses": 0,
+    "resample": 0,
+    "dist_util": 0,
+    "hv_maps": 0,
+    "image_files": 0,
+    "image_transforms": 0,
+    "data_util": 0,
+    "guidance": 0,
+    "results": 0,
+    "signals": 0,
+    "train_options": 0,
+    "conditioning": 1,
+    "meters": 1,
+    "fp16_util": 1,
+    "spade": 1,
+    "gaussian_diffusion": 1,
+    "checkpoint": 1,
+    "image_datasets": 2,
+    "unet": 2,
+    "respace": 2,
+    "samplers": 2,
+    "script_util": 3,
+    "saver": 2,
+    "sweep": 3,
+    "validation": 3,
+    "train_util": 4,
+    "histology.annotations": 0,
+    "histology.patches": 0,
+    "histology.toy": 0,
+}
+
+
+def module_files() -> dict[str, Path]:
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
+
+
+def imports(path: Path, name: str) -> set[str]:
+    """The project's modules that a file imports, by their names in RANKS."""
+    package = ["guided_diffusion", *name.split(".")[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            targets = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {target.removeprefix("guided_diffusion.") for target in targets}
+    return found & set(RANKS)
+
+
+def test_every_module_has_a_rank():
+    assert set(module_files()) == set(RANKS)
+
+
+@pytest.mark.parametrize("name", sorted(RANKS))
+def test_imports_go_down(name):
+    for imported in imports(module_files()[name], name):
+        assert RANKS[imported] < RANKS[name], f"{name} imports {imported}"
+        assert imported.startswith("histology") == name.startswith("histology"), f"{name} imports {imported}"
+
+
+def test_the_check_sees_imports():
+    assert imports(PACKAGE / "unet.py", "unet") == {"nn", "fp16_util", "spade"}
+    assert "logger" in imports(PACKAGE / "train_util.py", "train_util")
+
+
+def test_library_code_does_not_print():
+    for name, path in module_files().items():
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        printed = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
+        assert not printed or name == "logger", f"{name} prints"
+
+
+@pytest.mark.parametrize("script", ["image_train.py", "image_sample.py"])
+def test_entry_scripts_stay_short(script):
+    assert len((ROOT / script).read_text().splitlines()) < 200

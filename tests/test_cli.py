@@ -1,0 +1,42 @@
+"""A mistake is one line and exit code 2; a bug keeps its traceback."""
+
+import pytest
+
+from guided_diffusion import cli
+
+
+def fail(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("error", [ValueError("--x 1\n is wrong"), FileNotFoundError("gone"), ImportError("pip it")])
+def test_one_line_and_exit_code(capsys, error):
+    left = []
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail(error), leave=lambda: left.append(True))
+    assert stop.value.code == 2 and left == [True]
+    out, err = capsys.readouterr()
+    assert out == "" and err == f"error: {' '.join(str(error).split())}\n"
+
+
+def test_other_ranks_are_silent(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail(ValueError("x")), rank=lambda: 1)
+    assert stop.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        cli.run(fail(ZeroDivisionError()))
+    monkeypatch.setenv("SDM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="x"):
+        cli.run(fail(ValueError("x")))
+
+
+def test_a_rank_that_is_alone_with_its_mistake_tells_it(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail(ValueError("x")), rank=lambda: 1, leave=lambda: False)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: x\n"

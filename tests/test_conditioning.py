@@ -1,0 +1,230 @@
+"""The condition's layout, its parts and its pictures."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch as th
+
+from guided_diffusion.conditioning import ConditionSpec, as_signed, instance_edges, shuffled_order
+from guided_diffusion.hv_maps import gen_instance_hv_map
+
+README = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
+
+
+def example(size=16, channels=3, seed=0):
+    """An image, a class map and an instance map with two touching nuclei and one alone."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (size, size, channels), dtype=np.uint8)
+    inst = np.zeros((size, size), np.int32)
+    inst[2:8, 2:8] = 300
+    inst[2:8, 8:13] = 7
+    inst[10:16, 4:11] = 12
+    return image, (inst > 0).astype(np.uint8) * 255, inst
+
+
+def decoded(spec, image, class_map, inst, rng, preserve=False):
+    """A batch of one: what encode and decode make of [H x W (x C)] arrays."""
+    parts = {name: np.empty(shape, dtype) for name, (shape, dtype) in spec.room(len(inst)).items()}
+    spec.encode(image.transpose(2, 0, 1), class_map, inst, rng, preserve, out=parts)
+    return spec.decode({name: th.from_numpy(part)[None] for name, part in parts.items()})
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ({"num_classes": 2}, "mask edge"),
+        ({"num_classes": 1, "no_instance": True}, "mask"),
+        ({"num_classes": 3, "use_hv_map": True}, "hv_x hv_y edge"),
+        ({"num_classes": 6, "use_hv_map": True, "use_col_map": True}, "hv_x hv_y colour_r colour_g colour_b edge"),
+        ({"num_classes": 3, "use_col_map": True, "in_channels": 1}, "mask colour edge"),
+        ({"num_classes": 3, "class_cond": True}, "class_0 class_1 class_2 edge"),
+        ({"num_classes": 2, "class_cond": True, "no_instance": True}, "class_0 class_1"),
+        (
+            {"num_classes": 2, "class_cond": True, "use_col_map": True},
+            "class_0 class_1 edge colour_r colour_g colour_b",
+        ),
+    ],
+)
+def test_layout(flags, names):
+    assert " ".join(ConditionSpec(**flags).channel_names) == names
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_classes": 5, "use_hv_map": True, "use_col_map": True}, "hv_x, hv_y, colour_r.*--num_classes 6"),
+        ({"num_classes": 6, "use_hv_map": True, "use_col_map": True, "no_instance": True}, "--num_classes 5"),
+        ({"num_classes": 3, "use_hv_map": True, "class_cond": True}, "--class_cond True with --use_hv_map True"),
+        ({"num_classes": 3, "in_channels": 2}, "--in_channels 2"),
+        ({"num_classes": 0, "class_cond": True}, "--num_classes 0"),
+    ],
+)
+def test_contradictions_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        ConditionSpec(**flags)
+
+
+def test_assembled_in_the_reference_order():
+    image, class_map, inst = example()
+    y = README.assemble(decoded(README, image, class_map, inst, np.random.default_rng(3)))
+    assert y.shape == (1, 6, 16, 16) and y.dtype == th.float32
+    np.testing.assert_array_equal(y[0, :2].permute(1, 2, 0), gen_instance_hv_map(inst))
+    colours = ((y[0, 2:5] + 1) * 127.5).round().to(th.uint8).permute(1, 2, 0).reshape(-1, 3).numpy()
+    assert sorted(map(tuple, colours)) == sorted(map(tuple, image.reshape(-1, 3)))
+    np.testing.assert_array_equal(y[:, 5:], instance_edges(th.from_numpy(inst)[None, None]))
+
+
+def test_mask_is_zero_one_whatever_is_stored():
+    image, class_map, inst = example()
+    spec = ConditionSpec(num_classes=2)
+    for stored in (class_map, class_map // 255):
+        y = spec.assemble(decoded(spec, image, stored, inst, np.random.default_rng(0)))
+        np.testing.assert_array_equal(y[0, 0], inst > 0)
+
+
+def test_one_hot_classes_then_edge_then_colour():
+    image, _, inst = example()
+    classes = np.where(inst == 7, 2, (inst > 0).astype(int)).astype(np.uint8)
+    spec = ConditionSpec(class_cond=True, num_classes=3, use_col_map=True)
+    y = spec.assemble(decoded(spec, image, classes, inst, np.random.default_rng(0)))
+    for k in range(3):
+        np.testing.assert_array_equal(y[0, k], classes == k)
+    np.testing.assert_array_equal(y[0, 3], instance_edges(th.from_numpy(inst)[None, None])[0, 0])
+    assert y.shape[1] == 7
+
+
+def test_class_out_of_range():
+    spec = ConditionSpec(class_cond=True, num_classes=3)
+    spec.check_classes(np.array([[0, 2]]), "m.png")
+    with pytest.raises(ValueError, match=r"m\.png: class id 3 .*--num_classes 3"):
+        spec.check_classes(np.array([[0, 3]]), "m.png")
+
+
+def test_edges_by_brute_force():
+    inst = np.random.default_rng(1).integers(0, 3, (9, 11))
+    expected = np.zeros(inst.shape)
+    for r, c in itertools.product(range(9), range(11)):
+        for dr, dc in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+            if 0 <= r + dr < 9 and 0 <= c + dc < 11 and inst[r, c] != inst[r + dr, c + dc]:
+                expected[r, c] = 1
+    np.testing.assert_array_equal(instance_edges(th.from_numpy(inst)[None, None])[0, 0], expected)
+    assert expected.min() == 0 and expected.max() == 1
+
+
+def test_colours_keep_to_their_side():
+    _, class_map, _ = example()
+    mask = class_map > 0
+    order = shuffled_order(mask.shape, mask, np.random.default_rng(0))
+    for side in (mask, ~mask):
+        np.testing.assert_array_equal(np.sort(order[side.ravel()]), np.flatnonzero(side))
+    assert (order != np.arange(mask.size)).any()
+    free = shuffled_order(mask.shape, None, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.sort(free), np.arange(mask.size))
+    assert not mask.ravel()[free[mask.ravel()]].all()
+
+
+def test_shuffle_depends_on_the_generator_alone():
+    first, second, other = (shuffled_order((16, 16), None, np.random.default_rng(seed)) for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first, second)
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_colour_map_is_the_image_in_that_order(preserve, channels):
+    image, class_map, inst = example(channels=channels)
+    spec = ConditionSpec(use_col_map=True, num_classes=2 + channels, in_channels=channels)
+    cond = decoded(spec, image, class_map, inst, np.random.default_rng(4), preserve)
+    order = shuffled_order(inst.shape, class_map != 0 if preserve else None, np.random.default_rng(4))
+    shuffled = image.reshape(-1, channels)[order].reshape(image.shape)
+    np.testing.assert_array_equal(cond["col_map"][0], shuffled.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
+
+
+def test_a_known_hv_map_is_taken():
+    image, class_map, inst = example()
+    parts = {name: np.empty(shape, dtype) for name, (shape, dtype) in README.room(16).items()}
+    known = np.full((2, 16, 16), 0.25, np.float32)
+    README.encode(image.transpose(2, 0, 1), class_map, inst, np.random.default_rng(0), hv_map=known, out=parts)
+    np.testing.assert_array_equal(parts["hv_map"], known)
+
+
+def test_decoded_parts():
+    """Types, values, and memory of their own: the parts' may be used again."""
+    image, _, inst = example()
+    classes = np.where(inst == 7, 2, (inst > 0).astype(int)).astype(np.uint8)
+    spec = ConditionSpec(class_cond=True, num_classes=3, use_col_map=True)
+    parts = {name: np.empty((1, *shape), dtype) for name, (shape, dtype) in spec.room(16).items()}
+    out = {name: part[0] for name, part in parts.items()}
+    spec.encode(image.transpose(2, 0, 1), classes, inst, np.random.default_rng(0), out=out)
+    cond = spec.decode({name: th.from_numpy(part) for name, part in parts.items()})
+    for part in parts.values():
+        part.fill(0)
+    for name, (shape, dtype, values) in {
+        "label": ((1, 1, 16, 16), th.int64, classes),
+        "label_ori": ((1, 16, 16), th.int64, classes),
+        "instance": ((1, 1, 16, 16), th.int32, inst),
+    }.items():
+        assert cond[name].shape == shape and cond[name].dtype == dtype, name
+        np.testing.assert_array_equal(cond[name].reshape(16, 16), values)
+    assert cond["col_map"].dtype == th.float32 and len(cond["col_map"].unique()) > 100
+
+
+def test_every_grey_level():
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(as_signed(levels), levels.astype(np.float32) / 127.5 - 1)
+
+
+def test_drop():
+    y = th.rand(3, 6, 4, 4) + 1
+    dropped = th.tensor([True, False, True])
+    out = README.drop(y, dropped)
+    assert (out[dropped] == 0).all() and (out[1] == y[1]).all()
+    kept_colour = README.drop(y, dropped, drop_hvb_only=True)
+    assert (kept_colour[:, 2:5] == y[:, 2:5]).all()
+    assert (kept_colour[dropped][:, [0, 1, 5]] == 0).all() and (kept_colour[1] == y[1]).all()
+
+
+def test_null_is_what_drop_gives():
+    y = th.rand(3, 6, 4, 4) + 1
+    everything = th.ones(3, dtype=th.bool)
+    assert th.equal(README.null(y).expand_as(y), README.drop(y, everything)) and len(README.null(y)) == 1
+    assert th.equal(README.null(y, keep_colour=True), README.drop(y, everything, drop_hvb_only=True))
+
+
+def test_split_is_the_inverse_of_assemble():
+    y = th.rand(2, 6, 4, 4)
+    parts = README.split(y)
+    assert {part: values.shape[1] for part, values in parts.items()} == {"structure": 2, "colour": 3, "edge": 1}
+    assert (th.cat([parts["structure"], parts["colour"], parts["edge"]], dim=1) == y).all()
+
+
+def test_no_nucleus_at_all():
+    image, _, _ = example()
+    empty = np.zeros((16, 16), np.int32)
+    y = README.assemble(decoded(README, image, empty, empty, np.random.default_rng(0), True))
+    assert (y[:, [0, 1, 5]] == 0).all()
+    README.render(y)
+
+
+@pytest.mark.parametrize(
+    ("flags", "panels"),
+    [
+        ({"num_classes": 6, "use_hv_map": True, "use_col_map": True}, 4),
+        ({"num_classes": 2}, 2),
+        ({"num_classes": 3, "use_col_map": True, "in_channels": 1}, 3),
+        ({"num_classes": 3, "class_cond": True}, 2),
+    ],
+)
+def test_render(flags, panels):
+    spec = ConditionSpec(**flags)
+    image, class_map, inst = example(channels=spec.in_channels)
+    class_map = class_map // 255 if spec.class_cond else class_map
+    y = spec.assemble(decoded(spec, image, class_map, inst, np.random.default_rng(0)))
+    (picture,) = spec.render(y)
+    assert picture.shape == (16, 16 * panels, 3) and picture.dtype == np.uint8
+    if not spec.class_cond:
+        edge = instance_edges(th.from_numpy(inst)[None, None])[0, 0].numpy() * 255
+        np.testing.assert_array_equal(picture[:, -16:, 0], edge)
+    if spec.use_hv_map:
+        assert tuple(picture[0, 0]) == (124, 255, 121)

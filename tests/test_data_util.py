@@ -1,0 +1,228 @@
+"""Shape properties, matching and subsampling against numbers of the reference and brute force."""
+
+import itertools
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from guided_diffusion import data_util
+from guided_diffusion.data_util import (
+    area_properties,
+    match_app,
+    match_scores,
+    match_struct,
+    shape_properties,
+    shuffled,
+    stain_descriptor,
+    subsample_indices,
+)
+
+FIXTURE = Path(__file__).parent / "fixtures" / "match_struct.npz"
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "match_struct.npz"
+SOURCES = [path for path in (FIXTURE, GOLDEN) if path.exists()]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.parent.name)
+def test_properties_equal_the_reference(path):
+    with np.load(path) as arrays:
+        masks, props = arrays["masks"], arrays["props"]
+    np.testing.assert_allclose([shape_properties(mask) for mask in masks], props, rtol=1e-12)
+    assert np.array_equal([area_properties(mask) for mask in masks], props[:, 1:])
+
+
+def test_areas_go_by_id_whatever_the_type():
+    mask = np.zeros((10, 10), np.int64)
+    mask[0, :3] = 4
+    mask[5, :3] = 4  # another part of the same nucleus
+    mask[8, :2] = 60000
+    for dtype in (np.uint16, np.int32, np.int64):
+        assert area_properties(mask.astype(dtype)) == (8, 4.0)
+    assert area_properties(np.where(mask == 4, 1 << 40, mask)) == (8, 4.0)
+    assert area_properties(np.zeros((3, 3), np.uint8)) == (0, 0.0)
+    assert shape_properties(np.zeros((3, 3), np.uint8)) == (1.0, 0, 0.0)
+
+
+@pytest.mark.parametrize(("mask", "message"), [(np.ones((2, 2)), "integers"), (np.full((2, 2), -1), "negative")])
+def test_bad_masks(mask, message):
+    for function in (area_properties, shape_properties):
+        with pytest.raises(ValueError, match=message):
+            function(mask)
+
+
+def hull_area(mask):
+    """Pixel centres that lie in some triangle of edge mid-points (Caratheodory), in exact arithmetic."""
+    centres = 2 * np.argwhere(mask)
+    corners = np.unique(np.concatenate([centres + step for step in ((0, 1), (0, -1), (1, 0), (-1, 0))]), axis=0)
+    points = 2 * np.argwhere(np.ones(mask.shape))
+
+    def side(a, b):  # [triangles x points]
+        ab, ap = b - a, points[None] - a[:, None]
+        return np.sign(ab[:, None, 0] * ap[..., 1] - ab[:, None, 1] * ap[..., 0])
+
+    a, b, c = np.array(list(itertools.combinations(corners, 3))).transpose(1, 0, 2)
+    solid = (b - a)[:, 0] * (c - a)[:, 1] != (b - a)[:, 1] * (c - a)[:, 0]
+    sides = np.stack([side(a, b), side(b, c), side(c, a)])[:, solid]
+    return int(((sides >= 0).all(axis=0) | (sides <= 0).all(axis=0)).any(axis=0).sum())
+
+
+def test_solidity_by_brute_force():
+    rng = np.random.default_rng(0)
+    for size in (1, 1, 2, 3, 3, 4, 5, 6, 7, 8):
+        mask = np.zeros((5, 6), np.int32)
+        mask.reshape(-1)[rng.choice(30, size, replace=False)] = 3
+        expected = Fraction(size, hull_area(mask > 0))
+        assert shape_properties(mask) == (float(expected), size, float(size))
+
+
+def test_solidity_is_weighted_by_area():
+    mask = np.zeros((20, 20), np.int32)
+    mask[2:6, 2:6] = 1  # convex: solidity 1
+    mask[10:14, 2], mask[13, 2:6] = 2, 2  # an L of 7 px; the hull adds its diagonal and what lies below: 10 px
+    solidity, total, median = shape_properties(mask)
+    assert (total, median) == (23, 11.5)
+    assert solidity == pytest.approx((16 + 7 * 7 / 10) / 23)
+
+
+def reference_scores(properties, i):
+    """The score as the definition has it, one query at a time."""
+    score = 0
+    for values in properties.T:
+        d = np.abs(values - values[i])
+        d = np.clip(d, None, np.quantile(d, 0.85))
+        spread = d.max() - d.min()
+        score = score + 0.5 * (d - d.min()) / (spread if spread > 1e-14 else 1)
+    return 1 - np.clip(score, 0, 1)
+
+
+def test_scores_by_brute_force():
+    rng = np.random.default_rng(0)
+    properties = np.stack([rng.integers(0, 4000, 50), rng.integers(0, 400, 50) / 2], axis=1)
+    properties[:10] = 0
+    scores = match_scores(properties, np.arange(50))
+    assert scores.shape == (50, 50)
+    np.testing.assert_allclose(scores, [reference_scores(properties, i) for i in range(50)], atol=1e-14)
+    assert (np.diag(scores) == 1).all()
+    assert np.array_equal(match_scores(properties, np.array([7, 3])), scores[[7, 3]])
+    assert (match_scores(np.ones((5, 2)), np.arange(5)) == 1).all()
+
+
+def nearest(distance, i, k=19):
+    order = sorted((d, j) for j, d in enumerate(distance) if j != i)
+    return [j for _, j in order[:k]]
+
+
+def test_match_struct_draws_from_the_nearest_others():
+    rng = np.random.default_rng(1)
+    total, median = rng.integers(0, 40, (2, 60))  # coarse: many ties
+    properties = np.stack([median, total], axis=1)
+    distance = -match_scores(properties, np.arange(60))
+    seen = [set() for _ in range(60)]
+    for seed in range(200):
+        for i, j in enumerate(match_struct(total, median, seed)):
+            seen[i].add(int(j))
+    for i in range(60):
+        assert seen[i] <= set(nearest(distance[i], i))
+        assert len(seen[i]) > 15
+
+
+def test_match_struct_is_a_function_of_the_seed(monkeypatch):
+    total, median = np.random.default_rng(2).integers(0, 40, (2, 60))
+    state = np.random.get_state()[1].copy()
+    chosen = match_struct(total, median, 5)
+    assert chosen.dtype == np.int64
+    assert np.array_equal(chosen, match_struct(list(total), list(median), 5))
+    assert not np.array_equal(chosen, match_struct(total, median, 6))
+    monkeypatch.setattr(data_util, "_CHUNK_ELEMENTS", 60 * 7)
+    assert np.array_equal(chosen, match_struct(total, median, 5))
+    assert np.array_equal(np.random.get_state()[1], state)
+
+
+def test_many_empty_masks():
+    total = np.array([0] * 25 + [500, 900, 100, 300, 700])
+    for seed in range(20):
+        chosen = match_struct(total, total / 10, seed)
+        assert (chosen != np.arange(30)).all()
+        assert (chosen[:25] < 20).all()  # 24 ties at a distance of 0: the first 19 others
+
+
+def test_few_masks():
+    assert match_struct([3, 4], [1, 1], 0).tolist() == [1, 0]
+    chosen = np.array([match_struct([1, 2, 3], [1, 2, 3], seed) for seed in range(30)])
+    assert all(set(chosen[:, i]) == {0, 1, 2} - {i} for i in range(3))
+    for n in (0, 1):
+        with pytest.raises(ValueError, match=rf"--match_struct has {n} image.*at least 2"):
+            match_struct(np.ones(n), np.ones(n), 0)
+        with pytest.raises(ValueError, match=rf"--match_app has {n} image.*at least 2"):
+            match_app(np.ones((n, 21)), 0)
+
+
+def test_stain_descriptor():
+    flat = np.broadcast_to(np.uint8([255, 127, 0]), (4, 5, 3))
+    expected = np.zeros((3, 7))
+    expected[1:] = np.log10([[2], [256]])
+    expected[:, 1] = 0
+    np.testing.assert_allclose(stain_descriptor(flat).reshape(3, 7), expected, atol=1e-6)
+
+    image = np.random.default_rng(0).integers(0, 256, (31, 33, 3), dtype=np.uint8)
+    density = -np.log10((image.reshape(-1, 3) + 1.0) / 256)
+    quantiles = np.quantile(density, [0.05, 0.25, 0.5, 0.75, 0.95], axis=0, method="inverted_cdf")
+    expected = np.concatenate([[density.mean(axis=0), density.std(axis=0)], quantiles]).T.ravel()
+    described = stain_descriptor(image)
+    assert described.dtype == np.float32
+    np.testing.assert_allclose(described, expected, rtol=1e-5)
+    pixels = np.random.default_rng(1).permutation(image.reshape(-1, 3)).reshape(33, 31, 3)
+    assert np.array_equal(stain_descriptor(pixels), described)  # colours, not places
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3))])
+def test_bad_images(image):
+    with pytest.raises(ValueError, match="uint8"):
+        stain_descriptor(image)
+
+
+def test_match_app_finds_the_same_stain():
+    rng = np.random.default_rng(0)
+    stains = rng.uniform(60, 220, (3, 3))
+    images = [np.clip(stains[i % 3] + rng.normal(0, 20, (32, 32, 3)), 0, 255).astype(np.uint8) for i in range(75)]
+    descriptors = np.stack([stain_descriptor(image) for image in images])
+    z = (descriptors - descriptors.mean(axis=0, dtype=np.float64)) / descriptors.std(axis=0, dtype=np.float64)
+    for seed in range(20):
+        chosen = match_app(descriptors, seed)
+        assert chosen.dtype == np.int64
+        assert (chosen % 3 == np.arange(75) % 3).all()
+        for i, j in enumerate(chosen):
+            assert j in nearest(np.sqrt(((z - z[i]) ** 2).sum(axis=1)), i)
+
+
+def test_match_app_with_equal_images():
+    for seed in range(20):
+        chosen = match_app(np.full((50, 21), 0.3, np.float32), seed)
+        assert (chosen != np.arange(50)).all()
+        assert chosen.max() <= 19
+
+
+def test_2400_masks_in_seconds():
+    rng = np.random.default_rng(0)
+    masks = rng.integers(0, 60, (24, 16, 16)).repeat(8, axis=1).repeat(8, axis=2).astype(np.int32)
+    start = time.perf_counter()
+    total, median = np.array([area_properties(masks[i % 24]) for i in range(2400)]).T
+    match_struct(total, median, 0)
+    assert time.perf_counter() - start < 20
+
+
+def test_shuffles_are_the_legacy_generators():
+    state = np.random.get_state()[1].copy()
+    assert shuffled(10).tolist() == [8, 1, 5, 0, 7, 2, 9, 4, 3, 6]  # np.random.seed(42); np.random.permutation(10)
+    assert shuffled(10).dtype == np.int64
+    assert subsample_indices(10, 0.35).tolist() == [8, 1, 5]
+    assert subsample_indices(10, 1.0).tolist() == shuffled(10).tolist()
+    assert np.array_equal(np.random.get_state()[1], state)
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.5, 25, float("nan"), 0.05])
+def test_bad_subsample(fraction):
+    with pytest.raises(ValueError, match=rf"--subsample {fraction}"):
+        subsample_indices(10, fraction)

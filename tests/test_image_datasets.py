@@ -1,0 +1,393 @@
+"""Pairing, reading, and the order of the data."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch as th
+from conftest import draw_patch, write_patches
+from PIL import Image
+from scipy import ndimage
+
+from guided_diffusion import image_datasets
+from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.hv_maps import gen_instance_hv_map
+from guided_diffusion.image_datasets import (
+    StreamSampler,
+    load_data,
+    load_dataset,
+    stream,
+)
+
+SPEC = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
+TRAIN = "MoNuSegTrainingData"
+
+
+def dataset(data_dir, **options):
+    defaults = dict(data_dir=str(data_dir), dataset_mode="monuseg", image_size=32, spec=SPEC)
+    return load_dataset(**{**defaults, **options})
+
+
+def batches(data_dir, count, **options):
+    defaults = dict(data_dir=str(data_dir), dataset_mode="monuseg", image_size=32, spec=SPEC, batch_size=4)
+    return list(itertools.islice(load_data(**{**defaults, **options}), count))
+
+
+# ---- what comes out ----
+
+
+def test_batches(data_dir):
+    (x, cond), _ = batches(data_dir, 2, deterministic=True)
+    assert x.shape == (4, 3, 32, 32) and x.dtype == th.float32
+    assert x.min() >= -1 and x.max() <= 1
+    image, inst = draw_patch(0)
+    np.testing.assert_allclose(x[0].permute(1, 2, 0), image / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(cond["instance"][0, 0], inst)
+    np.testing.assert_array_equal(cond["label_ori"][0], (inst > 0) * 255)
+    assert cond["label"].shape == (4, 2, 32, 32)
+    assert cond["path"][0].endswith("images/slide-0_000.png") and cond["path"] == cond["structure_path"]
+    assert SPEC.assemble(cond).shape == (4, 6, 32, 32)
+
+
+def test_test_split(data_dir):
+    assert len(dataset(data_dir, is_train=False)) == 4
+
+
+def test_without_bin_masks_they_come_from_the_instances(tmp_path):
+    write_patches(tmp_path / "with" / TRAIN)
+    write_patches(tmp_path / "without" / TRAIN, bin_masks=False)
+    with_masks, without = (batches(tmp_path / name, 1, deterministic=True)[0] for name in ("with", "without"))
+    for name in ("label", "instance", "label_ori", "col_map"):
+        assert th.equal(with_masks[1][name], without[1][name]), name
+
+
+def test_dsb2018_instances_are_connected_parts(tmp_path):
+    folder = tmp_path / "train"
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    image, inst = draw_patch(0)
+    mask = (inst > 0).astype(np.uint8) * 255
+    Image.fromarray(image).save(folder / "images" / "a.png")
+    Image.fromarray(mask).save(folder / "masks" / "a.png")
+    sample = dataset(tmp_path, dataset_mode="dsb2018").read(0)
+    np.testing.assert_array_equal(sample.inst_map, ndimage.label(mask)[0])
+    np.testing.assert_array_equal(sample.class_map, mask)
+
+
+def test_class_cond_reads_ids(data_dir):
+    for path in (data_dir / TRAIN / "bin_masks").iterdir():
+        Image.fromarray(np.asarray(Image.open(path)) // 255 * 2).save(path)
+    spec = ConditionSpec(class_cond=True, num_classes=3)
+    (_, cond), *_ = batches(data_dir, 1, spec=spec)
+    assert cond["label"].dtype == th.int64 and set(cond["label"].unique().tolist()) == {0, 2}
+    with pytest.raises(ValueError, match="class id 2 is out of range for --num_classes 2"):
+        dataset(data_dir, spec=ConditionSpec(class_cond=True, num_classes=2))
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+@pytest.mark.parametrize("appearance", [0, 3])
+def test_samples_by_definition(data_dir, preserve, appearance):
+    """Bit by bit, in the first epoch and where the HV map is kept."""
+    own = dataset(data_dir, seed=5, preserve_nuclei_col=preserve)
+    own.appearance[0] = appearance
+    (source, _), (_, inst) = draw_patch(appearance), draw_patch(0)
+    for epoch in range(3):
+        x, cond = own[epoch, 0]
+        rng = np.random.default_rng([5, epoch, 0])
+        flat, order = source.reshape(-1, 3), np.arange(32 * 32)
+        for side in ((inst > 0).ravel(), (inst == 0).ravel()) if preserve else ():
+            order[side] = rng.permutation(np.flatnonzero(side))
+        order = order if preserve else rng.permutation(32 * 32)
+        for values, pixels in ((x, flat), (cond["col_map"], flat[order])):
+            expected = pixels.reshape(32, 32, 3).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+            np.testing.assert_array_equal(values, expected)
+        np.testing.assert_array_equal(cond["label"].permute(1, 2, 0), gen_instance_hv_map(inst))
+        assert type(cond["index"]) is int and type(cond["path"]) is type(cond["structure_path"]) is str
+
+
+# ---- what is kept in memory ----
+
+
+def count_hv_maps(monkeypatch):
+    made = []
+    hv_planes = image_datasets.hv_planes
+    monkeypatch.setattr(image_datasets, "hv_planes", lambda inst: made.append(inst) or hv_planes(inst))
+    return made
+
+
+def test_an_hv_map_is_made_once(data_dir, monkeypatch):
+    made = count_hv_maps(monkeypatch)
+    own = dataset(data_dir, shuffle_masks=True)
+    list(itertools.islice(stream(own, 4), 10))
+    assert len(made) == 8
+    stream(own, 4, num_workers=2)
+    assert len(made) == 8
+
+
+def test_hv_maps_are_there_before_several_workers_are(data_dir, monkeypatch):
+    made = count_hv_maps(monkeypatch)
+    stream(dataset(data_dir), 4, num_workers=1)
+    stream(dataset(data_dir, augment=True), 4, num_workers=2)
+    assert not made
+    stream(dataset(data_dir), 4, num_workers=2)
+    assert len(made) == 8
+
+
+@pytest.mark.parametrize("held", [0, 3, 8, 9, 11, 16])
+def test_memory_is_bounded(data_dir, monkeypatch, held):
+    """A 32 px sample takes 8192 bytes, and so does its HV map; files come first."""
+    expected = batches(data_dir, 5)
+    monkeypatch.setattr(image_datasets, "CACHE_BYTES", 8192 * held + 100)
+    made = count_hv_maps(monkeypatch)
+    own = dataset(data_dir)
+    own.prepare()
+    assert len(own._hv_maps) == max(0, held - 8) and len(made) <= len(own._hv_maps) + 1
+    for batch, other in zip(expected, stream(own, 4)):
+        assert_same(batch, other)
+    assert own._cached_bytes == 8192 * held
+
+
+# ---- cropping and augmenting ----
+
+
+def test_larger_images_are_cropped_centrally(tmp_path):
+    write_patches(tmp_path / TRAIN, count=1, size=47)
+    x, cond = dataset(tmp_path)[0, 0]
+    image, inst = draw_patch(0, 47)
+    np.testing.assert_array_equal(cond["instance"][0], inst[7:39, 7:39])
+    np.testing.assert_allclose(x.permute(1, 2, 0), image[7:39, 7:39] / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [32, 100])
+def test_augmented_samples_stay_together(tmp_path, size):
+    write_patches(tmp_path / TRAIN, count=2, size=size)
+    augmented = dataset(tmp_path, augment=True)
+    seen = set()
+    for epoch in range(20):
+        x, cond = augmented[epoch, 0]
+        inst = cond["instance"][0].numpy()
+        np.testing.assert_array_equal(cond["label_ori"].numpy() > 0, inst > 0)
+        # The HV map is made after the turn: it is that of the map that is given out.
+        np.testing.assert_array_equal(cond["label"].permute(1, 2, 0), gen_instance_hv_map(inst))
+        dark = x.mean(dim=0).numpy() < 0.1  # nuclei are dark; background is light
+        assert (dark == (inst > 0)).mean() > 0.95
+        seen.add(inst.tobytes())
+    assert len(seen) >= 7
+
+
+def test_samples_are_functions_of_seed_epoch_index(data_dir):
+    def values(seed, key):
+        return dataset(data_dir, augment=True, seed=seed)[key]
+
+    (x, cond), (again, cond_again) = values(1, (2, 3)), values(1, (2, 3))
+    assert th.equal(x, again) and th.equal(cond["col_map"], cond_again["col_map"])
+    for other in (values(2, (2, 3)), values(1, (3, 3))):
+        assert not th.equal(cond["col_map"], other[1]["col_map"])
+
+
+# ---- structure and appearance ----
+
+
+@pytest.mark.parametrize("option", ["shuffle_masks", "match_struct", "match_app"])
+def test_appearance_of_another_item(data_dir, option):
+    matched = dataset(data_dir, **{option: True})
+    own = dataset(data_dir)
+    assert (matched.appearance != np.arange(8)).any()
+    for index in range(8):
+        source = int(matched.appearance[index])
+        x, cond = matched[0, index]
+        assert th.equal(x, own[0, source][0])
+        assert th.equal(cond["instance"], own[0, index][1]["instance"])
+        assert cond["path"] == own.items[source].image and cond["structure_path"] == own.items[index].image
+        colours = ((cond["col_map"] + 1) * 127.5).round().flatten(1).sort().values
+        assert th.equal(colours, ((x + 1) * 127.5).round().flatten(1).sort().values)
+    np.testing.assert_array_equal(dataset(data_dir, **{option: True}).appearance, matched.appearance)
+
+
+def test_matching_needs_a_second_image(tmp_path):
+    write_patches(tmp_path / TRAIN, count=1)
+    with pytest.raises(ValueError, match="--match_struct"):
+        dataset(tmp_path, match_struct=True)
+
+
+def test_subsample_is_the_legacy_choice(data_dir):
+    kept = dataset(data_dir, subsample=0.5)
+    chosen = np.random.RandomState(42).choice(8, 4, replace=False)
+    assert [item.stem for item in kept.items] == [dataset(data_dir).items[i].stem for i in sorted(chosen)]
+
+
+# ---- what is held out ----
+
+
+def test_held_out_slides_are_not_trained_on(tmp_path):
+    write_patches(tmp_path / TRAIN, count=16)
+    everything, training, held_out = (
+        [item.stem for item in dataset(tmp_path, val_share=0.25, seed=1, part=part).items]
+        for part in ("", "train", "held_out")
+    )
+    assert len(held_out) == 4 and len({stem[:7] for stem in held_out}) == 1
+    assert [stem for stem in everything if stem not in held_out] == training
+
+
+def test_two_slides_are_all_for_training(data_dir):
+    assert len(dataset(data_dir, val_share=0.25, part="train")) == 8
+    assert not len(dataset(data_dir, val_share=0.25, part="held_out"))
+
+
+# ---- order ----
+
+
+def keys(count, **options):
+    return list(itertools.islice(StreamSampler(7, **options), count))
+
+
+def test_each_epoch_is_its_own_permutation():
+    stream_keys = keys(21, seed=3)
+    epochs = [[index for epoch, index in stream_keys if epoch == e] for e in range(3)]
+    assert all(sorted(order) == list(range(7)) for order in epochs)
+    assert len({tuple(order) for order in epochs}) == 3
+    assert keys(21, seed=3) == stream_keys != keys(21, seed=4)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_one_stream(world_size):
+    shares = [keys(6, rank=rank, world_size=world_size, seed=1) for rank in range(world_size)]
+    merged = [share[i] for i in range(6) for share in shares]
+    assert merged == keys(6 * world_size, seed=1)
+
+
+def test_a_stream_can_begin_anywhere():
+    assert keys(10, seed=1, start=9) == keys(19, seed=1)[9:]
+
+
+def test_in_order_when_deterministic():
+    assert [index for _, index in keys(9, shuffle=False)] == [0, 1, 2, 3, 4, 5, 6, 0, 1]
+
+
+def assert_same(batch, other):
+    (x, cond), (other_x, other_cond) = batch, other
+    assert th.equal(x, other_x) and cond.keys() == other_cond.keys()
+    for name, part in cond.items():
+        assert th.equal(part, other_cond[name]) if th.is_tensor(part) else part == other_cond[name], name
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_workers_change_nothing(data_dir, augment):
+    """Not in more batches than there are rooms for in shared memory, either, all of them kept."""
+    alone, helped = (batches(data_dir, 13, num_workers=workers, augment=augment) for workers in (0, 2))
+    for batch, other in zip(alone, helped, strict=True):
+        assert_same(batch, other)
+
+
+def test_no_shared_memory(data_dir, monkeypatch):
+    def refuse(tensor):
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(th.Tensor, "share_memory_", refuse)
+    with pytest.raises(ValueError, match="--num_workers 1: .*No space left on device.*give --num_workers 0"):
+        batches(data_dir, 1, num_workers=1)
+
+
+def test_a_set_smaller_than_twice_the_batch_goes_on_for_ever(data_dir):
+    assert len(batches(data_dir, 5, batch_size=8)) == 5
+
+
+@pytest.mark.parametrize("batch_size", [0, 9])
+def test_batch_must_fit_the_shard(data_dir, batch_size):
+    with pytest.raises(ValueError, match=f"--batch_size {batch_size} .*give 1 to 8"):
+        stream(dataset(data_dir), batch_size)
+
+
+# ---- mistakes ----
+
+
+def spoil(data_dir, what):
+    folder = data_dir / TRAIN
+    image, mask, inst = (
+        folder / name for name in ("images/slide-0_001.png", "bin_masks/slide-0_001.png", "inst_masks/slide-0_001.tif")
+    )
+    if what == "no mask":
+        mask.unlink()
+    elif what == "no image":
+        image.unlink()
+    elif what == "sizes":
+        Image.fromarray(np.zeros((30, 32), np.int32)).save(inst)
+    elif what == "small":
+        Image.fromarray(np.zeros((31, 32, 3), np.uint8)).save(image)
+    elif what == "truncated":
+        image.write_bytes(image.read_bytes()[:400])
+    elif what == "text":
+        image.write_text("not an image")
+    elif what == "float":
+        Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(inst)
+    elif what == "negative":
+        Image.fromarray(np.full((32, 32), -1, np.int32)).save(inst)
+    elif what == "colour mask":
+        Image.fromarray(draw_patch(0)[0]).save(mask)
+    elif what == "deep image":
+        Image.fromarray(np.zeros((32, 32), np.uint16)).save(image)
+    elif what == "twins":
+        (folder / "images" / "slide-0_001.tif").write_bytes(b"")
+    elif what == "dangling":
+        image.unlink()
+        image.symlink_to(folder / "nowhere.png")
+    elif what == "empty":
+        for path in (folder / "images").iterdir():
+            path.unlink()
+    elif what == "no folders":
+        for name in ("bin_masks", "inst_masks"):
+            (folder / name).rename(folder / f"old_{name}")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no mask", "slide-0_001.png has no mask"),
+        ("no image", "slide-0_001.* has no image"),
+        ("sizes", "32 x 30 px.*one size"),
+        ("small", "smaller than --image_size 32"),
+        ("truncated", "slide-0_001.png cannot be decoded"),
+        ("text", "slide-0_001.png is not an image"),
+        ("float", "slide-0_001.tif holds floating-point numbers"),
+        ("negative", "slide-0_001.tif holds negative numbers"),
+        ("colour mask", "slide-0_001.png is a colour image"),
+        ("deep image", "not 8 bits"),
+        ("twins", "share a stem"),
+        ("dangling", "slide-0_001.png"),
+        ("empty", "holds no image"),
+        ("no folders", "has no inst_masks or bin_masks"),
+    ],
+)
+def test_mistakes_are_named(data_dir, what, message):
+    spoil(data_dir, what)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        dataset(data_dir)
+
+
+def test_struct_and_shuffle_contradict(data_dir):
+    with pytest.raises(ValueError, match="--match_struct True with --shuffle_masks True"):
+        dataset(data_dir, match_struct=True, shuffle_masks=True)
+
+
+def test_a_patch_with_no_nucleus(data_dir):
+    folder = data_dir / TRAIN
+    Image.fromarray(np.zeros((32, 32), np.int32)).save(folder / "inst_masks" / "slide-0_001.tif")
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / "bin_masks" / "slide-0_001.png")
+    for options in ({}, {"match_struct": True}, {"match_app": True}, {"augment": True, "preserve_nuclei_col": True}):
+        _, cond = dataset(data_dir, **options)[0, 1]
+        assert (cond["label"] == 0).all()
+
+
+# ---- real data ----
+
+
+@pytest.mark.slow
+def test_real_instance_masks(monuseg):
+    """The 17 slides with masks, as they are: whole 1000 px images, cropped at random."""
+    whole = load_dataset(
+        data_dir=str(monuseg / "masks"), dataset_mode="monuseg", image_size=128, spec=SPEC, augment=True, match_app=True
+    )
+    assert len(whole) == 17
+    for index in range(0, 17, 4):
+        x, cond = whole[0, index]
+        assert x.shape == (3, 128, 128) and cond["label"].abs().max() <= 1

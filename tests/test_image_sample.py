@@ -1,0 +1,446 @@
+"""Sampling from the command line: files, numbers, seeds, ranks, and mistakes."""
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from conftest import TINY, draw_patch
+from PIL import Image
+
+import image_sample
+from guided_diffusion import checkpoint, cli
+from guided_diffusion.results import FOLDERS
+from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    """A checkpoint of the tiny model with weights that do something."""
+    folder = tmp_path_factory.mktemp("model")
+    args = image_sample.create_argparser().parse_args(TINY)
+    model, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    generator = th.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data.add_(0.02 * th.randn(p.shape, generator=generator))
+    checkpoint.save(model.state_dict(), str(folder), "model000007.pt")
+    return str(folder / "model000007.pt")
+
+
+def flags(data_dir, model_path, out, *extra):
+    respacing = ["--timestep_respacing", "4", "--use_train", "True", "--batch_size", "3"]
+    paths = ["--data_dir", str(data_dir), "--model_path", model_path, "--results_path", str(out)]
+    return [*paths, *TINY, *respacing, *extra]
+
+
+def run(data_dir, model_path, out, *extra):
+    image_sample.main(flags(data_dir, model_path, out, *extra))
+    return out
+
+
+def pixels(out, stem):
+    return np.asarray(Image.open(out / "samples" / f"{stem}.png")).astype(int)
+
+
+def manifest(out):
+    with open(out / "manifest.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_five_folders_manifest_and_grid(data_dir, model_path, tmp_path):
+    out = run(data_dir, model_path, tmp_path / "out", "--num_samples", "0", "--s", "1.5", "--match_struct", "True")
+    rows = manifest(out)
+    assert len(rows) == 8 and [row["index"] for row in rows] == [str(k) for k in range(8)]
+    for folder in FOLDERS:
+        assert sorted(path.stem for path in (out / folder).iterdir()) == sorted(row["stem"] for row in rows)
+    assert (out / "grid.png").stat().st_size > 0
+    for row in rows:
+        assert row["s"] == "1.5" and row["steps"] == "4" and row["sampler"] == "ddpm" and row["seed"] == "0"
+        assert row["checkpoint"] == model_path
+        assert row["stem"].startswith(Path(row["appearance"]).stem)
+        number = Path(row["structure"]).stem
+        seed = 4 * int(number[6]) + int(number[-3:])
+        inst = draw_patch(seed)[1][8:24, 8:24]
+        np.testing.assert_array_equal(np.asarray(Image.open(out / "inst_masks" / f"{row['stem']}.tif")), inst)
+        np.testing.assert_array_equal(np.asarray(Image.open(out / "labels" / f"{row['stem']}.png")), (inst > 0) * 255)
+        appearance = np.asarray(Image.open(row["appearance"]))[8:24, 8:24]
+        np.testing.assert_array_equal(np.asarray(Image.open(out / "images" / f"{row['stem']}.png")), appearance)
+        assert Image.open(out / "cond" / f"{row['stem']}.png").size == (64, 16)
+        assert pixels(out, row["stem"]).shape == (16, 16, 3)
+    assert any(row["structure"] != row["appearance"] for row in rows)
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 11])
+def test_exactly_as_many_as_asked_for(data_dir, model_path, tmp_path, count):
+    out = run(data_dir, model_path, tmp_path / "out", "--num_samples", str(count))
+    assert len(manifest(out)) == count
+    assert all(len(list((out / folder).iterdir())) == count for folder in FOLDERS)
+
+
+@pytest.mark.parametrize("sampler", [[], ["--use_ddim", "True"]])
+def test_a_sample_depends_on_seed_and_number_alone(data_dir, model_path, tmp_path, sampler):
+    options = ["--s", "1.3", *sampler]
+    all_at_once = run(data_dir, model_path, tmp_path / "a", "--num_samples", "10", "--batch_size", "10", *options)
+    by_four = run(data_dir, model_path, tmp_path / "b", "--num_samples", "9", "--batch_size", "4", *options)
+    other = run(data_dir, model_path, tmp_path / "c", "--num_samples", "2", "--seed", "1", *options)
+    for row in manifest(by_four):
+        difference = np.abs(pixels(all_at_once, row["stem"]) - pixels(by_four, row["stem"]))
+        assert difference.max() <= 1
+    assert all(np.abs(pixels(all_at_once, r["stem"]) - pixels(other, r["stem"])).max() > 20 for r in manifest(other))
+    # The ninth sample is the first item again, with new noise.
+    first, ninth = manifest(by_four)[0], manifest(by_four)[8]
+    assert first["structure"] == ninth["structure"] and ninth["stem"] == first["stem"] + "_0"
+    assert np.abs(pixels(by_four, first["stem"]) - pixels(by_four, ninth["stem"])).max() > 20
+
+
+def test_guidance_acts(data_dir, model_path, tmp_path):
+    outs = [run(data_dir, model_path, tmp_path / s, "--num_samples", "2", "--s", s) for s in ("0.5", "1", "3")]
+    stem = manifest(outs[0])[0]["stem"]
+    assert (pixels(outs[0], stem) == pixels(outs[1], stem)).all()
+    assert (pixels(outs[1], stem) != pixels(outs[2], stem)).any()
+
+
+def test_test_split_and_empty_patches(data_dir, model_path, tmp_path):
+    for path in (data_dir / "MoNuSegTestData" / "inst_masks").iterdir():
+        Image.fromarray(np.zeros((32, 32), np.int32)).save(path)
+    out = run(data_dir, model_path, tmp_path / "out", "--use_train", "False", "--num_samples", "0")
+    rows = manifest(out)
+    assert len(rows) == 4 and all("MoNuSegTestData" in row["structure"] for row in rows)
+
+
+def test_grey_images(data_dir, tmp_path):
+    grey = ["--in_channels", "1", "--num_classes", "4"]
+    args = image_sample.create_argparser().parse_args([*TINY, *grey])
+    model, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    checkpoint.save(model.state_dict(), str(tmp_path), "model000001.pt")
+    out = run(data_dir, str(tmp_path / "model000001.pt"), tmp_path / "out", "--num_samples", "1", *grey)
+    assert pixels(out, manifest(out)[0]["stem"]).shape == (16, 16)
+
+
+def test_dry_run(data_dir, model_path, tmp_path, capsys):
+    run(data_dir, model_path, tmp_path / "out", "--dry_run", "True")
+    assert json.loads(capsys.readouterr().out)["condition_channels"][0] == "hv_x"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_write_what_one_writes(data_dir, model_path, tmp_path):
+    one = run(data_dir, model_path, tmp_path / "one", "--num_samples", "5")
+    mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable, "image_sample.py"]
+    command = [*mpiexec, *flags(data_dir, model_path, tmp_path / "two", "--num_samples", "5")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    two = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("5 samples; look at") == 1
+    assert manifest(one) == manifest(tmp_path / "two")
+    for row in manifest(one):
+        assert np.abs(pixels(one, row["stem"]) - pixels(tmp_path / "two", row["stem"])).max() <= 1
+
+
+# ---- sweeps ----
+
+
+@pytest.fixture(scope="module")
+def two_models(model_path) -> list[str]:
+    """The checkpoint, and a second one beside it."""
+    state = {key: 1.05 * value for key, value in th.load(model_path, weights_only=True).items()}
+    checkpoint.save(state, str(Path(model_path).parent), "model000008.pt")
+    return [model_path, str(Path(model_path).with_name("model000008.pt"))]
+
+
+def test_checkpoints_by_scales(data_dir, two_models, tmp_path):
+    out = run(data_dir, ",".join(two_models), tmp_path / "out", "--s", "1,1.5", "--num_samples", "4")
+    names = ["model000007_s1", "model000007_s1.5", "model000008_s1", "model000008_s1.5"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "run.json", "sweep.png"])
+    pattern = str(Path(two_models[0]).with_name("model*.pt"))
+    again = run(data_dir, pattern, tmp_path / "again", "--s", "1.5,1", "--num_samples", "4")
+    for name in names:
+        rows = manifest(out / name)
+        assert len(rows) == 4 and {row["s"] for row in rows} == {name.rpartition("_s")[2]}
+        assert all(Path(row["checkpoint"]).stem == name.rpartition("_s")[0] for row in rows)
+        assert rows == manifest(again / name)
+        alone = tmp_path / "alone" / name
+        run(data_dir, rows[0]["checkpoint"], alone, "--s", rows[0]["s"], "--num_samples", "4")
+        for row in rows:
+            assert np.abs(pixels(out / name, row["stem"]) - pixels(alone, row["stem"])).max() <= 1
+    assert np.asarray(Image.open(out / "sweep.png")).shape[1] == 8 * 16 * (4 + 1 + 4) + 7 * 6
+
+
+def snapshot(out):
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def assert_same(left, right):
+    """Equal files; samples, and pictures of them, to the grey level that a batch of another size may change."""
+    assert left.keys() == right.keys()
+    for name in left:
+        if "/samples/" in f"/{name}" or name.endswith(("grid.png", "sweep.png")):
+            a, b = (np.asarray(Image.open(io.BytesIO(files[name]))).astype(int) for files in (left, right))
+            assert np.abs(a - b).max() <= 1, name
+        else:
+            assert left[name] == right[name], name
+
+
+def test_the_same_command_goes_on(data_dir, two_models, tmp_path):
+    options = ["--s", "1,1.5", "--num_samples", "5", "--batch_size", "2"]
+    out = run(data_dir, ",".join(two_models), tmp_path / "out", *options)
+    whole = snapshot(out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("samples/*.png")}
+    (lost, *_), (cut, *_) = sorted(out.glob("model000007_s1/samples/*")), sorted(out.glob("model000008_s1.5/samples/*"))
+    lost.unlink()
+    cut.write_bytes(cut.read_bytes()[:100])
+    run(data_dir, ",".join(two_models), out, *options)
+    assert_same(snapshot(out), whole)
+    rewritten = {path for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert rewritten == {lost, cut}
+
+
+def test_paths_with_commas_and_brackets(data_dir, model_path, tmp_path):
+    for name in ("a,b", "m[1]"):
+        folder = tmp_path / name
+        folder.mkdir()
+        checkpoint.save(th.load(model_path, weights_only=True), str(folder), "m.pt")
+        assert len(manifest(run(data_dir, str(folder / "m.pt"), tmp_path / f"{name}-out", "--num_samples", "1"))) == 1
+
+
+def test_fewer_samples_than_there_are(data_dir, model_path, tmp_path):
+    out = run(data_dir, model_path, tmp_path / "out", "--num_samples", "3")
+    with pytest.raises(ValueError, match="holds 3 samples of this run, more than --num_samples 2"):
+        run(data_dir, model_path, out, "--num_samples", "2")
+    run(data_dir, model_path, out, "--num_samples", "2", "--overwrite", "True")
+    assert len(manifest(out)) == 2
+
+
+def test_more_samples_of_the_same_run(data_dir, model_path, tmp_path):
+    out = run(data_dir, model_path, tmp_path / "out", "--num_samples", "3")
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("samples/*.png")}
+    run(data_dir, model_path, out, "--num_samples", "6", "--batch_size", "4")
+    assert len(manifest(out)) == 6 and all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (["--seed", "1"], "seed"),
+        (["--s", "1.7"], "s"),
+        (["--use_ddim", "True"], "sampler"),
+        (["--match_app", "True"], "match_app"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(data_dir, model_path, tmp_path, change, name):
+    out = run(data_dir, model_path, tmp_path / "out", "--num_samples", "2")
+    before = snapshot(out)
+    with pytest.raises(ValueError, match=f"--results_path .*begun with --{name} "):
+        run(data_dir, model_path, out, "--num_samples", "2", *change)
+    assert snapshot(out) == before
+    run(data_dir, model_path, out, "--num_samples", "2", *change, "--overwrite", "True")
+    assert len(manifest(out)) == 2 and snapshot(out) != before
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(data_dir, two_models, tmp_path):
+    """SIGKILL, again and again; what is there afterwards is what an undisturbed run writes."""
+
+    def images():
+        return [path for path in (tmp_path / "out").rglob("samples/*.png") if not path.name.startswith(".")]
+
+    options = ["--s", "1,1.5", "--num_samples", "8", "--batch_size", "2"]
+    calm = run(data_dir, ",".join(two_models), tmp_path / "calm", *options)
+    command = [sys.executable, str(ROOT / "image_sample.py")]
+    command += flags(data_dir, ",".join(two_models), tmp_path / "out", *options)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    rng = np.random.default_rng(0)
+    written = 0
+    for kills in range(1, 31):
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # Alternately once another sample is there, and at any moment of the start.
+        deadline = time.monotonic() + (60 if kills % 2 else 3 * rng.random())
+        while process.poll() is None and time.monotonic() < deadline:
+            if kills % 2 and len(images()) > written:
+                time.sleep(0.02 * rng.random())
+                break
+            time.sleep(0.001)
+        if process.poll() is not None:
+            assert process.returncode == 0
+            break
+        process.kill()
+        process.wait()
+        written = len(images())
+        for path in images():
+            Image.open(path).load()
+    else:
+        subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
+    assert kills > 1
+    left = {name: data for name, data in snapshot(tmp_path / "out").items() if ".part" not in name}
+    assert_same(left, snapshot(calm))
+
+
+def test_a_full_disk_leaves_a_run_that_goes_on(data_dir, model_path, tmp_path, small_disk, capsys):
+    calm = run(data_dir, model_path, tmp_path / "calm", "--num_samples", "12")
+    disk = small_disk(140)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: run(data_dir, model_path, disk / "out", "--num_samples", "12"))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and re.fullmatch(r"error: .*No space left on device.*", error), error
+    finished = {row["stem"]: (disk / "out" / "samples" / f"{row['stem']}.png").stat() for row in manifest(disk / "out")}
+    assert 0 < len(finished) < 12
+    subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+    run(data_dir, model_path, disk / "out", "--num_samples", "12")
+    for stem, before in finished.items():
+        assert (disk / "out" / "samples" / f"{stem}.png").stat().st_mtime_ns == before.st_mtime_ns
+    assert_same(snapshot(disk / "out"), snapshot(calm))
+
+
+@pytest.mark.slow
+def test_compile_without_a_compiler(data_dir, model_path, tmp_path):
+    command = [sys.executable, str(ROOT / "image_sample.py"), "--compile", "True"]
+    command += flags(data_dir, model_path, tmp_path / "out")
+    env = {**os.environ, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(r"error: --compile True needs a working C\+\+ compiler .*: leave it out", last), result.stderr
+
+
+def test_the_checkpoint_brings_its_flags(data_dir, model_path, tmp_path):
+    args = image_sample.create_argparser().parse_args(TINY)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = str(folder / "model000007.pt")
+    checkpoint.save(th.load(model_path, weights_only=True), str(folder), "model000007.pt")
+    checkpoint.save_config(str(folder), vars(args))
+    short = ["--data_dir", str(data_dir), "--use_train", "True", "--num_samples", "2", "--timestep_respacing", "4"]
+    image_sample.main([*short, "--model_path", path, "--results_path", str(tmp_path / "short")])
+    long = run(data_dir, path, tmp_path / "long", "--num_samples", "2")
+    for row in manifest(long):
+        assert np.abs(pixels(long, row["stem"]) - pixels(tmp_path / "short", row["stem"])).max() <= 1
+    with pytest.raises(ValueError, match="trained with --num_channels 32, this run has --num_channels 64"):
+        image_sample.main([*short, "--model_path", path, "--results_path", "x", "--num_channels", "64"])
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "unipc", "ddim", "ddpm"])
+def test_few_step_samplers(data_dir, model_path, tmp_path, sampler):
+    extra = ["--sampler", sampler, "--num_steps", "3", "--timestep_respacing", "", "--num_samples", "1"]
+    out = run(data_dir, model_path, tmp_path / "out", *extra)
+    (row,) = manifest(out)
+    assert row["sampler"] == sampler and row["steps"] == "3"
+
+
+def differs(a, b):
+    return any((pixels(a, row["stem"]) != pixels(b, row["stem"])).any() for row in manifest(a))
+
+
+def test_guidance_options_act(data_dir, two_models, tmp_path):
+    options = ["--num_samples", "2", "--s", "3"]
+    plain = run(data_dir, two_models[0], tmp_path / "plain", *options)
+    for name, extra in {
+        "interval": ["--guidance_interval", "0.1,2"],
+        "guide": ["--guide_path", two_models[1]],
+        "null": ["--null_condition", "keep_colour"],
+        "bf16": ["--precision", "bf16"],
+    }.items():
+        assert differs(plain, run(data_dir, two_models[0], tmp_path / name, *options, *extra)), name
+    zeros = run(data_dir, two_models[0], tmp_path / "zeros", *options, "--null_condition", "zeros")
+    assert not differs(plain, zeros)
+
+
+def test_null_condition_comes_from_training(data_dir, model_path, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    checkpoint.save(th.load(model_path, weights_only=True), str(folder), "m.pt")
+    checkpoint.save_config(str(folder), {"drop_hvb_only": True, "use_col_map": True})
+    options = ["--num_samples", "2", "--s", "3"]
+    taken = run(data_dir, str(folder / "m.pt"), tmp_path / "taken", *options)
+    given = run(data_dir, model_path, tmp_path / "given", *options, "--null_condition", "keep_colour")
+    assert not differs(taken, given)
+    won = run(data_dir, str(folder / "m.pt"), tmp_path / "won", *options, "--null_condition", "zeros")
+    assert differs(won, given)
+
+
+def test_cache_changes_nothing(data_dir, model_path, tmp_path, capsys):
+    outs = {}
+    for cache in ("on", "off", "auto"):
+        outs[cache] = run(
+            data_dir, model_path, tmp_path / cache, "--num_samples", "4", "--s", "2", "--spade_cache", cache
+        )
+    for row in manifest(outs["on"]):
+        for cache in ("off", "auto"):
+            assert np.abs(pixels(outs["on"], row["stem"]) - pixels(outs[cache], row["stem"])).max() <= 1
+
+
+# ---- mistakes ----
+
+MISTAKES = {
+    "no data": (["--data_dir", "nowhere"], "--data_dir 'nowhere'"),
+    "no model": (["--model_path", "nowhere.pt"], "nowhere.pt is not a file"),
+    "no model given": (["--model_path", ""], "--model_path is empty"),
+    "results": (["--results_path", ""], "--results_path is empty"),
+    "channels": (["--num_classes", "7"], "--num_classes 7.*6 channels"),
+    "seed": (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is out of range"),
+    "workers": (["--num_workers", "-1"], "--num_workers -1"),
+    "count": (["--num_samples", "-1"], "--num_samples -1"),
+    "batch": (["--batch_size", "0"], "--batch_size 0"),
+    "other model": (["--num_channels", "64"], "is \\[.*\\] there and"),
+    "boolean": (["--use_ddim", "maybe"], "use_ddim.*maybe"),
+    "pairing": (["--shuffle_masks", "True", "--match_struct", "True"], "--match_struct True with --shuffle_masks"),
+    "respacing": (["--timestep_respacing", "2000"], "--timestep_respacing 2000"),
+    "sampler": (["--sampler", "euler"], "--sampler euler"),
+    "steps": (["--num_steps", "1001", "--timestep_respacing", ""], "--num_steps 1001"),
+    "negative steps": (["--num_steps", "-1"], "--num_steps -1"),
+    "both lengths": (["--num_steps", "5"], "--num_steps 5 with --timestep_respacing 4"),
+    "both samplers": (["--sampler", "unipc", "--use_ddim", "True"], "--use_ddim True with --sampler unipc"),
+    "scale": (["--s", "1.5,high"], "--s 1.5,high does not parse"),
+    "scale nan": (["--s", "nan"], "--s nan does not parse"),
+    "glob": (["--model_path", "nowhere/*.pt"], r"--model_path nowhere/\*.pt matches no file"),
+    "interval": (["--guidance_interval", "5,1"], "--guidance_interval 5,1: .*the lower first"),
+    "guide": (["--guide_path", "nowhere.pt"], "nowhere.pt is not a file"),
+    "null": (["--null_condition", "mean"], "--null_condition mean"),
+    "precision": (["--precision", "fp8"], "--precision fp8"),
+    "fp16": (["--precision", "fp16"], "--precision fp16 on a CPU"),
+    "cache": (["--spade_cache", "maybe"], "--spade_cache maybe"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_give_one_line_and_write_nothing(data_dir, model_path, tmp_path, capsys, name):
+    extra, message = MISTAKES[name]
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: run(data_dir, model_path, tmp_path / "out", *extra))
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error), error
+
+
+def test_results_path_that_is_a_file(data_dir, model_path, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="--results_path .*out is a file"):
+        run(data_dir, model_path, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_results_in_the_data_are_refused(data_dir, model_path):
+    for out in (data_dir, data_dir / "MoNuSegTrainingData" / "images"):
+        with pytest.raises(ValueError, match="lies among the images of --data_dir"):
+            run(data_dir, model_path, out)
+    assert len(manifest(run(data_dir, model_path, data_dir / "results", "--num_samples", "1"))) == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_real_process(data_dir, model_path, tmp_path):
+    image = data_dir / "MoNuSegTrainingData" / "images" / "slide-0_002.png"
+    image.write_bytes(image.read_bytes()[:300])
+    command = [sys.executable, str(ROOT / "image_sample.py"), *flags(data_dir, model_path, tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch(r"error: .*slide-0_002\.png cannot be decoded .*\n", result.stderr), result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,353 @@
+"""Training from the command line: what it writes, resuming, ranks, and mistakes."""
+
+import csv
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch as th
+from conftest import TINY
+
+import image_train
+from guided_diffusion import checkpoint, cli
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ["--batch_size", "4", "--lr", "1e-4", "--log_interval", "1"]
+
+
+def train(data_dir, *flags):
+    image_train.main(["--data_dir", str(data_dir), *TINY, *TRAIN, *flags])
+
+
+def weights(path):
+    return th.load(path, weights_only=True)
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+def test_a_run_writes_checkpoints_config_and_logs(data_dir, logdir):
+    train(data_dir, "--max_steps", "3", "--save_interval", "2", "--ema_rate", "0.9,0.99", "--drop_rate", "0.3")
+    names = {path.name for path in logdir.iterdir()}
+    for step in ("000002", "000003"):
+        assert {f"model{step}.pt", f"ema_0.9_{step}.pt", f"ema_0.99_{step}.pt", f"opt{step}.pt"} <= names
+    config = json.loads((logdir / "config.json").read_text())
+    assert config["num_channels"] == 32 and config["condition_channels"][-1] == "edge"
+    model = weights(logdir / "model000003.pt")
+    assert all(value.dtype == th.float32 and value.isfinite().all() for value in model.values())
+    assert model.keys() == weights(logdir / "ema_0.9_000003.pt").keys()
+    with open(logdir / "progress.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3"] and [row["samples"] for row in rows] == ["4", "8", "12"]
+    for key in ("loss", "mse", "vb", "grad_norm"):
+        assert all(float(row[key]) >= 0 for row in rows), key
+
+
+@pytest.mark.parametrize("extra", [[], ["--augment", "True", "--schedule_sampler", "loss-second-moment"]])
+def test_resumed_equals_uninterrupted(data_dir, logdir, monkeypatch, extra):
+    flags = ["--drop_rate", "0.5", "--ema_rate", "0.9", "--lr_anneal_steps", "10", *extra]
+    train(data_dir, "--max_steps", "5", "--save_interval", "2", *flags)
+    for name in ("model000004.pt", "opt000004.pt", "ema_0.9_000004.pt"):
+        assert (logdir / name).exists()
+    monkeypatch.setenv("OPENAI_LOGDIR", str(logdir.parent / "resumed"))
+    train(data_dir, "--max_steps", "5", *flags, "--resume_checkpoint", str(logdir / "model000002.pt"))
+    for name in ("model000005.pt", "ema_0.9_000005.pt"):
+        assert largest_difference(weights(logdir / name), weights(logdir.parent / "resumed" / name)) == 0
+
+
+def test_resume_with_dropout_and_a_new_learning_rate(data_dir, logdir, monkeypatch):
+    flags = ["--dropout", "0.3", "--ema_rate", "0.9"]
+    train(data_dir, "--max_steps", "3", "--save_interval", "2", *flags)
+    resumed = [*flags, "--max_steps", "3", "--resume_checkpoint", str(logdir / "model000002.pt")]
+    for name, extra in (("same", []), ("faster", ["--lr", "1e-2"])):
+        monkeypatch.setenv("OPENAI_LOGDIR", str(logdir.parent / name))
+        train(data_dir, *resumed, *extra)
+    whole = weights(logdir / "model000003.pt")
+    assert largest_difference(whole, weights(logdir.parent / "same" / "model000003.pt")) == 0
+    assert largest_difference(whole, weights(logdir.parent / "faster" / "model000003.pt")) > 1e-3
+
+
+@pytest.mark.parametrize("spoiled", ["ema_0.9_000001.pt", "opt000001.pt"])
+def test_files_beside_the_checkpoint_must_fit(data_dir, logdir, monkeypatch, spoiled):
+    train(data_dir, "--max_steps", "1", "--ema_rate", "0.9")
+    narrow = {"a": th.zeros(1)} if spoiled.startswith("ema") else {"state": {}, "param_groups": []}
+    th.save(narrow, logdir / spoiled)
+    monkeypatch.setenv("OPENAI_LOGDIR", str(logdir.parent / "resumed"))
+    with pytest.raises(ValueError, match=spoiled):
+        train(data_dir, "--max_steps", "2", "--ema_rate", "0.9", "--resume_checkpoint", str(logdir / "model000001.pt"))
+    assert not (logdir.parent / "resumed").exists()
+
+
+def test_another_configuration_in_the_same_folder_is_refused(data_dir, logdir):
+    train(data_dir, "--max_steps", "1")
+    with pytest.raises(ValueError, match="trained with --num_channels 32, this run has --num_channels 64"):
+        train(data_dir, "--max_steps", "1", "--num_channels", "64")
+    assert json.loads((logdir / "config.json").read_text())["num_channels"] == 32
+
+
+def test_init_checkpoint_starts_at_step_zero(data_dir, logdir, monkeypatch):
+    train(data_dir, "--max_steps", "2", "--ema_rate", "0.5")
+    monkeypatch.setenv("OPENAI_LOGDIR", str(logdir.parent / "tuned"))
+    train(data_dir, "--max_steps", "1", "--lr", "1e-12", "--init_checkpoint", str(logdir / "ema_0.5_000002.pt"))
+    tuned = weights(logdir.parent / "tuned" / "model000001.pt")
+    assert largest_difference(tuned, weights(logdir / "ema_0.5_000002.pt")) < 1e-9
+
+
+def test_microbatches_change_nothing(data_dir, logdir, monkeypatch):
+    train(data_dir, "--max_steps", "2")
+    monkeypatch.setenv("OPENAI_LOGDIR", str(logdir.parent / "micro"))
+    train(data_dir, "--max_steps", "2", "--microbatch", "2")
+    difference = largest_difference(
+        weights(logdir / "model000002.pt"), weights(logdir.parent / "micro" / "model000002.pt")
+    )
+    assert difference < 1e-5
+
+
+def test_whole_images_are_cropped_at_random(tmp_path, logdir):
+    from conftest import write_patches
+
+    write_patches(tmp_path / "big" / "MoNuSegTrainingData", count=4, size=90)
+    train(tmp_path / "big", "--max_steps", "1", "--augment", "True")
+    assert (logdir / "model000001.pt").exists()
+
+
+def test_dry_run_prints_the_configuration_and_writes_nothing(data_dir, logdir, capsys):
+    train(data_dir, "--dry_run", "True")
+    config = json.loads(capsys.readouterr().out)
+    assert config["batch_size"] == 4
+    assert config["condition_channels"] == ["hv_x", "hv_y", "colour_r", "colour_g", "colour_b", "edge"]
+    assert not logdir.exists()
+
+
+def test_fp16_on_a_cpu_is_bf16(data_dir, logdir, capsys):
+    train(data_dir, "--max_steps", "1", "--use_fp16", "True", "--use_checkpoint", "True")
+    assert capsys.readouterr().out.count("bfloat16") == 1
+    assert all(value.dtype == th.float32 for value in weights(logdir / "model000001.pt").values())
+
+
+def test_bf16_leaves_fp32_weights(data_dir, logdir, monkeypatch):
+    train(data_dir, "--max_steps", "2", "--precision", "bf16", "--ema_rate", "0.9")
+    monkeypatch.setenv("OPENAI_LOGDIR", str(logdir.parent / "fp32"))
+    train(data_dir, "--max_steps", "2", "--precision", "fp32", "--ema_rate", "0.9")
+    for name in ("model000002.pt", "ema_0.9_000002.pt"):
+        state = weights(logdir / name)
+        assert all(value.dtype == th.float32 and value.isfinite().all() for value in state.values())
+        assert 0 < largest_difference(state, weights(logdir.parent / "fp32" / name)) < 1e-3
+
+
+def test_the_newest_checkpoints_stay(data_dir, logdir):
+    train(data_dir, "--max_steps", "4", "--save_interval", "1", "--keep_checkpoints", "2", "--ema_rate", "0.9")
+    kinds = ("ema_0.9_{}", "model{}", "opt{}", "state{}")
+    expected = sorted(f"{kind.format(step)}.pt" for kind in kinds for step in ("000003", "000004"))
+    assert sorted(path.name for path in logdir.glob("*.pt")) == expected
+
+
+@pytest.mark.slow
+def test_steps_that_are_never_finite_end_the_run(data_dir, logdir, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: train(data_dir, "--lr", "1e30", "--save_interval", "20", "--max_steps", "1000"))
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    found = re.search(
+        r"(\d+) steps in a row were not finite, up to step (\d+), and the last finite loss was (\S+):", line
+    )
+    assert "lower --lr" in line and "--grad_clip 1" in line and int(found[1]) >= 50 and int(found[2]) <= 70
+    with open(logdir / "progress.csv") as file:
+        losses = [row["loss"] for row in csv.DictReader(file) if row["loss"]]
+    assert float(found[3]) == pytest.approx(float(losses[-1]), rel=1e-3)
+    assert (
+        not list(logdir.glob("model*.pt")) and not (logdir / "result.json").exists()
+    )  # nothing that is spoilt is kept
+
+
+# ---- the same command again ----
+
+
+def files(folder):
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.pt")}
+
+
+def test_the_same_command_again_does_nothing(data_dir, logdir):
+    train(data_dir, "--max_steps", "2")
+    before, rows = files(logdir), (logdir / "progress.csv").read_text()
+    result = (logdir / "result.json").read_text()
+    train(data_dir, "--max_steps", "2")
+    assert files(logdir) == before and (logdir / "progress.csv").read_text() == rows
+    assert (logdir / "result.json").read_text() == result
+    assert f"going on from {logdir / 'model000002.pt'}" in (logdir / "log.txt").read_text()
+
+
+def test_more_steps_go_on(data_dir, logdir, monkeypatch):
+    flags = ["--ema_rate", "0.9", "--drop_rate", "0.3", "--schedule_sampler", "loss-second-moment"]
+    train(data_dir, "--max_steps", "2", *flags)
+    train(data_dir, "--max_steps", "4", *flags)
+    monkeypatch.setenv("OPENAI_LOGDIR", str(logdir.parent / "calm"))
+    train(data_dir, "--max_steps", "4", *flags)
+    for name in ("model000004.pt", "ema_0.9_000004.pt"):
+        assert largest_difference(weights(logdir / name), weights(logdir.parent / "calm" / name)) == 0
+    with pytest.raises(ValueError, match="--max_steps 3 is below the resumed step 4"):
+        train(data_dir, "--max_steps", "3", *flags)
+
+
+def test_what_is_in_the_folder_is_newer_than_what_to_begin_with(data_dir, logdir, monkeypatch):
+    train(data_dir, "--max_steps", "1", "--lr", "1e-2")
+    init = ["--init_checkpoint", str(logdir / "model000001.pt")]
+    for name, steps in (("calm", "3"), ("out", "2"), ("out", "3")):
+        monkeypatch.setenv("OPENAI_LOGDIR", str(logdir.parent / name))
+        train(data_dir, "--max_steps", steps, *init)
+    calm, out = (weights(logdir.parent / name / "model000003.pt") for name in ("calm", "out"))
+    assert largest_difference(calm, out) == 0
+
+
+def test_another_batch_size_goes_on_in_the_data(data_dir, logdir, monkeypatch, capsys):
+    seen = []
+
+    def recording(*args, stream=image_train.stream, **options):
+        for batch, cond in stream(*args, **options):
+            seen.append(cond["path"])
+            yield batch, cond
+
+    monkeypatch.setattr(image_train, "stream", recording)
+    train(data_dir, "--max_steps", "3", "--batch_size", "4")
+    train(data_dir, "--max_steps", "6", "--batch_size", "2")
+    printed = capsys.readouterr().out + (logdir / "log.txt").read_text()
+    assert "going on with 1 x 2 samples a step (ranks x batch), before it were 1 x 4" in printed
+    resumed = list(itertools.chain(*seen[3:6]))
+    with open(logdir / "progress.csv") as file:
+        assert [row["samples"] for row in csv.DictReader(file)] == ["4", "8", "12", "14", "16", "18"]
+    seen.clear()
+    monkeypatch.setenv("OPENAI_LOGDIR", str(logdir.parent / "calm"))
+    train(data_dir, "--max_steps", "9", "--batch_size", "2")
+    assert list(itertools.chain(*seen[:9]))[12:18] == resumed
+
+
+# ---- several ranks ----
+
+
+def launch(command, data_dir, out, *flags):
+    env = {**os.environ, "OPENAI_LOGDIR": str(out), "OPENAI_LOG_FORMAT": "log", "OMP_NUM_THREADS": "1"}
+    command = [*command, "image_train.py", "--data_dir", str(data_dir), *TINY, "--lr", "1e-4", *flags]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+
+
+MPIEXEC = str(Path(sys.executable).with_name("mpiexec"))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [[MPIEXEC, "-n", "2", sys.executable], [*TORCHRUN, "--nproc_per_node", "2"]])
+def test_two_ranks_equal_one(data_dir, tmp_path, command):
+    flags = ["--max_steps", "5", "--drop_rate", "0.3", "--augment", "True"]
+    one = launch([sys.executable], data_dir, tmp_path / "one", "--batch_size", "8", *flags)
+    two = launch(command, data_dir, tmp_path / "two", "--batch_size", "4", *flags)
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    for name in ("model000005.pt", "ema_0.9999_000005.pt"):
+        assert largest_difference(weights(tmp_path / "one" / name), weights(tmp_path / "two" / name)) < 1e-5
+
+
+@pytest.mark.slow
+def test_three_ranks_and_one_line_of_error(data_dir, tmp_path):
+    run = launch([MPIEXEC, "-n", "3", sys.executable], data_dir, tmp_path / "out", "--batch_size", "3")
+    assert run.returncode == 2
+    assert [line for line in run.stderr.splitlines() if line.startswith("error:")] == [
+        "error: --batch_size 3 is out of range: each of 3 ranks has 2 of 8 images; give 1 to 2"
+    ]
+    assert "Traceback" not in run.stderr and not (tmp_path / "out").exists()
+    run = launch([MPIEXEC, "-n", "9", sys.executable], data_dir, tmp_path / "out")
+    assert run.returncode == 2 and "9 ranks but only 8 images" in run.stderr
+
+
+# ---- mistakes ----
+
+MISTAKES = {
+    "no folder": (["--data_dir", "nowhere"], "--data_dir 'nowhere' is not a folder"),
+    "channels": (["--num_classes", "5"], "--num_classes 5.*6 channels"),
+    "class and hv": (["--class_cond", "True"], "--class_cond True with --use_hv_map True"),
+    "mode": (["--dataset_mode", "coco"], "--dataset_mode 'coco'"),
+    "schedule": (["--noise_schedule", "sigmoid"], "--noise_schedule sigmoid"),
+    "sampler": (["--schedule_sampler", "best"], "--schedule_sampler best"),
+    "size": (["--image_size", "17", "--attention_resolutions", "17"], "--image_size 17 does not divide by 2"),
+    "image too small": (["--image_size", "64", "--attention_resolutions", "32"], "smaller than --image_size 64"),
+    "batch": (["--batch_size", "9"], "--batch_size 9"),
+    "boolean": (["--use_hv_map", "perhaps"], "use_hv_map.*'perhaps' is neither True nor False"),
+    "number": (["--lr", "fast"], "--lr.*'fast'"),
+    "flag": (["--no_such_flag", "1"], "--no_such_flag"),
+    "checkpoint": (["--resume_checkpoint", "nowhere/model000001.pt"], "nowhere/model000001.pt is not a file"),
+    "both": (
+        ["--resume_checkpoint", "model000001.pt", "--init_checkpoint", "b"],
+        "--resume_checkpoint and --init_checkpoint",
+    ),
+    "pairing": (["--match_struct", "True"], "--match_struct True pairs images with the masks of others"),
+    "no step": (["--resume_checkpoint", "weights.pt"], "weights.pt has no step in its name"),
+    "too few steps": (["--resume_checkpoint", "model000009.pt"], "--max_steps 1 is below the resumed step 9"),
+    "subsample": (["--subsample", "1.5"], "--subsample 1.5"),
+    "ema": (["--ema_rate", "1"], "--ema_rate 1"),
+    "drop": (["--drop_rate", "2"], "--drop_rate 2"),
+    "seed": (["--seed", "-1"], "--seed -1"),
+    "large seed": (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is out of range"),
+    "workers": (["--num_workers", "-1"], "--num_workers -1"),
+    "nan": (["--lr", "nan"], "--lr nan"),
+    "decay": (["--weight_decay", "-1"], "--weight_decay -1"),
+    "heads": (["--num_head_channels", "12"], "--num_head_channels 12"),
+    "respacing": (["--timestep_respacing", "ddim700"], "--timestep_respacing ddim700"),
+    "validation": (["--val_split", "best"], "--val_split best: choose one of slides, test, none"),
+    "no share": (["--val_share", "0"], "--val_share 0.0 must lie between 0 and 1"),
+    "kept": (["--keep_checkpoints", "0"], "--keep_checkpoints 0: give at least 1, or all"),
+    "precision": (["--precision", "fp8"], "--precision fp8: choose one of fp32, bf16, fp16"),
+    "fp16": (["--precision", "fp16"], "--precision fp16 on a CPU.*give bf16 or fp32"),
+    "microbatch": (["--microbatch", "few"], "--microbatch few is neither a number nor auto"),
+    "divisor": (["--microbatch", "3"], "--microbatch 3 does not divide --batch_size 4"),
+    "clip": (["--grad_clip", "-1"], "--grad_clip -1"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_give_one_line_and_write_nothing(data_dir, logdir, capsys, name):
+    flags, message = MISTAKES[name]
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: train(data_dir, "--max_steps", "1", *flags))
+    assert stop.value.code == 2 and not logdir.exists()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ")
+    assert re.search(message, error), error
+
+
+def test_other_configuration_is_named(data_dir, logdir, capsys):
+    train(data_dir, "--max_steps", "1")
+    path = str(logdir / "model000001.pt")
+    with pytest.raises(ValueError, match="trained with --num_channels 32, this run has --num_channels 64"):
+        train(data_dir, "--resume_checkpoint", path, "--num_channels", "64")
+    (logdir / "config.json").unlink()
+    with pytest.raises(ValueError, match="is .* there and .* in this configuration"):
+        train(data_dir, "--resume_checkpoint", path, "--num_channels", "64")
+
+
+def test_bad_log_format(data_dir, logdir, monkeypatch):
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "stdout,wandb")
+    with pytest.raises(ValueError, match="OPENAI_LOG_FORMAT.*'wandb'"):
+        train(data_dir, "--max_steps", "1")
+    assert not logdir.exists()
+
+
+def test_a_log_folder_that_is_a_file(data_dir, logdir, capsys):
+    logdir.write_text("not a folder")
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: train(data_dir, "--max_steps", "1"))
+    assert stop.value.code == 2 and logdir.read_text() == "not a folder"
+    assert re.search(
+        r"^error: log folder .* is a file; set OPENAI_LOGDIR to a folder\n$", capsys.readouterr().err, re.M
+    )
+
+
+def test_checkpoint_names_are_the_reference_ones(data_dir, logdir):
+    train(data_dir, "--max_steps", "1")
+    assert checkpoint.parse_step(str(logdir / "model000001.pt")) == 1
+    opt = weights(logdir / "opt000001.pt")
+    assert set(opt) == {"state", "param_groups"}

@@ -1,0 +1,546 @@
+import csv
+import functools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import TINY, write_patches
+
+import image_sample
+import image_train
+from guided_diffusion.script_util import condition_spec
+from guided_diffusion.train_options import TrainOptions
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+FIELD, END = "\x1f", "\x1e\n"
+
+# Writes down how it was called. `python -m venv DIR` also puts it there; it fails where an argument is FAIL.
+STUB = """#!/bin/sh
+{ printf '%s\\037' "$0" "$PWD" "$OPENAI_LOGDIR" "$OPENAI_LOG_FORMAT" "$@"; printf '\\036\\n'; } >>"$RECORD"
+case " $* " in *" ${FAIL:-none} "*) exit 1 ;; esac
+if [ "$1 $2" = "-m venv" ]; then
+    mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
+fi
+"""
+
+# The commands of the reference's README, with its variables filled in.
+MODEL = """
+ --attention_resolutions 32,16,8 --diffusion_steps 1000
+ --learn_sigma True --noise_schedule cosine --num_channels 128 --num_head_channels 32 --num_res_blocks 2
+ --resblock_updown True --use_fp16 True --use_scale_shift_norm True
+ --num_classes 6 --class_cond False --use_hv_map True --use_col_map True --no_instance False
+"""
+TRAIN = f"""--data_dir data --dataset_mode monuseg --image_size 128 --lr 1e-4 --batch_size 8 --use_checkpoint True
+ --save_interval 005000 {MODEL}"""
+SAMPLE = f"""--data_dir data --dataset_mode monuseg --use_train True --image_size 128
+ --shuffle_masks False --match_struct True --match_app False {MODEL} --batch_size 16 --num_samples 1000"""
+# What the launchers add to it: a few steps for the thousand.
+FEW = " --sampler dpmpp_2m_sde --num_steps 25"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a stub: the program as called, where, its two OPENAI variables, and its arguments."""
+
+    program: str
+    cwd: str
+    logdir: str
+    log_format: str
+    argv: list[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    out: list[str]
+    err: list[str]
+    calls: list[Call]
+
+    @property
+    def trainings(self) -> list[Call]:
+        return [call for call in self.calls if str(ROOT / "image_train.py") in call.argv]
+
+
+Launch = Callable[..., Run]
+
+
+@pytest.fixture
+def launch(tmp_path) -> Launch:
+    """Runs a script in tmp_path/here with stubs for python, mpiexec and nvidia-smi, and no variable of the caller's."""
+    stubs, here = tmp_path / "stubs", tmp_path / "here"
+    here.mkdir()
+    for name in ("python", "mpiexec"):
+        write_stub(stubs / name)
+    # Whatever GPUs this machine has.
+    write_stub(stubs / "nvidia-smi", "#!/bin/sh\nexit 9\n")
+
+    def run(script: str | Path, *args: str, **env: str) -> Run:
+        record = tmp_path / "record"
+        record.unlink(missing_ok=True)
+        path = f"{stubs}{os.pathsep}{os.defpath}"
+        result = subprocess.run(
+            ["bash", str(script) if "/" in str(script) else str(ROOT / "scripts" / script), *args],
+            cwd=here,
+            env={"PATH": path, "HOME": str(tmp_path), "RECORD": str(record), "PYTHON": "python", **env},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        lines = record.read_text().split(END)[:-1] if record.exists() else []
+        fields = [line.split(FIELD)[:-1] for line in lines]
+        calls = [Call(Path(f[0]).name, *f[1:4], f[4:]) for f in fields]
+        return Run(result.returncode, result.stdout.splitlines(), result.stderr.splitlines(), calls)
+
+    return run
+
+
+def write_stub(path: Path, text: str = STUB) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def make_clusters(data: Path, *labels: str) -> None:
+    for label in labels:
+        (data / label / "MoNuSegTrainingData").mkdir(parents=True)
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def value(argv: list[str], flag: str) -> str:
+    """The value of the last such flag, which is the one that argparse takes."""
+    return argv[len(argv) - argv[::-1].index(flag)]
+
+
+def assert_stopped(run: Run, *words: str) -> None:
+    assert run.code == 2
+    assert run.calls == [] and run.out == []
+    assert len(run.err) == 1
+    for word in words:
+        assert word in run.err[0]
+
+
+# ---- the flags ----
+
+
+def test_train_is_the_readme_command(launch):
+    (call,) = launch("train.sh", "data").calls
+    parser = image_train.create_argparser()
+    flags = vars(parser.parse_args(call.argv[1:]))
+    assert flags == vars(parser.parse_args(shlex.split(TRAIN)))
+    assert condition_spec(flags).channel_names == ("hv_x", "hv_y", "colour_r", "colour_g", "colour_b", "edge")
+    TrainOptions(**{name: flags[name] for name in TrainOptions.__dataclass_fields__})
+
+
+def test_finetune_is_the_readme_command(launch, tmp_path):
+    make_clusters(tmp_path / "here" / "data", "6")
+    touch(tmp_path / "here" / "model.pt")
+    (call,) = launch("finetune.sh", "data", "model.pt", "6").trainings
+    parser = image_train.create_argparser()
+    expected = parser.parse_args(
+        shlex.split(f"{TRAIN} --drop_rate .2 --data_dir data/6 --init_checkpoint model.pt --max_steps 50000")
+    )
+    assert vars(parser.parse_args(call.argv[1:])) == vars(expected)
+
+
+def test_sample_single_is_the_readme_command(launch):
+    (call,) = launch("sample_single.sh", "data", "model.pt", "out").calls
+    parser = image_sample.create_argparser()
+    expected = parser.parse_args(
+        [*shlex.split(SAMPLE + FEW), "--model_path", "model.pt", "--results_path", "out", "--s", "1.5"]
+    )
+    assert vars(parser.parse_args(call.argv[1:])) == vars(expected)
+    condition_spec(vars(expected))
+
+
+def test_the_environment_overrides_flags(launch):
+    env = dict(IMAGE_SIZE="64", BATCH_SIZE="4", LR="2e-4", SAVE_INTERVAL="7", MAX_STEPS="9", NUM_SAMPLES="3", S="1.3")
+    (train,) = launch("train.sh", "data", **env).calls
+    (sample,) = launch("sample_single.sh", "data", "m.pt", "out", **env).calls
+    flags = ("image_size", "batch_size", "lr", "save_interval", "max_steps")
+    assert [value(train.argv, f"--{flag}") for flag in flags] == ["64", "4", "2e-4", "7", "9"]
+    flags = ("image_size", "batch_size", "num_samples", "s")
+    assert [value(sample.argv, f"--{flag}") for flag in flags] == ["64", "4", "3", "1.3"]
+
+
+# ---- how the programs are started ----
+
+
+def test_train_starts_one_process_or_several(launch):
+    (alone,) = launch("train.sh", "data", "--lr", "3e-4", "--dry_run", "True").calls
+    assert alone.program == "python"
+    assert alone.argv[:3] == [str(ROOT / "image_train.py"), "--data_dir", "data"]
+    assert alone.argv[-4:] == ["--lr", "3e-4", "--dry_run", "True"]
+    (several,) = launch("train.sh", "data", "--lr", "3e-4", "--dry_run", "True", NPROC="8").calls
+    assert several.program == "mpiexec"
+    assert several.argv == ["-n", "8", "python", *alone.argv]
+    (chosen,) = launch("train.sh", "data", NPROC="2", PYTHON="other", MPIEXEC="mpiexec -v").calls
+    assert chosen.argv[:4] == ["-v", "-n", "2", "other"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [({}, 2), ({"CUDA_VISIBLE_DEVICES": "0,2,3"}, 3), ({"CUDA_VISIBLE_DEVICES": ""}, 1)]
+)
+def test_a_process_a_gpu(launch, tmp_path, visible, expected):
+    write_stub(tmp_path / "stubs" / "nvidia-smi", "#!/bin/sh\nprintf 'GPU 0: A\\n  MIG 1g\\nGPU 1: B\\n'\n")
+    (call,) = launch("train.sh", "data", **visible).calls
+    assert call.program == ("mpiexec" if expected > 1 else "python")
+    assert expected == 1 or call.argv[:2] == ["-n", str(expected)]
+
+
+def test_no_gpu_is_one_process(launch, tmp_path):
+    write_stub(tmp_path / "stubs" / "nvidia-smi", "#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
+    run = launch("train.sh", "data", CUDA_VISIBLE_DEVICES="0,1")
+    assert [call.program for call in run.calls] == ["python"] and run.err == []
+
+
+def test_log_folder_and_formats(launch):
+    (call,) = launch("train.sh", "data").calls
+    assert (call.logdir, call.log_format) == ("OUTPUT/SDM-MoNuSeg", "stdout,log,csv,tensorboard")
+    (call,) = launch("train.sh", "data", OUT="elsewhere").calls
+    assert call.logdir == "elsewhere/SDM-MoNuSeg"
+    (call,) = launch("train.sh", "data", OPENAI_LOGDIR="run 1", OPENAI_LOG_FORMAT="json").calls
+    assert (call.logdir, call.log_format) == ("run 1", "json")
+
+
+def test_paths_stay_the_callers(launch, tmp_path):
+    """Scripts are called by a relative path from a folder of the caller's; the programs run in that folder."""
+    here = tmp_path / "here"
+    link = tmp_path / "a repository"
+    link.symlink_to(ROOT)
+    run = launch(os.path.relpath(link / "scripts" / "train.sh", here), "../my data", "--resume_checkpoint", "m 1.pt")
+    (call,) = run.calls
+    assert call.cwd == str(here)
+    assert Path(call.argv[0]).is_file()
+    assert value(call.argv, "--data_dir") == "../my data"
+    assert value(call.argv, "--resume_checkpoint") == "m 1.pt"
+
+
+def test_interpreter_of_setup_unless_another_is_active(launch, tmp_path):
+    repo = tmp_path / "repo"
+    shutil.copytree(ROOT / "scripts", repo / "scripts")
+    for name in ("python", "mpiexec"):
+        write_stub(repo / ".venv" / "bin" / name, STUB.replace('"$0" "$PWD"', '"own" "$PWD"'))
+    train = repo / "scripts" / "train.sh"
+    assert [call.program for call in launch(train, "data", PYTHON="").calls] == ["own"]
+    assert [call.program for call in launch(train, "data", PYTHON="", NPROC="2").calls] == ["own"]
+    assert [call.program for call in launch(train, "data", PYTHON="", VIRTUAL_ENV="mine").calls] == ["python"]
+    assert [call.program for call in launch(train, "data", PYTHON="python").calls] == ["python"]
+
+
+@pytest.mark.parametrize(
+    ("script", "least"), [("train.sh", 1), ("finetune.sh", 2), ("sample_single.sh", 3), ("sample.sh", 3)]
+)
+def test_missing_arguments(launch, script, least):
+    for args in (["x"] * (least - 1), ["x"] * (least - 1) + ["--lr", "1", "2", "3"], [""] * least, ["--help"]):
+        assert_stopped(launch(script, *args), "usage:", script)
+
+
+def test_mistaken_environment(launch):
+    assert_stopped(launch("train.sh", "data", NPROC="two"), "NPROC=two")
+    assert_stopped(launch("train.sh", "data", NPROC="0"), "NPROC=0")
+    assert_stopped(launch("train.sh", "data", NPROC="2", MPIEXEC="no-such-launcher"), "no-such-launcher")
+
+
+# ---- fine-tuning ----
+
+
+@pytest.fixture
+def clusters(tmp_path) -> Path:
+    """A pretrained model, and clusters beside folders that are none."""
+    make_clusters(tmp_path / "here" / "data", "-1", "0", "6", "6/10ss")
+    (tmp_path / "here" / "data" / "logs").mkdir()
+    touch(tmp_path / "here" / "data" / "train.json")
+    touch(tmp_path / "here" / "model.pt")
+    return tmp_path / "here" / "data"
+
+
+def tuned(run: Run) -> list[tuple[str, str]]:
+    """(data_dir, log folder) of each training."""
+    assert run.code == 0, run.err
+    return [(value(call.argv, "--data_dir"), call.logdir) for call in run.trainings]
+
+
+def test_finetune_takes_every_cluster(launch, clusters):
+    run = launch("finetune.sh", "data/", "model.pt", "--", "--lr", "5e-5", NPROC="2")
+    assert tuned(run) == [(f"data/{label}", f"OUTPUT/SDM-MoNuSeg-clus{label}") for label in ("-1", "0", "6")]
+    assert run.out[:3] == ["cluster -1 (1 of 3)", "cluster 0 (2 of 3)", "cluster 6 (3 of 3)"]
+    assert run.out[3:] == ["summary: OUTPUT/SDM-MoNuSeg-finetune.csv"]
+    runs = [f"{label}=OUTPUT/SDM-MoNuSeg-clus{label}" for label in ("-1", "0", "6")]
+    assert run.calls[-1].argv == [str(ROOT / "scripts/summarise_runs.py"), "OUTPUT/SDM-MoNuSeg-finetune.csv", *runs]
+    for call in run.trainings:
+        assert call.argv[:4] == ["-n", "2", "python", str(ROOT / "image_train.py")]
+        assert call.argv[-2:] == ["--lr", "5e-5"]
+        assert value(call.argv, "--init_checkpoint") == "model.pt"
+
+
+def test_finetune_takes_named_clusters(launch, clusters):
+    assert tuned(launch("finetune.sh", "data", "model.pt", "-1")) == [("data/-1", "OUTPUT/SDM-MoNuSeg-clus-1")]
+    run = launch("finetune.sh", "data", "model.pt", "6", "6/10ss", "--", "--seed", "1", OPENAI_LOGDIR="a/b")
+    assert tuned(run) == [("data/6", "a/b-clus6"), ("data/6/10ss", "a/b-clus6_10ss")]
+
+
+def test_finetune_takes_a_data_dir_itself(launch, clusters):
+    assert tuned(launch("finetune.sh", "data/6", "model.pt")) == [("data/6", "OUTPUT/SDM-MoNuSeg-clus6")]
+
+
+def test_finetune_steps(launch, clusters):
+    (call,) = launch("finetune.sh", "data", "model.pt", "6", MAX_STEPS="12").trainings
+    assert value(call.argv, "--max_steps") == "12"
+
+
+def test_finetune_stops_at_a_failure(launch, clusters):
+    run = launch("finetune.sh", "data", "model.pt", FAIL="data/0")
+    assert run.code == 1 and len(run.trainings) == 2
+
+
+@pytest.mark.slow
+def test_finetune_for_real_and_once_more(tmp_path):
+    """Two clusters, from a small pretrained model; the same command again finds all done and sums up the same."""
+    data, logs = tmp_path / "data", tmp_path / "logs" / "run"
+    for i, label in enumerate(("0", "1")):
+        write_patches(data / label / "MoNuSegTrainingData", count=12 if i else 4, first=20 * i)
+    options = [
+        *TINY,
+        "--microbatch",
+        "-1",
+        "--preview_samples",
+        "0",
+        "--val_interval",
+        "2",
+        "--use_checkpoint",
+        "False",
+    ]
+    env = {**os.environ, "OPENAI_LOGDIR": str(tmp_path / "pre"), "OPENAI_LOG_FORMAT": "log", "OMP_NUM_THREADS": "1"}
+    env |= {"NPROC": "1", "PYTHON": sys.executable, "BATCH_SIZE": "2", "MAX_STEPS": "2"}
+    run = functools.partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True, text=True)
+    run(["bash", ROOT / "scripts/train.sh", data / "0", *options, "--use_fp16", "False"], env=env)
+    env |= {"OPENAI_LOGDIR": str(logs), "MAX_STEPS": "4"}
+    command = ["bash", ROOT / "scripts/finetune.sh", data, tmp_path / "pre" / "ema_0.9999_000002.pt", "--", *options]
+    run([*command, "--use_fp16", "False"], env=env)
+    with open(f"{logs}-finetune.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["cluster"], row["images"], row["steps"]) for row in rows] == [("0", "4", "4"), ("1", "8", "4")]
+    assert rows[0]["best_val_loss"] == "" and float(rows[1]["best_val_loss"]) > 0
+    assert all(Path(row["path"]).is_file() for row in rows) and Path(rows[1]["path"]).parent.name == "best"
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("logs/**/*.pt")}
+    run([*command, "--use_fp16", "False"], env=env)
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("logs/**/*.pt")}
+    with open(f"{logs}-finetune.csv") as file:
+        assert rows == list(csv.DictReader(file))
+
+
+def test_finetune_mistakes(launch, clusters):
+    assert_stopped(launch("finetune.sh", "data", "model.pt", "6", "7"), "data/7", "MoNuSegTrainingData")
+    assert_stopped(launch("finetune.sh", "nowhere", "model.pt"), "nowhere", "MoNuSegTrainingData")
+    assert_stopped(launch("finetune.sh", "data", "gone.pt"), "gone.pt")
+    assert_stopped(launch("finetune.sh", "data", "model.pt", "6", "--lr", "1"), "--lr", " -- ")
+
+
+# ---- the sweep ----
+
+
+@pytest.fixture
+def models(tmp_path) -> Path:
+    folder = tmp_path / "here" / "models"
+    for iteration in ("030000", "040000", "050000"):
+        touch(folder / f"model{iteration}.pt")
+        touch(folder / f"ema_0.9999_{iteration}.pt")
+    return folder
+
+
+def test_sweep_is_one_command(launch, models):
+    run = launch("sample.sh", "data", "models/", "out", "--use_ddim", "True")
+    (call,) = run.calls
+    assert call.argv[0] == str(ROOT / "image_sample.py") and call.argv[-2:] == ["--use_ddim", "True"]
+    iterations = ("030000", "040000", "050000")
+    assert value(call.argv, "--model_path") == ",".join(f"models/ema_0.9999_{i}.pt" for i in iterations)
+    assert value(call.argv, "--s") == "1.3,1.4,1.5,1.6" and value(call.argv, "--results_path") == "out"
+    parser = image_sample.create_argparser()
+    own = ("model_path", "results_path", "s", "use_ddim")
+    expected = {k: v for k, v in vars(parser.parse_args(shlex.split(SAMPLE + FEW))).items() if k not in own}
+    assert expected.items() <= vars(parser.parse_args(call.argv[1:])).items()
+
+
+def test_sweep_of_the_weights_themselves(launch, models):
+    env = dict(KIND="model", ITERATIONS="40000", S_VALUES="2 3", NPROC="3", SAMPLER="unipc", NUM_STEPS="9")
+    (call,) = launch("sample.sh", "data", "models", "out", **env).calls
+    assert call.argv[:3] == ["-n", "3", "python"]
+    assert value(call.argv, "--model_path") == "models/model040000.pt" and value(call.argv, "--s") == "2,3"
+    assert value(call.argv, "--sampler") == "unipc" and value(call.argv, "--num_steps") == "9"
+
+
+def test_sweep_mistakes(launch, models):
+    (models / "ema_0.9999_050000.pt").unlink()
+    assert_stopped(launch("sample.sh", "data", "models", "out"), "models/ema_0.9999_050000.pt")
+    assert_stopped(launch("sample.sh", "data", "models", "out", ITERATIONS="last"), "ITERATIONS", "last")
+    assert_stopped(launch("sample.sh", "data", "models", "out", KIND="best"), "KIND=best")
+    env = dict(KIND="ema", EMA_RATE="0.99", ITERATIONS="40000")
+    assert_stopped(launch("sample.sh", "data", "models", "out", **env), "models/ema_0.99_040000.pt")
+
+
+# ---- setup, tests, demo ----
+
+
+@pytest.fixture
+def repo(tmp_path) -> Path:
+    """A copy of the scripts, where they may make a .venv of stubs."""
+    repo = tmp_path / "a repo"
+    shutil.copytree(ROOT / "scripts", repo / "scripts")
+    (repo / "requirements.txt").write_text("torch==1\n")
+    return repo
+
+
+def setup_steps(run: Run) -> list[str]:
+    """What setup.sh did: "venv" made, requirements "pip"-installed."""
+    return [call.argv[1] for call in run.calls if call.argv[:1] == ["-m"]]
+
+
+def test_setup_installs_once(launch, repo):
+    setup = repo / "scripts" / "setup.sh"
+    run = launch(setup)
+    assert run.code == 0 and setup_steps(run) == ["venv", "pip"]
+    assert run.calls[-1].argv[-2:] == ["--requirement", str(repo / "requirements.txt")]
+    assert launch(setup).calls == [] and launch(setup).out == []
+
+
+def test_setup_installs_changed_requirements(launch, repo):
+    setup = repo / "scripts" / "setup.sh"
+    launch(setup)
+    touch(repo / ".venv" / "kept")
+    (repo / "requirements.txt").write_text("torch==2\n")
+    run = launch(setup, FAIL="pip")
+    assert run.code == 2 and setup_steps(run) == ["pip"]
+    # What was installed last is now unknown, so that going back does not count as up to date either.
+    (repo / "requirements.txt").write_text("torch==1\n")
+    assert setup_steps(launch(setup)) == ["pip"]
+    assert setup_steps(launch(setup)) == []
+    assert (repo / ".venv" / "kept").exists()
+
+
+@pytest.mark.parametrize("broken", ["venv", "pip"])
+def test_setup_repairs_what_was_interrupted(launch, repo, broken):
+    setup = repo / "scripts" / "setup.sh"
+    run = launch(setup, FAIL=broken)
+    assert run.code == 2 and len(run.err) == 1
+    half = touch(repo / ".venv" / "lib" / "half")
+    assert setup_steps(launch(setup)) == ["venv", "pip"]
+    assert not half.exists()
+    assert setup_steps(launch(setup)) == []
+
+
+def test_setup_of_somebody_elses_venv(launch, repo):
+    """It is used, and never emptied."""
+    write_stub(repo / ".venv" / "bin" / "python")
+    theirs = touch(repo / ".venv" / "lib" / "theirs")
+    setup = repo / "scripts" / "setup.sh"
+    assert setup_steps(launch(setup, FAIL="pip")) == ["pip"]
+    assert setup_steps(launch(setup)) == ["pip"]
+    assert setup_steps(launch(setup)) == []
+    assert theirs.exists()
+
+
+def test_setup_needs_a_recent_python(launch, repo):
+    run = launch(repo / "scripts" / "setup.sh", PYTHON="no-such-python")
+    assert_stopped(run, "no-such-python", "3.11")
+    assert not (repo / ".venv").exists()
+
+
+def test_tests_run_in_the_venv(launch, repo):
+    run = launch(repo / "scripts" / "test.sh", "tests/test_unet.py", "-k", "a b")
+    assert run.code == 0 and setup_steps(run) == ["venv", "pip", "pytest"]
+    assert run.calls[-1].argv == ["-m", "pytest", "tests/test_unet.py", "-k", "a b"]
+    assert run.calls[-1].cwd == str(repo)
+
+
+def program(call: Call) -> str:
+    return Path(call.argv[0]).name
+
+
+def test_demo_walks_the_whole_road(launch, repo):
+    run = launch(repo / "scripts" / "demo.sh", STEPS="30")
+    assert run.code == 0, run.err
+    made, prepared, trained, sampled = run.calls[-4:]
+    toy = str(repo / "demo_output" / "toy")
+    assert [program(call) for call in run.calls[-4:]] == [
+        "make_toy_monuseg.py",
+        "prepare_monuseg.py",
+        "image_train.py",
+        "image_sample.py",
+    ]
+    assert made.argv[1:] == [f"{toy}/raw"]
+    assert prepared.argv[1:] == shlex.split(f"'{toy}/raw' '{toy}/patches' --patch_size 64 --stride 64 --resize 32")
+    assert trained.logdir == f"{toy}/model"
+
+    flags = image_train.create_argparser().parse_args(trained.argv[1:])
+    condition_spec(vars(flags))
+    assert (flags.data_dir, flags.max_steps, flags.predict_xstart) == (f"{toy}/patches", 30, True)
+    flags = image_sample.create_argparser().parse_args(sampled.argv[1:])
+    assert (flags.model_path, flags.results_path) == (f"{toy}/model/ema_0.99_000030.pt", f"{toy}/samples")
+    assert (flags.num_samples, flags.s, flags.sampler, flags.num_steps) == (12, "1.5", "dpmpp_2m_sde", 25)
+    assert flags.match_struct
+
+    assert [line[:5] for line in run.out if line.startswith("[")] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert run.out[-1] == f"{toy}/samples/grid.png"
+
+
+def test_demo_takes_real_slides(launch, repo, tmp_path):
+    """RAW and DEMO_DIR are the caller's paths; held-out slides are used where there are any."""
+    (tmp_path / "here" / "slides").mkdir()
+    run = launch(repo / "scripts" / "demo.sh", RAW="slides", DEMO_DIR="out")
+    prepared, _, sampled = run.calls[-3:]
+    assert prepared.argv[1:3] == ["slides", "out/real/patches"]
+    assert all(program(call) != "make_toy_monuseg.py" for call in run.calls)
+    assert value(sampled.argv, "--use_train") == "True"
+    assert run.out[-1] == "out/real/samples/grid.png"
+
+    stub = repo / ".venv" / "bin" / "python"
+    stub.write_text(stub.read_text() + 'case "$1" in *prepare*) mkdir -p "$3/MoNuSegTestData" ;; esac\n')
+    run = launch(repo / "scripts" / "demo.sh", RAW="slides", DEMO_DIR="out")
+    assert value(run.calls[-1].argv, "--use_train") == "False"
+
+
+def test_demo_empties_only_what_it_made(launch, repo, tmp_path):
+    demo, toy = repo / "scripts" / "demo.sh", tmp_path / "here" / "out" / "toy"
+    beside = touch(toy / "notes.txt")
+    assert launch(demo, DEMO_DIR="out").code == 0
+    old = touch(toy / "model" / "model000400.pt")
+    assert launch(demo, DEMO_DIR="out").code == 0
+    assert beside.exists() and not old.exists()
+
+    foreign = touch(tmp_path / "here" / "mine" / "toy" / "samples" / "a.png")
+    assert_stopped(launch(demo, DEMO_DIR="mine"), "mine/toy/samples")
+    assert foreign.exists()
+
+
+def test_demo_mistakes(launch, repo):
+    demo = repo / "scripts" / "demo.sh"
+    assert_stopped(launch(demo, RAW="nowhere"), "RAW=nowhere")
+    for steps in ("0", "-3", "many"):
+        assert_stopped(launch(demo, STEPS=steps), f"STEPS={steps}")
+    assert not (repo / ".venv").exists()
+
+
+# ---- every script ----
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_script_is_sound(path):
+    text = path.read_bytes().decode()
+    assert subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True).stderr == ""
+    assert "\nset -euo pipefail\n" in text
+    assert "\r" not in text and "\t" not in text
+    assert not re.search(r"(?<![\w.}!])/(home|root|mnt|opt|usr|work|tmp)\b", text)
+    assert max(map(len, text.splitlines())) <= 120

@@ -1,0 +1,291 @@
+"""prepare_monuseg.py from end to end: what it writes, what it refuses and that refusing leaves no trace."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from guided_diffusion import cli
+from guided_diffusion.histology import annotations, patches, toy
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "prepare_monuseg.py"
+MONUSEG = ROOT / ".." / "shared" / "data" / "monuseg"
+sys.path.insert(0, str(SCRIPT.parent))
+prepare_monuseg = importlib.import_module("prepare_monuseg")
+
+SQUARE = '<A><Region><Vertex X="3" Y="3"/><Vertex X="8" Y="3"/><Vertex X="8" Y="8"/><Vertex X="3" Y="8"/></Region></A>'
+TRAIN, TEST = "MoNuSegTrainingData", "MoNuSegTestData"
+
+
+def prepare(*arguments):
+    prepare_monuseg.main([*map(str, arguments), "--workers", "1"])
+
+
+def snapshot(folder):
+    return {path.relative_to(folder).as_posix(): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """Two training slides (one of XML, one of a mask) and a test slide, 40 x 40 px."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "raw"
+    images, outlines = (
+        root / "MoNuSeg 2018 Training Data/Tissue Images",
+        root / "MoNuSeg 2018 Training Data/Annotations",
+    )
+    more, test = root / "more/MoNuSegTrainingData", root / "MoNuSegTestData"
+    for folder in (images, outlines, more / "images", more / "inst_masks", test):
+        folder.mkdir(parents=True)
+    for path in (images / "a.tif", more / "images/b.tif", test / "t.tif"):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    for path in (outlines / "a.xml", test / "t.xml"):
+        path.write_text(SQUARE)
+    Image.fromarray(rng.integers(0, 60_000, (40, 40), dtype=np.uint16)).save(more / "inst_masks/b.tif")
+    return root
+
+
+SIZE = ("--patch_size", 16, "--stride", 16)
+
+
+def test_patches_hold_the_pixels_of_their_slide(raw, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare(raw, out, *SIZE)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{out}: {TRAIN}: 2 slides, 18 patches; {TEST}: 1 slides, 9 patches"
+    ]
+    slides = annotations.find_slides(raw)
+    assert len(list(out.rglob("*.png"))) == 2 * 27 and len(list(out.rglob("*.tif"))) == 27
+    for slide in slides:
+        image, inst_map = annotations.read_slide(slide)
+        for index, (row, column) in enumerate(patches.window_positions(40, 40, 16, 16)):
+            cut = slice(row, row + 16), slice(column, column + 16)
+            files = patches.patch_files(out / slide.split, slide.stem, index)
+            arrays = {name: np.asarray(Image.open(path)) for name, path in files.items()}
+            assert np.array_equal(arrays["images"], image[cut])
+            assert arrays["inst_masks"].dtype == np.int32 and np.array_equal(arrays["inst_masks"], inst_map[cut])
+            assert np.array_equal(arrays["bin_masks"], np.where(inst_map[cut] > 0, 255, 0))
+    assert not list(out.rglob("*.part"))
+    manifest = json.loads((out / "prepare.json").read_text())
+    assert manifest["patches"] == {TRAIN: {"a": 9, "b": 9}, TEST: {"t": 9}} and manifest["complete"]
+
+
+def test_modes_and_sizes(raw, tmp_path):
+    prepare(raw, tmp_path / "m", "--patch_size", 24, "--stride", 12, "--mode", "mirror", "--resize", 8)
+    count = patches.patch_count(40, 40, 24, 12, "mirror")
+    files = sorted((tmp_path / "m" / TRAIN / "images").iterdir())
+    assert len(files) == 2 * count
+    assert Image.open(files[0]).size == (8, 8)
+
+
+def test_a_second_run_writes_the_same_bytes_and_spares_strangers(raw, tmp_path):
+    out = tmp_path / "out"
+    (out / TRAIN / "images").mkdir(parents=True)
+    (out / TRAIN / "images" / "mine.png").write_bytes(b"keep")
+    (out / "notes.txt").write_text("keep")
+    prepare(raw, out, *SIZE)
+    first = snapshot(out)
+    prepare(raw, out, *SIZE)
+    assert snapshot(out) == first
+    assert first["notes.txt"] == first[f"{TRAIN}/images/mine.png"] == b"keep"
+
+
+def test_an_interrupted_run_is_finished_by_the_next(raw, tmp_path):
+    out = tmp_path / "out"
+    prepare(raw, out, *SIZE)
+    whole = snapshot(out)
+    for path in list((out / TEST).rglob("*_00*.*"))[:5]:
+        path.unlink()
+    manifest = json.loads((out / "prepare.json").read_text())
+    (out / "prepare.json").write_text(json.dumps(manifest | {"complete": False}))
+    prepare(raw, out, *SIZE)
+    assert snapshot(out) == whole
+
+
+def test_processes_change_nothing(raw, tmp_path):
+    prepare(raw, tmp_path / "one", *SIZE)
+    prepare_monuseg.main([*map(str, (raw, tmp_path / "two", *SIZE)), "--workers", "2"])
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+
+
+def test_out_below_raw_is_not_taken_for_raw(raw):
+    prepare(raw, raw / "p16", *SIZE)
+    first = snapshot(raw / "p16")
+    prepare(raw, raw / "p16", *SIZE)
+    assert snapshot(raw / "p16") == first
+    prepare(raw, raw / "p20", "--patch_size", 20)
+    assert len(list((raw / "p20" / TRAIN / "images").iterdir())) == 8
+
+
+def test_no_test_slides_make_no_test_folder(raw, tmp_path):
+    prepare(raw / "more", tmp_path / "out", *SIZE)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [TRAIN, "prepare.json"]
+
+
+def test_toy_slides_walk_the_same_road(tmp_path):
+    toy.write_toy_monuseg(tmp_path / "raw", train=2, test=1, size=96)
+    prepare(tmp_path / "raw", tmp_path / "out", "--patch_size", 64, "--stride", 64)
+    mask = np.asarray(Image.open(tmp_path / "out" / TRAIN / "inst_masks" / "TCGA-TOY-A000-01Z-00-DX1_003.tif"))
+    assert np.array_equal(mask, toy.draw_slide([0, 0, 0], 96, 0).inst_map[32:, 32:])
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def save_mask(path, values):
+    Image.fromarray(values).save(path)
+
+
+XML = "MoNuSeg 2018 Training Data/Annotations/a.xml"
+IMAGE = "MoNuSegTestData/t.tif"
+MASK = "more/MoNuSegTrainingData/inst_masks/b.tif"
+FLAWS = {
+    "image without annotation": (lambda r: (r / XML).unlink(), "a.tif: no annotation"),
+    "annotation without image": (lambda r: (r / IMAGE).unlink(), "t.xml: no image"),
+    "mask without image": (lambda r: (r / "more/MoNuSegTrainingData/images/b.tif").unlink(), "b.tif: no image"),
+    "size mismatch": (lambda r: save_mask(r / MASK, np.ones((40, 39), np.uint8)), "39 x 40 px but its image"),
+    "truncated image": (lambda r: truncate(r / IMAGE), "t.tif: not a readable image"),
+    "empty image": (lambda r: (r / IMAGE).write_bytes(b""), "t.tif: no image format known"),
+    "text as image": (lambda r: (r / IMAGE).write_text("hello"), "t.tif: no image format known"),
+    "truncated mask": (lambda r: truncate(r / MASK), "b.tif: not a readable image"),
+    "float mask": (lambda r: save_mask(r / MASK, np.ones((40, 40), np.float32)), "b.tif: .* float32"),
+    "negative mask": (lambda r: save_mask(r / MASK, np.full((40, 40), -1, np.int32)), "b.tif: .* -1"),
+    "broken XML": (lambda r: (r / XML).write_text(SQUARE[:50]), "a.xml: not a usable Aperio XML"),
+    "XML without region": (lambda r: (r / XML).write_text("<A/>"), "a.xml: no Region"),
+    "XML with entities": (lambda r: (r / XML).write_text('<!DOCTYPE A [<!ENTITY e "x">]>' + SQUARE), "document type"),
+    "image smaller than the patch": (
+        lambda r: Image.new("RGB", (15, 40)).save(r / IMAGE),
+        "t.tif: 15 x 40 px is smaller",
+    ),
+    "one slide in both splits": (
+        lambda r: (r / "MoNuSegTestData").rename(r / "test2") and copy_a(r),
+        "are the same slide",
+    ),
+    "unknown split": (lambda r: (r / "MoNuSegTestData").rename(r / "other"), "training or test"),
+}
+
+
+def copy_a(root):
+    for suffix, source in (
+        (".tif", root / XML.replace("Annotations/a.xml", "Tissue Images/a.tif")),
+        (".xml", root / XML),
+    ):
+        (root / "test2" / f"a{suffix}").write_bytes(source.read_bytes())
+
+
+def refusal(capsys, *arguments):
+    """Runs the program as the command line would; the one line it prints."""
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: prepare(*arguments))
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_bad_input_is_one_line_and_nothing_is_written(raw, tmp_path, capsys, flaw):
+    damage, what = FLAWS[flaw]
+    damage(raw)
+    before = snapshot(tmp_path)
+    line = refusal(capsys, raw, tmp_path / "deep" / "out", *SIZE)
+    assert re.search(what, line), line
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--patch_size", 0), "--patch_size is 0"),
+        (("--stride", -1), "--stride is -1"),
+        (("--mode", "odd"), "--mode is 'odd'"),
+        (("--mode", "mirror", "--patch_size", 8, "--stride", 16), "--stride is 16"),
+        (("--resize", 0), "--resize is 0"),
+        (("--patch_size", 41), "41 px"),
+    ],
+)
+def test_bad_flags(raw, tmp_path, capsys, flags, what):
+    assert what in refusal(capsys, raw, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_folders(raw, tmp_path, capsys):
+    before = snapshot(tmp_path)
+    assert "nowhere" in refusal(capsys, tmp_path / "nowhere", tmp_path / "out")
+    assert "RAW itself" in refusal(capsys, raw, raw, *SIZE)
+    for out in (
+        raw / "MoNuSegTestData",
+        raw / "MoNuSegTestData/p",
+        raw / "more/MoNuSegTrainingData/images",
+        raw / "more",
+    ):
+        assert "among the raw data" in refusal(capsys, raw, out, *SIZE)
+    assert "is a file" in refusal(capsys, raw, raw / IMAGE, *SIZE)
+    assert snapshot(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    assert "no slides" in refusal(capsys, tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(ValueError, match="--workers is 0"):
+        prepare_monuseg.main([str(raw), str(tmp_path / "out"), "--workers", "0"])
+
+
+def test_sets_of_patches_are_not_mixed(raw, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare(raw, out, *SIZE)
+    before = snapshot(out)
+    capsys.readouterr()
+    assert "holds prepared patches" in refusal(capsys, out, tmp_path / "again", *SIZE)
+    assert "--stride is 8, but" in refusal(capsys, raw, out, "--patch_size", 16, "--stride", 8)
+    assert "--resize is 8, but" in refusal(capsys, raw, out, *SIZE, "--resize", 8)
+    assert "slide a in" in refusal(capsys, raw / "more", out, *SIZE)
+    assert snapshot(out) == before
+    (out / "prepare.json").write_text("{")
+    assert "prepare.json" in refusal(capsys, raw, out, *SIZE)
+    (out / "prepare.json").unlink()
+    assert "not by this command" in refusal(capsys, raw, out, *SIZE)
+
+
+def test_the_command_line(raw, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, SCRIPT, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    (raw / MASK).rename(tmp_path / "mask")
+    failed = run(raw, tmp_path / "out", *SIZE)
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+    (tmp_path / "mask").rename(raw / MASK)
+    truncate(raw / IMAGE)
+    failed = run(raw, tmp_path / "out", *SIZE)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "t.tif" in failed.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MONUSEG.is_dir(), reason="MoNuSeg is not here")
+def test_real_monuseg(tmp_path):
+    out = tmp_path / "out"
+    prepare_monuseg.main([str(MONUSEG), str(out), "--patch_size", "500", "--stride", "500", "--resize", "125"])
+    counts = json.loads((out / "prepare.json").read_text())["patches"]
+    assert {split: (len(c), sum(c.values())) for split, c in counts.items()} == {TRAIN: (30, 120), TEST: (14, 56)}
+    for name in patches.SUFFIXES:
+        assert len(list((out / TRAIN / name).iterdir())) == 120
+    covered = [(np.asarray(Image.open(path)) > 0).mean() for path in (out / TEST / "bin_masks").iterdir()]
+    assert 0.1 < np.mean(covered) < 0.4
+
+
+def test_a_foreign_patch_of_any_number_is_kept(tmp_path):
+    toy.write_toy_monuseg(tmp_path / "raw", train=1, test=1)
+    stem = next((tmp_path / "raw").rglob("*.tif")).stem
+    for split in ("MoNuSegTrainingData", "MoNuSegTestData"):
+        (tmp_path / "out" / split / "images").mkdir(parents=True)
+        (tmp_path / "out" / split / "images" / f"{stem}_002.png").write_text("mine")
+    with pytest.raises(ValueError, match=f"{stem}_002.png is there but not by this command"):
+        prepare_monuseg.main([str(tmp_path / "raw"), str(tmp_path / "out"), "--workers", "1"])
+    assert not list((tmp_path / "out").rglob("*_000.png"))

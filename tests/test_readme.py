@@ -1,0 +1,62 @@
+"""What the README says: its commands parse, its flags exist, its files are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import image_sample
+import image_train
+from guided_diffusion.script_util import condition_spec
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text()
+PARSERS = {"image_train.py": image_train.create_argparser(), "image_sample.py": image_sample.create_argparser()}
+
+
+def commands() -> list[list[str]]:
+    """The words of every command in a shell block, continued lines joined."""
+    blocks = re.findall(r"```shell\n(.*?)```", TEXT, re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_commands_parse_and_their_condition_fits(script):
+    found = [words for words in commands() if script in words]
+    assert found
+    for words in found:
+        flags = vars(PARSERS[script].parse_args(words[words.index(script) + 1 :]))
+        assert condition_spec(flags).channels == flags["num_classes"]
+
+
+def test_scripts_exist():
+    named = set(re.findall(r"scripts/[a-z_]+\.(?:py|sh)", TEXT))
+    assert {"scripts/demo.sh", "scripts/test.sh", "scripts/prepare_monuseg.py"} <= named
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
+def test_pictures_exist():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", TEXT):
+        assert (ROOT / path).exists(), path
+
+
+def test_flags_of_the_table_exist_where_it_says():
+    rows = re.findall(r"^\| `--(\w+)` \| (\S*) \| ([ts ]+) \|", TEXT, re.M)
+    assert len(rows) >= 10
+    for flag, default, where in rows:
+        for letter, script in (("t", "image_train.py"), ("s", "image_sample.py")):
+            parser = PARSERS[script]
+            known = {action.dest: action.default for action in parser._actions}
+            assert (flag in known) == (letter in where), flag
+            if flag in known and default and flag not in ("sampler", "null_condition"):
+                assert str(known[flag]) == default, flag
+
+
+def test_every_flag_written_out_is_known():
+    known = {action.dest for parser in PARSERS.values() for action in parser._actions}
+    others = {"patch_size", "stride", "gpus", "rm", "name", "nproc_per_node", "trials", "end_to_end", "shm"}
+    for flag in set(re.findall(r"--([a-z]\w+)", TEXT)) - others:
+        assert flag in known, flag

@@ -1,0 +1,47 @@
+"""The numbers that decide how to train."""
+
+import pytest
+
+from guided_diffusion.train_options import TrainOptions
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"batch_size": 0}, "--batch_size 0"),
+        ({"log_interval": 0}, "--log_interval 0"),
+        ({"save_interval": -1}, "--save_interval -1"),
+        ({"max_steps": -1}, "--max_steps -1"),
+        ({"seed": -2}, "--seed -2"),
+        ({"drop_rate": 1.5}, "--drop_rate 1.5"),
+        ({"lr": 0.0}, "--lr 0.0"),
+        ({"microbatch": "0"}, "--microbatch 0"),
+        ({"microbatch": "3", "batch_size": 8}, "--microbatch 3 does not divide --batch_size 8"),
+        ({"microbatch": "few"}, "--microbatch few"),
+        ({"grad_clip": -1.0}, "--grad_clip -1"),
+        ({"val_interval": 0}, "--val_interval 0"),
+        ({"preview_samples": -1}, "--preview_samples -1"),
+        ({"keep_checkpoints": "0"}, "--keep_checkpoints 0"),
+        ({"keep_checkpoints": "-1"}, "--keep_checkpoints -1"),
+        ({"keep_checkpoints": "few"}, "--keep_checkpoints few"),
+        ({"ema_rate": ""}, "--ema_rate"),
+        ({"ema_rate": "0.9,x"}, "--ema_rate 0.9,x"),
+        ({"ema_rate": "1.0"}, "--ema_rate 1.0"),
+    ],
+)
+def test_options_are_checked(options, flag):
+    with pytest.raises(ValueError, match=flag):
+        TrainOptions(**options)
+
+
+def test_last_step():
+    assert TrainOptions().last_step is None
+    assert TrainOptions(max_steps=5).last_step == 5
+    assert TrainOptions(max_steps=5, lr_anneal_steps=3).last_step == 3
+
+
+def test_microbatches_and_kept_checkpoints():
+    assert TrainOptions(batch_size=8).microbatch_size == 8
+    assert TrainOptions(batch_size=8, microbatch="2").microbatch_size == 2
+    assert TrainOptions(batch_size=8, microbatch="auto").microbatch_size is None
+    assert TrainOptions().kept_checkpoints is None and TrainOptions(keep_checkpoints="3").kept_checkpoints == 3

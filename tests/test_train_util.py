@@ -1,0 +1,207 @@
+"""The training loop's own rules: options, averages, learning rate, drops."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch as th
+from conftest import TINY
+
+import image_train
+from guided_diffusion import checkpoint, logger
+from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.image_datasets import load_data
+from guided_diffusion.script_util import (
+    args_to_dict,
+    condition_spec,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+)
+from guided_diffusion.train_options import TrainOptions
+from guided_diffusion.train_util import TrainLoop
+
+
+@pytest.fixture
+def make_loop(data_dir, tmp_path):
+    """Gives training loops that start from equal weights."""
+
+    def make(data=None, resume_checkpoint="", **options) -> TrainLoop:
+        args = image_train.create_argparser().parse_args(TINY)
+        th.manual_seed(0)
+        model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+        spec: ConditionSpec = condition_spec(vars(args))
+        source = dict(data_dir=str(data_dir), dataset_mode="monuseg", image_size=16, spec=spec, batch_size=4)
+        options = TrainOptions(batch_size=4, **options)
+        data = data or load_data(**source)
+        parts = dict(model=model, diffusion=diffusion, spec=spec, data=data, options=options)
+        return TrainLoop(**parts, resume_checkpoint=resume_checkpoint)
+
+    with logger.scoped_configure(str(tmp_path / "log"), ["log"]):
+        yield make
+
+
+def test_averages_warm_up(make_loop):
+    loop = make_loop(ema_rate="0.5,0.999", lr=1e-2)
+    expected = {rate: [p.detach().clone() for p in loop.model.parameters()] for rate in (0.5, 0.999)}
+    for n in range(3):
+        loop.run_step(*next(loop.data))
+        for rate, averages in expected.items():
+            now = min(rate, (1 + n) / (10 + n))
+            for average, p in zip(averages, loop.model.parameters()):
+                average.copy_(now * average + (1 - now) * p.detach())
+    for rate, averages in expected.items():
+        for ours, average in zip(loop.ema_params[rate], averages):
+            th.testing.assert_close(ours, average)
+    assert expected[0.5][0].equal(expected[0.999][0])  # both still warm up at (1 + n) / (10 + n) < 0.5
+
+
+def test_learning_rate_falls_to_zero(make_loop):
+    loop = make_loop(lr=1e-3, lr_anneal_steps=4)
+    rates = []
+    for _ in range(4):
+        loop.run_step(*next(loop.data))
+        rates.append(loop.opt.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_dropped_conditions_are_the_null_condition(make_loop):
+    """Training with every condition dropped is training on a zero condition."""
+
+    def nulled(data):
+        for batch, cond in data:
+            cond = {name: th.zeros_like(value) if th.is_tensor(value) else value for name, value in cond.items()}
+            yield batch, cond
+
+    dropped = make_loop(drop_rate=1.0)
+    plain = make_loop()
+    plain.data = nulled(plain.data)
+    full = make_loop()
+    for loop in (dropped, plain, full):
+        for _ in range(2):
+            loop.run_step(*next(loop.data))
+    pairs = list(zip(dropped.model.parameters(), plain.model.parameters(), full.model.parameters()))
+    assert all(th.equal(a, b) for a, b, _ in pairs)
+    assert any(not th.equal(a, c) for a, _, c in pairs)
+
+
+def test_half_dropped_depends_on_seed_and_step_alone(make_loop):
+    first, second, other = make_loop(seed=1), make_loop(seed=1), make_loop(seed=2)
+    for loop, step in ((first, 3), (second, 3), (other, 3)):
+        loop.step = step
+    draws = [loop._draw(th.Size([6, 3, 4, 4])) for loop in (first, second, other)]
+    assert all(th.equal(a, b) for a, b in zip(draws[0], draws[1]))
+    assert not th.equal(draws[0][2], draws[2][2])
+    second.step = 4
+    assert not th.equal(second._draw(th.Size([6, 3, 4, 4]))[2], draws[0][2])
+
+
+def test_a_step_that_is_skipped_moves_nothing(make_loop):
+    loop = make_loop(lr=1e-2)
+    loop.mp_trainer.use_fp16 = True
+    loop.mp_trainer.lg_loss_scale = 128.5  # beyond fp32's range: every gradient is infinite
+    before = [p.detach().clone() for p in loop.model.parameters()]
+    loop.run_step(*next(loop.data))
+    assert all(th.equal(a, b) for a, b in zip(before, loop.model.parameters()))
+    assert all(th.equal(a, b) for a, b in zip(before, loop.ema_params[0.9999]))
+    assert loop.mp_trainer.lg_loss_scale == 127.5 and loop.step == 1
+
+
+def test_nothing_is_drawn_from_the_global_generator(make_loop):
+    loop = make_loop(drop_rate=0.5)
+    before = th.get_rng_state()
+    for batch, cond in itertools.islice(loop.data, 2):
+        loop.run_step(batch, cond)
+    assert th.equal(before, th.get_rng_state())
+
+
+def copies(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_averaged_weights_are_borrowed(make_loop, raises):
+    loop = make_loop(ema_rate="0.5,0.1", lr=1e-2)
+    for _ in range(2):
+        loop.run_step(*next(loop.data))
+    loop.model.train()
+    own = copies(loop.model)
+    with contextlib.suppress(ZeroDivisionError), loop.averaged():
+        assert not loop.model.training
+        assert all(th.equal(p, average) for p, average in zip(loop.model.parameters(), loop.ema_params[0.5]))
+        assert not all(th.equal(p, before) for p, before in zip(loop.model.parameters(), own))
+        if raises:
+            raise ZeroDivisionError
+    assert loop.model.training
+    assert all(th.equal(p, before) for p, before in zip(loop.model.parameters(), own))
+
+
+def test_training_goes_on_alike_after_borrowing(make_loop):
+    looked, plain = make_loop(lr=1e-2, ema_rate="0.5"), make_loop(lr=1e-2, ema_rate="0.5")
+    for loop in (looked, plain):
+        for _ in range(3):
+            loop.run_step(*next(loop.data))
+            if loop is looked:
+                with loop.averaged():
+                    pass
+    assert all(th.equal(a, b) for a, b in zip(looked.model.parameters(), plain.model.parameters()))
+    assert all(th.equal(a, b) for a, b in zip(looked.ema_params[0.5], plain.ema_params[0.5]))
+
+
+def test_gradients_are_clipped(make_loop):
+    plain, clipped, loose = make_loop(), make_loop(grad_clip=1e-3), make_loop(grad_clip=1e6)
+    for loop in (plain, clipped, loose):
+        loop.run_step(*next(loop.data))
+    norm = plain.mp_trainer.grad_norm
+    th.testing.assert_close(clipped.mp_trainer.grad_norm, norm)
+    means = [[loop.opt.state[p]["exp_avg"] for p in loop.model.parameters()] for loop in (plain, clipped, loose)]
+    for whole, less, same in zip(*means):
+        th.testing.assert_close(less, whole * (1e-3 / norm), rtol=1e-3, atol=1e-12)
+        assert th.equal(whole, same)
+
+
+@pytest.mark.parametrize("count", [int, th.tensor])
+def test_the_references_files_are_gone_on_from(make_loop, tmp_path, count):
+    """No state file, and an optimiser that was not fused, of a torch that had fewer settings."""
+    source = make_loop()
+    plain = th.optim.AdamW(source.model.parameters(), lr=1e-2, weight_decay=0.1)
+    generator = th.Generator().manual_seed(0)
+    grads = [[th.randn(p.shape, generator=generator) for p in source.model.parameters()] for _ in range(4)]
+
+    def take_step(optimizer, model, n):
+        for p, grad in zip(model.parameters(), grads[n]):
+            p.grad = grad.clone()
+        optimizer.step()
+
+    for n in range(3):
+        take_step(plain, source.model, n)
+    state = plain.state_dict()
+    for own in state["state"].values():
+        own["step"] = count(int(own["step"]))
+    settings = ("lr", "betas", "eps", "weight_decay", "amsgrad", "params")
+    state["param_groups"] = [{key: group[key] for key in settings} for group in state["param_groups"]]
+    weights = source.model.state_dict()
+    for name, content in (
+        ("opt000003.pt", state),
+        ("model000003.pt", weights),
+        ("ema_0.9999_000003.pt", {key: value + 1 for key, value in weights.items()}),
+    ):
+        checkpoint.save(content, str(tmp_path), name)
+
+    loop = make_loop(resume_checkpoint=str(tmp_path / "model000003.pt"), lr=1e-3)
+    assert (loop.step, loop.samples) == (3, 12)
+    for p, theirs, average in zip(loop.model.parameters(), source.model.parameters(), loop.ema_params[0.9999]):
+        assert th.equal(p, theirs) and th.equal(average, theirs + 1)
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert th.equal(loop.opt.state[p][name], plain.state[theirs][name])
+    (group,) = loop.opt.param_groups
+    assert group["lr"] == 1e-3 and group["weight_decay"] == 0 and group["fused"]
+
+    for own in plain.state.values():
+        own["step"] = th.tensor(3.0)
+    plain.param_groups[0].update(lr=1e-3, weight_decay=0.0)
+    take_step(plain, source.model, 3)
+    take_step(loop.opt, loop.model, 3)
+    for p, theirs in zip(loop.model.parameters(), source.model.parameters()):
+        th.testing.assert_close(p, theirs, rtol=1e-5, atol=1e-7)
+    loop.run_step(*next(loop.data))
+    assert loop.step == 4 and all(p.isfinite().all() for p in loop.model.parameters())

@@ -1,0 +1,241 @@
+"""Training that is killed, asked to stop, starved of disk or of a rank: nothing is lost, and nothing hangs."""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from conftest import TINY, write_patches
+
+import image_train
+from guided_diffusion import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+MPIEXEC = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable]
+EVERYTHING = (
+    "--lr 1e-3 --batch_size 4 --ema_rate 0.9,0.99 --drop_rate 0.3 --augment True --dropout 0.1 --diffusion_steps 20 "
+    "--schedule_sampler loss-second-moment --preview_samples 1 --log_interval 3"
+).split()
+
+
+@pytest.fixture
+def slides(tmp_path) -> Path:
+    """A data set of three slides, so that one is held out."""
+    write_patches(tmp_path / "data" / "MoNuSegTrainingData", count=12)
+    return tmp_path / "data"
+
+
+def command(data_dir, *flags):
+    return ["--data_dir", str(data_dir), *TINY, *EVERYTHING, *flags]
+
+
+class Child:
+    """Training in a forked process, which needs no second to start."""
+
+    def __init__(self, out: Path, argv: list[str]) -> None:
+        self.out = out
+        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(argv,))
+        self.process.start()
+
+    def _run(self, argv: list[str]) -> None:
+        os.environ |= {"OPENAI_LOGDIR": str(self.out), "OPENAI_LOG_FORMAT": "log"}
+        with open(os.devnull, "w") as null, open(self.out.with_suffix(".err"), "a") as err:
+            os.dup2(null.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = null, err
+            cli.run(lambda: image_train.main(argv))
+
+    def wait(self) -> int:
+        self.process.join(120)
+        return self.process.exitcode
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def until(self, condition, seconds: float = 60) -> bool:
+        """Wait until something holds; :return: whether the process is still running then."""
+        deadline = time.monotonic() + seconds
+        while self.process.is_alive() and time.monotonic() < deadline and not condition():
+            time.sleep(0.0005)
+        return self.process.is_alive()
+
+
+def flat(value, key=""):
+    """Path -> tensor or number, of a nested state."""
+    if isinstance(value, dict):
+        return {k: v for name, part in value.items() for k, v in flat(part, f"{key}/{name}").items()}
+    if isinstance(value, list):
+        return {k: v for i, part in enumerate(value) for k, v in flat(part, f"{key}/{i}").items()}
+    return {key: value}
+
+
+def assert_same_checkpoints(a: Path, b: Path, step: int):
+    names = sorted(path.name for path in a.glob(f"*{step:06d}.pt"))
+    assert len(names) == 5 and names == sorted(path.name for path in b.glob(f"*{step:06d}.pt"))
+    for name in names:
+        one, two = (flat(th.load(folder / name, weights_only=True)) for folder in (a, b))
+        assert one.keys() == two.keys()
+        for key in one:
+            same = th.equal(one[key], two[key]) if th.is_tensor(one[key]) else one[key] == two[key]
+            assert same, (name, key)
+
+
+def newest(out: Path) -> str:
+    return max((path.name for path in out.glob("model*.pt")), default="")
+
+
+@pytest.mark.slow
+def test_killed_thirty_times(slides, tmp_path):
+    """SIGKILL at random moments, half of them inside a save; to the last bit what an undisturbed run gives."""
+    argv = command(
+        slides, *"--max_steps 120 --save_interval 1 --keep_checkpoints 2 --val_interval 7 --preview_samples 0".split()
+    )
+    calm, out = tmp_path / "calm", tmp_path / "out"
+    assert Child(calm, argv).wait() == 0
+    rng = np.random.default_rng(0)
+    inside, at = 0, []
+    for kills in range(31):
+        child = Child(out, argv)
+        before = newest(out)
+        # Some progress first, or it would take for ever; then inside a save, or at any moment of a step.
+        child.until(lambda: newest(out) != before)  # noqa: B023
+        if kills % 2:
+            child.until(lambda: any(out.glob("*.part")))
+        else:
+            time.sleep(0.03 * rng.random())
+        child.kill()
+        code = child.wait()
+        inside += any(out.glob("*.part"))
+        at.append(newest(out))
+        assert code == -signal.SIGKILL, out.with_suffix(".err").read_text()
+    assert Child(out, argv).wait() == 0
+    assert inside >= 5, (inside, at)
+    assert_same_checkpoints(calm, out, 120)
+    assert len(list(out.glob("model*.pt"))) == 2
+    best = {path.name for path in (calm / "best").glob("*.pt")}
+    assert best == {path.name for path in (out / "best").glob("*.pt")} and len(best) == 5
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_and_resumed(slides, tmp_path):
+    argv = [*MPIEXEC, "image_train.py", *command(slides, "--max_steps", "20", "--save_interval", "7")]
+
+    def start(name):
+        env = {**os.environ, "OPENAI_LOGDIR": str(tmp_path / name), "OPENAI_LOG_FORMAT": "log", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    calm = start("calm")
+    assert calm.wait(120) == 0, calm.stdout.read()
+    disturbed = start("out")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "model000007.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.killpg(disturbed.pid, signal.SIGKILL)
+    disturbed.wait(60)
+    assert not (tmp_path / "out" / "model000020.pt").exists()
+    again = start("out")
+    assert again.wait(120) == 0, again.stdout.read()
+    assert_same_checkpoints(tmp_path / "calm", tmp_path / "out", 20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_it_saves_and_goes_on_later(slides, tmp_path, number):
+    argv = command(slides, "--max_steps", "30", "--save_interval", "100", "--log_interval", "1")
+    calm, out = tmp_path / "calm", tmp_path / "out"
+    assert Child(calm, argv).wait() == 0
+    child = Child(out, argv)
+    assert child.until(lambda: (out / "log.txt").exists() and "\nstep " in (out / "log.txt").read_text())
+    child.kill(number)
+    assert child.wait() == 0
+    (model,) = out.glob("model*.pt")
+    step = int(model.stem[5:])
+    assert 1 <= step < 30
+    line = f"stopped by {number.name} at step {step}, saved: the same command goes on"
+    assert line in (out / "log.txt").read_text()
+    assert Child(out, argv).wait() == 0
+    assert f"going on from {model}" in (out / "log.txt").read_text()
+    assert_same_checkpoints(calm, out, 30)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_asked_to_stop(slides, tmp_path):
+    """The request reaches one rank only; all stop after the same step."""
+    argv = [*MPIEXEC, "image_train.py", *command(slides, "--save_interval", "100000")]
+    env = {**os.environ, "OPENAI_LOGDIR": str(tmp_path / "out"), "OPENAI_LOG_FORMAT": "log", "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    rank = wait_for_ranks(tmp_path / "out", slides)[-1]
+    os.kill(rank, signal.SIGUSR1)
+    assert job.wait(60) == 0, job.stderr.read()
+    assert len(list((tmp_path / "out").glob("model*.pt"))) == 1
+
+
+def wait_for_ranks(out: Path, data_dir: Path) -> list[int]:
+    """Wait until training logs; :return: the process numbers of its ranks."""
+    deadline = time.monotonic() + 90
+    while not ((out / "log.txt").exists() and "\nstep " in (out / "log.txt").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ranks = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+            if words[1:2] == ["image_train.py"] and str(data_dir) in words:
+                ranks.append(int(folder.name))
+    return sorted(ranks)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_the_job_down(slides, tmp_path):
+    argv = [*MPIEXEC, "image_train.py", *command(slides)]
+    env = {**os.environ, "OPENAI_LOGDIR": str(tmp_path / "out"), "OPENAI_LOG_FORMAT": "log", "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ranks = wait_for_ranks(tmp_path / "out", slides)
+    assert len(ranks) == 2
+    os.kill(ranks[-1], signal.SIGKILL)
+    assert job.wait(60) != 0
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{rank}/cmdline").exists() for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(slides, tmp_path, small_disk):
+    argv = command(
+        slides, "--max_steps", "6", "--save_interval", "2", "--val_interval", "100", "--preview_samples", "0"
+    )
+    calm = tmp_path / "calm"
+    assert Child(calm, argv).wait() == 0
+    size = sum(path.stat().st_size for path in calm.glob("*000002.pt"))
+    disk = small_disk(int(2.5 * size) // 1024)
+    child = Child(disk / "out", argv)
+    assert child.wait() == 2
+    errors = [line for line in (disk / "out.err").read_text().splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and re.search(r"cannot write .*000006\.pt: No space left on device", errors[0])
+    assert (disk / "out" / "model000004.pt").exists() and not any((disk / "out").glob("*.part"))
+    subprocess.run(["mount", "-o", f"remount,size={10 * size}", str(disk)], check=True)
+    assert Child(disk / "out", argv).wait() == 0
+    assert_same_checkpoints(calm, disk / "out", 6)
+
+
+def test_a_spoilt_checkpoint_costs_the_steps_since_the_one_before(slides, tmp_path):
+    argv = command(slides, "--save_interval", "2", "--max_steps")
+    calm, out = tmp_path / "calm", tmp_path / "out"
+    assert Child(calm, [*argv, "6"]).wait() == 0
+    assert Child(out, [*argv, "4"]).wait() == 0
+    with open(out / "opt000004.pt", "r+b") as file:
+        file.truncate(1000)
+    assert Child(out, [*argv, "6"]).wait() == 0
+    log = (out / "log.txt").read_text()
+    assert f"going on from {out / 'model000002.pt'}" in log
+    assert_same_checkpoints(calm, out, 6)
