@@ -91,25 +91,34 @@ class ResultFolder:
         }
         for folder, path in self._files(row["stem"]).items():
             _save(Image.fromarray(arrays[folder]), path)
-        line = _csv_line(row)
-        if not (self.path / MANIFEST).exists():
-            line = _csv_line(dict(zip(MANIFEST_FIELDS, MANIFEST_FIELDS))) + line
-        # One write of a whole line at the end of the file: several ranks do so at once.
-        with open(self.path / MANIFEST, "a", newline="") as file:
-            file.write(line)
+        self._append(_csv_line(row))
+
+    def _append(self, line: str) -> None:
+        """Add a line to the manifest in one write, since several ranks do so at once."""
+        with open(self.path / MANIFEST, "ab+") as file:
+            # A killed run may have left the file empty; a full disk, half a line at its end.
+            if not file.tell():
+                line = _HEADER + line
+            else:
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read() == b"\n" else f"\n{line}"
+            file.write(line.encode())
 
     def finished(self) -> dict[int, dict[str, str]]:
         """:return: sample number -> its row, for the samples whose files are all there and whole."""
         return {k: row for k, row in self.rows().items() if all(map(_is_whole, self._files(row["stem"]).values()))}
 
     def rows(self) -> dict[int, dict[str, str]]:
-        """:return: sample number -> its row of the manifest; a row that was cut off is passed over."""
+        """:return: sample number -> its row of the manifest; a row that was cut off, or ran into another, is passed over."""
         rows = {}
         if (self.path / MANIFEST).exists():
-            with open(self.path / MANIFEST, newline="") as file:
-                for row in csv.DictReader(file):
-                    plain = None not in row.values() and row["stem"] == os.path.basename(row["stem"])
-                    if plain and str(row["index"]).isdigit():
+            with open(self.path / MANIFEST, newline="", errors="replace") as file:
+                # Line by line, so that a quote left open in one does not swallow the next; by position, since two ranks
+                # that begin at once may both write a header, and neither is a row.
+                for values in (next(csv.reader([line]), []) for line in file):
+                    row = dict(zip(MANIFEST_FIELDS, values))
+                    whole = len(values) == len(MANIFEST_FIELDS) and row["stem"] == os.path.basename(row["stem"])
+                    if whole and row["index"].isdecimal():
                         rows[int(row["index"])] = row
         return rows
 
@@ -120,8 +129,7 @@ class ResultFolder:
         :return: how many samples are finished.
         """
         rows = self.finished()
-        lines = [_csv_line(dict(zip(MANIFEST_FIELDS, MANIFEST_FIELDS)))]
-        lines += [_csv_line({field: rows[k].get(field, "") for field in MANIFEST_FIELDS}) for k in sorted(rows)]
+        lines = [_HEADER, *(_csv_line(rows[k]) for k in sorted(rows))]
         aside = self.path / f".{MANIFEST}.part"
         aside.write_text("".join(lines))
         os.replace(aside, self.path / MANIFEST)
@@ -289,6 +297,9 @@ def _csv_line(row: dict[str, Any]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(row[field] for field in MANIFEST_FIELDS)
     return line.getvalue()
+
+
+_HEADER = _csv_line(dict(zip(MANIFEST_FIELDS, MANIFEST_FIELDS)))
 
 
 def _is_whole(path: Path) -> bool:

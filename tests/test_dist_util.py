@@ -154,9 +154,11 @@ def test_two_nodes(tmp_path):
     """Two agents of torchrun, as on two hosts, agree on a rendezvous and train as one job of four ranks."""
     script = tmp_path / "script.py"
     script.write_text(
+        "from pathlib import Path\n"
         "from guided_diffusion import dist_util\n"
         "dist_util.setup_dist()\n"
-        "print('ranks', sorted(dist_util.all_gather((dist_util.rank(), dist_util.local_rank()))), flush=True)\n"
+        "ranks = sorted(dist_util.all_gather((dist_util.rank(), dist_util.local_rank())))\n"
+        "Path(f'ranks{dist_util.rank()}').write_text(str(ranks))\n"  # what four print to one pipe may mix
         "dist_util.shutdown()\n"
     )
     with socket.socket() as probe:
@@ -166,11 +168,8 @@ def test_two_nodes(tmp_path):
     command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     nodes = [
-        subprocess.Popen(
-            [*command, "--node_rank", str(node), str(script)], env=env, stdout=subprocess.PIPE, text=True, cwd=tmp_path
-        )
-        for node in range(2)
+        subprocess.Popen([*command, "--node_rank", str(node), str(script)], env=env, cwd=tmp_path) for node in range(2)
     ]
-    outputs = [node.communicate(timeout=120)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0]
-    assert all(output.count("ranks [(0, 0), (1, 1), (2, 0), (3, 1)]") == 2 for output in outputs)
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    told = [(tmp_path / f"ranks{rank}").read_text() for rank in range(4)]
+    assert told == ["[(0, 0), (1, 1), (2, 0), (3, 1)]"] * 4

@@ -96,6 +96,24 @@ def spoil(folder, what):
         (folder.path / "manifest.csv").write_text("".join(lines[:2]) + lines[2][:5] + "\n" + lines[3])
 
 
+def test_a_manifest_that_a_kill_left_empty(folder):
+    (folder.path / "manifest.csv").touch()
+    assert folder.finished() == {}
+    write(folder, 0, "a")
+    write(folder, 1, "b")
+    assert [row["stem"] for row in manifest(folder)] == ["a", "b"] and sorted(folder.finished()) == [0, 1]
+
+
+@pytest.mark.parametrize("left", ["1", "1,s1,0", '1,s1,0,"an open quote'])
+def test_half_a_row_at_the_end_spoils_no_other(folder, left):
+    write(folder, 0, "s0")
+    with open(folder.path / "manifest.csv", "a") as file:
+        file.write(left)
+    for index in (2, 3):
+        write(folder, index, f"s{index}")
+    assert {k: row["stem"] for k, row in folder.finished().items()} == {0: "s0", 2: "s2", 3: "s3"}
+
+
 @pytest.mark.parametrize("what", ["gone", "cut", "empty", "row cut"])
 def test_only_whole_samples_are_finished(folder, what):
     assert folder.finished() == {}
