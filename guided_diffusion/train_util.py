@@ -19,7 +19,7 @@ from . import checkpoint, dist_util, logger
 from .conditioning import ConditionSpec
 from .fp16_util import MixedPrecisionTrainer
 from .gaussian_diffusion import GaussianDiffusion
-from .meters import LossMeter, StepClock
+from .meters import QUARTERS, LossMeter, StepClock
 from .nn import update_ema
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from .saver import Saver
@@ -29,8 +29,18 @@ from .validation import Validation
 
 MAX_SKIPPED = 50  # steps in a row that are not finite, after which training has failed
 CHECK_INTERVAL = 10  # steps between two looks at it, each of which waits for the device
-# What the progress bar shows of a row of the log.
-SHOWN = ("loss", "grad_norm", "images_per_s", "data_wait")
+# What the progress bar shows of a row of the log, by the names it has room for.
+SHOWN = {
+    "loss": "loss",
+    **{f"loss_q{i}": f"q{i}" for i in range(QUARTERS)},
+    "grad_norm": "grad",
+    "lr": "lr",
+    "lg_loss_scale": "lg_scale",
+    "samples": "seen",
+    "images_per_s": "img/s",
+    "data_wait": "wait",
+    "peak_memory_mib": "MiB",
+}
 
 
 class TrainLoop:
@@ -201,7 +211,8 @@ class TrainLoop:
                     self._check()
                 if self.step % self.options.log_interval == 0:
                     row = self._log()
-                    bar.set_postfix({key: f"{row[key]:.4g}" for key in SHOWN if key in row}, refresh=False)
+                    shown = {short: f"{row[key]:.4g}" for key, short in SHOWN.items() if key in row}
+                    bar.set_postfix(shown, refresh=False)
                 if self.validation and self.step % self.options.val_interval == 0:
                     self._validate()
                 if self.step % self.options.save_interval == 0 and not self.mp_trainer.skipped_in_a_row:

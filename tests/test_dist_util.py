@@ -173,3 +173,23 @@ def test_two_nodes(tmp_path):
     assert [node.wait(timeout=120) for node in nodes] == [0, 0]
     told = [(tmp_path / f"ranks{rank}").read_text() for rank in range(4)]
     assert told == ["[(0, 0), (1, 1), (2, 0), (3, 1)]"] * 4
+
+
+@pytest.mark.slow
+def test_two_nodes_by_mpi(tmp_path, monkeypatch):
+    """MPICH can take one host for two: ranks then meet at the first one's address, and count within their own."""
+    monkeypatch.setenv("MPIR_CVAR_NUM_CLIQUES", "2")
+    run = launch(
+        tmp_path,
+        "mpiexec",
+        4,
+        """
+        dist_util.setup_dist()
+        ranks = sorted(dist_util.all_gather((dist_util.rank(), dist_util.local_rank())))
+        open(f"ranks{dist_util.rank()}", "w").write(str(ranks))
+        dist_util.shutdown()
+        """,
+    )
+    assert run.returncode == 0, run.stderr
+    told = {(tmp_path / f"ranks{rank}").read_text() for rank in range(4)}
+    assert told == {"[(0, 0), (1, 0), (2, 1), (3, 1)]"}
