@@ -39,6 +39,7 @@ RANKS = {
     "validation": 3,
     "train_util": 4,
     "histology.annotations": 0,
+    "histology.backbones": 0,
     "histology.patches": 0,
     "histology.toy": 0,
 }
