@@ -40,6 +40,7 @@ RANKS = {
     "train_util": 4,
     "histology.annotations": 0,
     "histology.backbones": 0,
+    "histology.image_metrics": 0,
     "histology.patches": 0,
     "histology.toy": 0,
 }
