@@ -41,6 +41,7 @@ RANKS = {
     "histology.annotations": 0,
     "histology.backbones": 0,
     "histology.image_metrics": 0,
+    "histology.evaluation": 1,
     "histology.patches": 0,
     "histology.toy": 0,
 }

@@ -1,0 +1,175 @@
+"""
+What a set of synthetic patches is worth beside real ones: one figure after another, with real against real as a floor.
+
+Owns which figures there are, what is compared with what, and how copies are told. Knows no files and no flags.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from . import image_metrics as im
+
+METRICS = ("kid", "frechet", "precision_recall", "colour", "structure", "copies", "diversity")
+CANDIDATES = 20  # nearest training patches by features, which a patch is laid over
+
+Figures = dict[str, "float | im.Estimate | None"]
+# (patches of a set) -> figures, by an independent segmenter.
+StructureMetric = Callable[["PatchSet"], Figures]
+
+
+@dataclass(frozen=True)
+class PatchSet:
+    """
+    Patches of one kind.
+
+    :param name: what to call them.
+    :param images: [N x H x W x 3] uint8.
+    :param inst_maps: [N x H x W] int32, the nuclei they should show.
+    :param features: [N x D] float32.
+    :param slides: the slide that each one's structure comes from.
+    :param appearances: of synthetic patches, the images whose colours they took, [N x H x W x 3] uint8.
+    :param conditions: of synthetic patches, what tells one condition from another.
+    """
+
+    name: str
+    images: np.ndarray
+    inst_maps: np.ndarray
+    features: np.ndarray
+    slides: Sequence[str]
+    appearances: np.ndarray | None = None
+    conditions: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """
+    The training patches that come nearest to each patch of a set.
+
+    :param by_features: [N] indices, and feature_distance, [N], theirs.
+    :param by_pixels: [N] indices of the best among CANDIDATES when laid over it, and pixel_distance, [N], theirs.
+    """
+
+    by_features: np.ndarray
+    feature_distance: np.ndarray
+    by_pixels: np.ndarray
+    pixel_distance: np.ndarray
+
+
+class Evaluator:
+    """
+    Measures sets of patches against the patches that training saw.
+
+    :param train: the real training patches.
+    :param held_out: real patches of other slides; they set the floor of every figure, and the bounds that tell copies.
+    :param metrics: some of METRICS.
+    :param structure: measures agreement of image and mask; None leaves that figure out.
+    :param seed: of subsets.
+    """
+
+    def __init__(
+        self,
+        train: PatchSet,
+        held_out: PatchSet,
+        metrics: Sequence[str] = METRICS,
+        structure: StructureMetric | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.train = train
+        self.held_out = held_out
+        self.metrics = metrics
+        self.structure = structure
+        self.seed = seed
+        self._thumbnails = np.stack([im.thumbnail(image) for image in train.images]) if "copies" in metrics else None
+        # A copy is what lies nearer to a training patch than any real patch of another slide does.
+        self._usual = self.neighbours(held_out) if "copies" in metrics else None
+
+    def figures(self, patches: PatchSet) -> Figures:
+        """:return: figure -> value, of all metrics asked for; None where the set does not allow it."""
+        measures = {
+            "kid": self._kid,
+            "frechet": self._frechet,
+            "precision_recall": self._precision_recall,
+            "colour": self._colour,
+            "structure": self.structure or (lambda patches: {}),
+            "copies": self._copies,
+            "diversity": self._diversity,
+        }
+        figures: Figures = {}
+        for metric in METRICS:
+            if metric in self.metrics:
+                figures |= measures[metric](patches)
+        return figures
+
+    def _kid(self, patches: PatchSet) -> Figures:
+        rng = np.random.default_rng(self.seed)
+        return {"kid": im.kernel_distance(self.train.features, patches.features, rng)}
+
+    def _frechet(self, patches: PatchSet) -> Figures:
+        return {"frechet": im.frechet_distance(self.train.features, patches.features)}
+
+    def _precision_recall(self, patches: PatchSet) -> Figures:
+        precision, recall = im.precision_recall(self.train.features, patches.features)
+        return {"precision": precision, "recall": recall}
+
+    def _colour(self, patches: PatchSet) -> Figures:
+        """Samples beside their appearance images; a real patch beside the next one of its slide."""
+        if patches.appearances is None:
+            pairs = [(patches.images[i], patches.images[j]) for i, j in _next_of_slide(patches.slides)]
+        else:
+            pairs = list(zip(patches.images, patches.appearances))
+        if not pairs:
+            return {"colour_od": None, "colour_grey": None}
+        od, grey = np.mean([im.colour_error(*pair) for pair in pairs], axis=0)
+        return {"colour_od": float(od), "colour_grey": float(grey)}
+
+    def _copies(self, patches: PatchSet) -> Figures:
+        found = self._usual if patches is self.held_out else self.neighbours(patches)
+        return {
+            "nearest_features": float(np.median(found.feature_distance)),
+            "nearest_pixels": float(np.median(found.pixel_distance)),
+            "copies": float(self.copied(found).mean()),
+        }
+
+    def _diversity(self, patches: PatchSet) -> Figures:
+        """Among samples of one condition; of real patches, among those of one slide."""
+        groups = patches.slides if patches.conditions is None else patches.conditions
+        return {"diversity": im.diversity(patches.features, groups)}
+
+    # ---- copies ----
+
+    def neighbours(self, patches: PatchSet) -> Neighbours:
+        """:return: the training patches nearest to each of a set's."""
+        count = min(CANDIDATES, len(self.train.images))
+        candidates, away = im.nearest(patches.features, self.train.features, count)
+        aligned = np.array(
+            [
+                im.aligned_distance(im.thumbnail(image), self._thumbnails[near])
+                for image, near in zip(
+                    tqdm(patches.images, f"{patches.name}: looking for copies", leave=False, delay=2), candidates
+                )
+            ]
+        )
+        best = aligned.argmin(axis=1)
+        rows = np.arange(len(best))
+        return Neighbours(candidates[:, 0], away[:, 0], candidates[rows, best], aligned[rows, best])
+
+    def copied(self, found: Neighbours) -> np.ndarray:
+        """:return: [N] bool: nearer to a training patch, by features or pixels, than all that is held out."""
+        by_features = found.feature_distance < self._usual.feature_distance.min()
+        return by_features | (found.pixel_distance < self._usual.pixel_distance.min())
+
+
+def _next_of_slide(slides: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of a patch and the next one of its slide, round; none of slides with one patch."""
+    members: dict[str, list[int]] = {}
+    for i, slide in enumerate(slides):
+        members.setdefault(slide, []).append(i)
+    return [
+        (i, group[(place + 1) % len(group)])
+        for group in members.values()
+        for place, i in enumerate(group)
+        if len(group) > 1
+    ]
