@@ -40,6 +40,7 @@ RANKS = {
     "train_util": 4,
     "histology.annotations": 0,
     "histology.backbones": 0,
+    "histology.features": 1,
     "histology.image_metrics": 0,
     "histology.evaluation": 1,
     "histology.patches": 0,

@@ -154,7 +154,9 @@ def hf_folder(request, tmp_path):
             transformers.ResNetModel,
         ),
         "swin": lambda: (
-            transformers.SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 2]),
+            transformers.SwinConfig(
+                image_size=32, patch_size=2, window_size=4, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 2]
+            ),
             transformers.SwinModel,
         ),
     }[request.param]()

