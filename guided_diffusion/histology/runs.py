@@ -1,0 +1,101 @@
+"""
+Folders of synthetic patches: which files belong together, and where each sample came from.
+
+Owns how runs are found, checked and told apart. Knows nothing of how samples are made or judged.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MANIFEST = "manifest.csv"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    One synthetic patch.
+
+    :param stem: of all its files.
+    :param sample: the image; inst_mask: its nuclei; appearance: the real image whose colours it took, if that is there.
+    :param row: its row of the run's manifest, {} where there is none.
+    """
+
+    stem: str
+    sample: Path
+    inst_mask: Path
+    appearance: Path | None
+    row: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The samples of one results folder, in the order of their stems; `name` tells it from the others."""
+
+    name: str
+    path: Path
+    samples: list[Sample]
+
+
+def slide_of(stem: str) -> str:
+    """:return: the slide a patch was cut from: NAME of NAME_000; a stem that ends otherwise is a slide of its own."""
+    name, _, number = stem.rpartition("_")
+    return name if name and number.isdecimal() else stem
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """
+    Find results folders.
+
+    :param folders: each either holds samples/ and inst_masks/, or folders that do, as a sweep makes them.
+    :return: the runs, each under a name of its own.
+    :raises FileNotFoundError: where a folder is missing, or holds no samples.
+    :raises ValueError: where samples lack masks, a link leads nowhere, or a run is named twice.
+    """
+    paths: list[Path] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder: give a results folder of image_sample.py")
+        children = [folder] if (folder / "samples").is_dir() else sorted(p.parent for p in folder.glob("*/samples"))
+        if not children:
+            raise FileNotFoundError(f"{folder} has no samples/, nor a folder in it that has: give a results folder")
+        paths += children
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"{path} is named twice: give it once")
+    names = [path.resolve().name for path in paths]
+    # Equal names, as of A/kept and B/kept, are told apart by the folder above.
+    names = [f"{p.resolve().parent.name}_{name}" if names.count(name) > 1 else name for p, name in zip(paths, names)]
+    for path, name in zip(paths, names):
+        if names.count(name) > 1:
+            raise ValueError(f"{path}: another folder is named {name}, too: rename one")
+    return [read_run(path, name) for path, name in zip(paths, names)]
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Read one results folder; parameters, result and errors as find_runs'."""
+    rows = _rows(path / MANIFEST)
+    files = sorted(file for file in (path / "samples").iterdir() if file.suffix == ".png" and file.name[0] != ".")
+    if not files:
+        raise FileNotFoundError(f"{path / 'samples'} holds no .png: sample first")
+    samples = []
+    for file in files:
+        mask, appearance = path / "inst_masks" / f"{file.stem}.tif", path / "images" / file.name
+        for part in (file, mask):
+            if part.is_symlink() and not part.exists():
+                raise ValueError(f"{part} is a link that leads nowhere: make it again")
+        if not mask.exists():
+            raise ValueError(f"{file} has no mask {mask}: sample it again, or remove it")
+        samples.append(
+            Sample(file.stem, file, mask, appearance if appearance.exists() else None, rows.get(file.stem, {}))
+        )
+    return Run(name, path, samples)
+
+
+def _rows(path: Path) -> dict[str, dict[str, str]]:
+    """Stem -> row of a manifest; rows that are cut off are passed over."""
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        return {row["stem"]: row for row in csv.DictReader(file) if row.get("stem") and None not in row.values()}

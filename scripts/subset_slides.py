@@ -1,0 +1,72 @@
+"""
+Make a data folder of a share of the training slides: python scripts/subset_slides.py DATA OUT --percent 20 [--seed 0]
+
+OUT gets the patches of the chosen slides, at least one, as relative links; the test data are one link to DATA's.
+"""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from guided_diffusion import cli, image_files
+
+LAYOUT = image_files.LAYOUTS["monuseg"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", metavar="DATA", type=Path, help="data folder with MoNuSegTrainingData")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    parser.add_argument("--percent", type=float, required=True, help="of the slides, in (0, 100]")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds choose equal slides (default 0)")
+    args = parser.parse_args(argv)
+    if not 0 < args.percent <= 100:
+        raise ValueError(f"--percent {args.percent:g} must lie in (0, 100]")
+    items = image_files.list_items(str(args.data), "monuseg")
+    slides = choose_slides([image_files.slide_of(item.stem) for item in items], args.percent, args.seed)
+    kept = [item for item in items if image_files.slide_of(item.stem) in slides]
+    wanted = {f"{LAYOUT.train}/{folder}/{Path(path).name}": Path(path) for item in kept for folder, path in parts(item)}
+    if (args.data / LAYOUT.test).is_dir():
+        wanted[LAYOUT.test] = args.data / LAYOUT.test
+    present = {p.relative_to(args.out).as_posix() for p in args.out.rglob("*") if p.is_symlink() or p.is_file()}
+    strangers = sorted(present - set(wanted))
+    if strangers or args.out.resolve() == args.data.resolve():
+        named = f"holds {strangers[0]}, which is not of this choice" if strangers else "is DATA itself"
+        raise ValueError(f"OUT {args.out} {named}: give a new folder")
+    for name, target in wanted.items():
+        link(target, args.out / name)
+    print(f"{args.out}: {len(slides)} slides, {len(kept)} patches")
+
+
+def choose_slides(slides: list[str], percent: float, seed: int) -> set[str]:
+    """
+    :param slides: the slide of each patch.
+    :return: the chosen ones; those of a smaller share are among those of a larger one by the same seed.
+    """
+    names = sorted(set(slides))
+    count = max(1, math.floor(len(names) * percent / 100 + 0.5))
+    order = np.random.default_rng([seed, len(names)]).permutation(len(names))
+    return {names[i] for i in order[:count]}
+
+
+def parts(item: image_files.Item) -> list[tuple[str, str]]:
+    """:return: (folder, path) of each of an item's files."""
+    files = (("images", item.image), (LAYOUT.class_folder, item.class_mask), (LAYOUT.instance_folder, item.inst_mask))
+    return [(folder, path) for folder, path in files if path]
+
+
+def link(target: Path, place: Path) -> None:
+    """Make a relative link, unless it is there already."""
+    if not place.is_symlink():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(os.path.relpath(target.resolve(), place.parent.resolve()))
+
+
+if __name__ == "__main__":
+    cli.run(main)

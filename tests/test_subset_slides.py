@@ -1,0 +1,56 @@
+"""A share of the slides as a data folder of its own."""
+
+import re
+
+import pytest
+from conftest import write_patches
+
+from guided_diffusion import cli
+from guided_diffusion.image_files import list_items, slide_of
+from scripts import subset_slides
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_patches(tmp_path / "data" / "MoNuSegTrainingData", count=20)  # five slides
+    write_patches(tmp_path / "data" / "MoNuSegTestData", count=4, first=100)
+    return tmp_path / "data"
+
+
+def subset(data, out, percent, seed=0):
+    subset_slides.main([str(data), str(out), "--percent", str(percent), "--seed", str(seed)])
+    return {slide_of(item.stem) for item in list_items(str(out), "monuseg")}
+
+
+def test_shares_are_nested_whole_slides(data, tmp_path):
+    everything, some, one = (subset(data, tmp_path / f"p{percent}", percent) for percent in (100, 60, 1))
+    assert len(everything) == 5 and len(some) == 3 and len(one) == 1 and one < some < everything
+    assert len(list_items(str(tmp_path / "p60"), "monuseg")) == 12
+    assert len(list_items(str(tmp_path / "p60"), "monuseg", is_train=False)) == 4
+    assert len({frozenset(subset(data, tmp_path / f"s{seed}", 40, seed)) for seed in range(6)}) > 1
+
+
+def test_links_are_relative_and_a_second_run_changes_nothing(data, tmp_path):
+    subset(data, tmp_path / "out", 40)
+    links = {path: path.readlink() for path in (tmp_path / "out").rglob("*") if path.is_symlink()}
+    assert len(links) == 3 * 8 + 1 and not any(target.is_absolute() for target in links.values())
+    subset(data, tmp_path / "out", 40)
+    assert {path: path.readlink() for path in links} == links
+
+
+@pytest.mark.parametrize(
+    ("name", "percent", "message"),
+    [("out", 0, "--percent 0"), ("out", 101, "--percent 101"), ("data", 40, "OUT .*data (holds|is)")],
+)
+def test_mistakes(data, tmp_path, capsys, name, percent, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: subset(data, tmp_path / name, percent))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_choice_does_not_mix(data, tmp_path):
+    subset(data, tmp_path / "out", 60)
+    with pytest.raises(ValueError, match="which is not of this choice"):
+        subset(data, tmp_path / "out", 20)
