@@ -1,0 +1,255 @@
+"""
+Clusters of feature vectors: reduction, clustering, the assignment of new points, scores, and seeded subsets.
+
+Owns the choice of labels. Knows nothing of files or images: arrays in, labels out. All is fitted on the training points
+and a function of (points, options, seed); labels are strings, NOISE among them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+REDUCERS = ("umap", "pca", "none")
+CLUSTERERS = ("hdbscan", "kmeans", "gmm")
+NOISE = "-1"
+KMEANS_STARTS = 10
+_CHUNK_ELEMENTS = 1 << 22  # of one block of distances: 32 MiB
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    How to cluster.
+
+    :param reduce: one of REDUCERS; n_components: dimensions that are left.
+    :param cluster: one of CLUSTERERS; n_clusters: of kmeans and gmm.
+    :param min_samples: of hdbscan, not counting the point itself, as its authors' package does; scikit-learn's own
+        parameter is one more.
+    :param min_cluster_size: of hdbscan.
+    """
+
+    reduce: str = "umap"
+    cluster: str = "hdbscan"
+    n_components: int = 3
+    n_clusters: int = 10
+    min_samples: int = 10
+    min_cluster_size: int = 50
+
+    def __post_init__(self) -> None:
+        for name, known in (("reduce", REDUCERS), ("cluster", CLUSTERERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown --{name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        for name, least in (("n_components", 1), ("n_clusters", 2), ("min_samples", 1), ("min_cluster_size", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}")
+
+    def check_points(self, n: int, dimensions: int) -> None:
+        """:raises ValueError: where n training points of so many dimensions are too few."""
+        needed = {
+            "--n_clusters": self.n_clusters if self.cluster != "hdbscan" else 0,
+            "--min_cluster_size": self.min_cluster_size if self.cluster == "hdbscan" else 0,
+            "--min_samples": self.min_samples + 1 if self.cluster == "hdbscan" else 0,
+            "--n_components": self.n_components + 2 if self.reduce != "none" else 0,
+        }
+        for flag, least in needed.items():
+            if n < least:
+                value = getattr(self, flag[2:])
+                raise ValueError(
+                    f"{flag} {value} needs {least} training patches, there are {n}: give less, or more data"
+                )
+        if self.reduce != "none" and self.n_components > dimensions:
+            raise ValueError(f"--n_components {self.n_components} is more than the {dimensions} of the features")
+
+    @property
+    def name(self) -> str:
+        """The options as the reference writes them in its folders' names; {seed} stands for the seed."""
+        reducer = (
+            "none" if self.reduce == "none" else f"{self.reduce}_n_components_{self.n_components}_random_state_{{seed}}"
+        )
+        if self.cluster == "hdbscan":
+            return f"{reducer}_hdbscan_min_samples_{self.min_samples}_min_cluster_size_{self.min_cluster_size}"
+        return f"{reducer}_{self.cluster}_n_clusters_{self.n_clusters}_random_state_{{seed}}"
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """
+    What one trial found.
+
+    :param seed: of its random choices.
+    :param train, test: [N x d] reduced points; train_labels, test_labels: a label for each.
+    :param silhouette: of the training points that are not noise, in the reduced space; None for fewer than 2 clusters.
+    """
+
+    seed: int
+    train: np.ndarray
+    test: np.ndarray
+    train_labels: list[str]
+    test_labels: list[str]
+    silhouette: float | None
+
+
+def best_of(
+    train: np.ndarray,
+    test: np.ndarray,
+    options: Options,
+    seeds: Sequence[int],
+    progress: Callable[[], object] = lambda: None,
+) -> tuple[Clustering, list[Clustering]]:
+    """
+    Cluster once for each seed.
+
+    :param train: an [N x D] array of training points; test: an [M x D] array, M may be 0.
+    :param progress: called after each trial.
+    :return: the trial of the best silhouette, of equal ones the first, and all trials.
+    :raises ValueError: where there are too few points, or no trial finds a cluster.
+    """
+    options.check_points(*train.shape)
+    trials = []
+    for seed in seeds:
+        trials.append(fit(train, test, options, seed))
+        progress()
+    found = [trial for trial in trials if set(trial.train_labels) - {NOISE}]
+    if not found:
+        raise ValueError(
+            f"--cluster hdbscan finds no cluster among {len(train)} training patches: lower --min_cluster_size "
+            f"{options.min_cluster_size} or --min_samples {options.min_samples}"
+        )
+    return max(found, key=lambda trial: -2.0 if trial.silhouette is None else trial.silhouette), trials
+
+
+def fit(train: np.ndarray, test: np.ndarray, options: Options, seed: int) -> Clustering:
+    """Reduce and cluster by one seed. Parameters as best_of's."""
+    near, far = (np.asarray(points, np.float64) for points in _reduced(train, test, options, seed))
+    labels, assigned = _clustered(near, far, options, seed)
+    return Clustering(seed, near, far, _as_text(labels), _as_text(assigned), silhouette(near, _as_text(labels)))
+
+
+def silhouette(points: np.ndarray, labels: Sequence[str]) -> float | None:
+    """
+    Mean silhouette (Rousseeuw 1987), by Euclidean distance and without noise.
+
+    :return: in [-1, 1], or None where fewer than two clusters, or as many as points, are left.
+    """
+    from sklearn.metrics import silhouette_score
+
+    labels = np.asarray(labels)
+    kept = labels != NOISE
+    if not 2 <= len(set(labels[kept])) < kept.sum():
+        return None
+    return float(silhouette_score(points[kept], labels[kept]))
+
+
+def subset_cascade(n: int, percents: Sequence[int], seed: int) -> dict[int, np.ndarray]:
+    """
+    Choose ever smaller shares of n items, each out of the one before, as the reference's NNss folders do.
+
+    :param percents: of all items, in falling order.
+    :return: per cent -> sorted indices; a share that would be empty, and all after it, are left out.
+    """
+    kept, before, shares = np.arange(n), 100, {}
+    for percent in percents:
+        count = len(kept) * percent // before
+        if not count:
+            break
+        kept = np.sort(kept[np.random.RandomState(seed).choice(len(kept), count, replace=False)])
+        shares[percent], before = kept, percent
+    return shares
+
+
+def _reduced(train: np.ndarray, test: np.ndarray, options: Options, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    if options.reduce == "none":
+        return train, test
+    if options.reduce == "pca":
+        from sklearn.decomposition import PCA
+
+        reducer = PCA(options.n_components, random_state=seed)
+    else:
+        reducer = _umap(options.n_components, seed, len(train))
+    near = reducer.fit_transform(train)
+    return near, reducer.transform(test) if len(test) else np.zeros((0, options.n_components), near.dtype)
+
+
+def _umap(n_components: int, seed: int, n: int) -> object:
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TensorFlow, which only parametric UMAP wants
+            from umap import UMAP
+    except ImportError:
+        raise ImportError("--reduce umap needs: pip install umap-learn; or take --reduce pca") from None
+    # One thread, which a fixed seed needs; more neighbours than there are points are refused.
+    neighbours = min(15, n - 1)
+    return UMAP(n_components=n_components, n_neighbors=neighbours, random_state=seed, transform_seed=seed, n_jobs=1)
+
+
+def _clustered(train: np.ndarray, test: np.ndarray, options: Options, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    if options.cluster == "hdbscan":
+        from sklearn.cluster import HDBSCAN
+
+        labels = HDBSCAN(
+            min_cluster_size=options.min_cluster_size, min_samples=options.min_samples + 1, copy=True
+        ).fit_predict(train)
+        return labels, assign(train, labels, test, options.min_samples)
+    if options.cluster == "kmeans":
+        from sklearn.cluster import KMeans
+
+        model = KMeans(options.n_clusters, n_init=KMEANS_STARTS, random_state=seed)
+    else:
+        from sklearn.mixture import GaussianMixture
+
+        model = GaussianMixture(options.n_clusters, random_state=seed)
+    labels = model.fit_predict(train)
+    return labels, model.predict(test) if len(test) else np.zeros(0, labels.dtype)
+
+
+def assign(train: np.ndarray, labels: np.ndarray, points: np.ndarray, min_samples: int) -> np.ndarray:
+    """
+    Give new points the labels of an HDBSCAN clustering, which stays as it is (hdbscan's approximate_predict).
+
+    A point's core distance is that to its (min_samples + 1)-th nearest training point. Of its 2 * min_samples nearest
+    it takes the one of the smallest mutual reachability, max(core, core, distance), and that one's label if they meet
+    below the distance at which that cluster parts from all others; else it is noise. hdbscan reads the latter off its
+    condensed tree, which scikit-learn does not show. It is computed here: just before it merges, a cluster is one
+    connected component, so it merges at the smallest mutual reachability between a member and any other training
+    point. Unlike hdbscan's, a point that falls into a sub-cluster of the chosen cluster belongs to the latter.
+
+    :param train: an [N x d] array; labels: [N] integers, -1 = noise.
+    :param points: an [M x d] array.
+    :param min_samples: as in Options.
+    :return: [M] integers.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    if not len(points):
+        return np.zeros(0, np.int64)
+    search = NearestNeighbors().fit(train)
+    core = search.kneighbors(train, min_samples + 1)[0][:, -1]
+    merge = merge_distances(train, labels, core)
+    distance, near = search.kneighbors(points, min(max(2 * min_samples, min_samples + 1), len(train)))
+    reach = np.maximum(np.maximum(distance, core[near]), distance[:, min(min_samples, len(train) - 1), None])
+    best = reach.argmin(1)
+    rows = np.arange(len(points))
+    label = labels[near[rows, best]]
+    limit = np.array([merge.get(int(one), -np.inf) for one in label])
+    return np.where(reach[rows, best] < limit, label, -1)
+
+
+def merge_distances(train: np.ndarray, labels: np.ndarray, core: np.ndarray) -> dict[int, float]:
+    """:return: label -> the smallest mutual reachability between its members and all others; inf if there are none."""
+    from scipy.spatial.distance import cdist
+
+    smallest = np.full(len(train), np.inf)
+    step = max(1, _CHUNK_ELEMENTS // len(train))
+    for start in range(0, len(train), step):
+        rows = slice(start, start + step)
+        reach = np.maximum(np.maximum(cdist(train[rows], train), core[rows, None]), core)
+        reach[labels[rows, None] == labels] = np.inf
+        smallest[rows] = reach.min(1)
+    return {int(label): float(smallest[labels == label].min()) for label in np.unique(labels) if label >= 0}
+
+
+def _as_text(labels: np.ndarray) -> list[str]:
+    return [str(int(label)) for label in labels]

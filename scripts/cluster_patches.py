@@ -1,0 +1,194 @@
+"""
+Sort a data folder's patches into clusters, each of them a data folder of its own.
+
+    python scripts/cluster_patches.py DATA --features FILE.npz [--reduce umap|pca|none] [--cluster hdbscan|kmeans|gmm]
+    python scripts/cluster_patches.py DATA --cluster slide
+
+DATA/NAME gets LABEL/{MoNuSegTrainingData,MoNuSegTestData}/{images,bin_masks,inst_masks}, relative links or, with
+--copy True, copies; clusters.csv, scores.json and clusters.png. Everything is fitted on the training patches, test
+patches are assigned; label -1 is noise. With --trials K, K seeds are tried and the best silhouette wins. --subset
+25,10,05,02 makes LABEL/25ss, LABEL/10ss, ...: that many per cent of a cluster's training patches, each drawn from the
+one before, with all its test patches. Any LABEL, and any LABEL/NNss, is a --data_dir; finetune.sh takes DATA/NAME.
+
+Run again, it replaces its own links and files, and touches nothing else.
+"""
+
+import argparse
+import csv
+import io
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from tqdm import tqdm
+
+from guided_diffusion import cli
+from guided_diffusion.histology.annotations import TEST_SPLIT, TRAIN_SPLIT
+from guided_diffusion.histology.cluster_folders import RECORD, ClusterFolder, Patch, list_patches, plan, write_whole
+from guided_diffusion.histology.cluster_picture import by_size, draw_clusters
+from guided_diffusion.histology.clustering import NOISE, Clustering, Options, best_of, silhouette, subset_cascade
+from guided_diffusion.histology.features import Features, load_features, read_image, slide_of
+from guided_diffusion.script_util import str2bool
+
+OWN_FILES = ("clusters.csv", "scores.json", "clusters.png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    options, percents = check(args)
+    patches = list_patches(args.data)
+    features = load_features(args.features) if args.features else None
+    vectors = features.of([patch.image for patch in patches]) if features else None
+    is_test = np.array([patch.split == TEST_SPLIT for patch in patches])
+    folder = args.data / (args.out_name or default_name(args, options, features, patches))
+    check_folder(folder)
+
+    best, scores = None, {}
+    if args.cluster == "slide":
+        labels = [slide_of(patch.stem) for patch in patches]
+    else:
+        with tqdm(total=args.trials, desc="clustering", unit="trial") as bar:
+            seeds = range(args.seed, args.seed + args.trials)
+            best, trials = best_of(vectors[~is_test], vectors[is_test], options, seeds, bar.update)
+        labels = [*best.train_labels, *best.test_labels]
+        scores = describe(best, trials, vectors[~is_test], features)
+    train_sizes = Counter(label for label, patch in zip(labels, patches) if patch.split == TRAIN_SPLIT)
+    subsets = {label: subset_cascade(size, percents, args.seed) for label, size in train_sizes.items()}
+    made = ClusterFolder(folder, plan(patches, labels, subsets, args.copy), args.copy)
+    points = np.concatenate([best.train, best.test]) if best else np.zeros((len(patches), 0))
+    picture = draw_clusters(
+        points,
+        labels,
+        is_test,
+        lambda i: read_image(patches[i].image),
+        f"{folder.name}: {len(patches)} patches",
+        args.seed,
+    )
+    with tqdm(total=len(made.entries), desc="writing", unit="file", leave=False) as bar:
+        made.write(bar.update)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    sizes = {name: size_of(labels, patches, name) for name in by_size(np.array(labels))[0]}
+    write_whole(folder / "clusters.csv", table(patches, labels, args.data))
+    write_whole(folder / "scores.json", json.dumps({**scores, "sizes": sizes, "settings": settings}, indent=1) + "\n")
+    write_whole(folder / "clusters.png", picture)
+    report(folder, labels, scores, subsets, percents)
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", metavar="DATA", type=Path, help="folder that prepare_monuseg.py made")
+    parser.add_argument("--features", type=Path, help="file of extract_features.py; --cluster slide needs none")
+    parser.add_argument("--reduce", default="umap", help="umap (default), pca or none")
+    parser.add_argument("--cluster", default="hdbscan", help="hdbscan (default), kmeans, gmm or slide")
+    parser.add_argument("--n_components", type=int, default=3, help="dimensions to reduce to (default 3)")
+    parser.add_argument("--n_clusters", type=int, default=10, help="of kmeans and gmm (default 10)")
+    parser.add_argument("--min_samples", type=int, default=10, help="of hdbscan (default 10)")
+    parser.add_argument("--min_cluster_size", type=int, default=50, help="of hdbscan, in patches (default 50)")
+    parser.add_argument("--trials", type=int, default=1, help="seeds to try, from --seed on (default 1)")
+    parser.add_argument("--subset", default="", metavar="25,10,05,02", help="per cents of each cluster's patches")
+    parser.add_argument("--copy", type=str2bool, default=False, help="True: copies in place of links")
+    parser.add_argument("--seed", type=int, default=42, help="of all random choices (default 42)")
+    parser.add_argument("--out_name", default="", help="folder in DATA (default: named after the settings)")
+    return parser
+
+
+def check(args: argparse.Namespace) -> tuple[Options | None, list[int]]:
+    """:return: how to cluster, None for slides, and the subsets' per cents, falling."""
+    names = ("reduce", "n_components", "n_clusters", "min_samples", "min_cluster_size")
+    by_slide = args.cluster == "slide"
+    options = None if by_slide else Options(cluster=args.cluster, **{name: getattr(args, name) for name in names})
+    if not by_slide and args.features is None:
+        raise ValueError(f"--cluster {args.cluster} needs --features: make them with scripts/extract_features.py")
+    if args.trials < 1:
+        raise ValueError(f"--trials {args.trials} must be at least 1")
+    if not 0 <= args.seed < 2**32 - args.trials:
+        raise ValueError(f"--seed {args.seed} is out of range: give 0 to {2**32 - args.trials - 1}")
+    if args.out_name in (".", "..", TRAIN_SPLIT, TEST_SPLIT) or "/" in args.out_name:
+        raise ValueError(f"--out_name {args.out_name} is no name for a folder in {args.data}")
+    percents = args.subset.split(",") if args.subset else []
+    if not all(re.fullmatch("[0-9]{1,2}", text) and int(text) for text in percents):
+        raise ValueError(f"--subset {args.subset} does not parse: give per cents from 1 to 99, such as 25,10,05,02")
+    return options, sorted({int(text) for text in percents}, reverse=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse, before the long work, a folder that another program has made."""
+    ClusterFolder(folder, {})
+    for name in OWN_FILES:
+        if (folder / name).exists() and not (folder / RECORD).exists():
+            raise ValueError(f"{folder / name} is there but not by this command: choose another --out_name")
+
+
+def default_name(
+    args: argparse.Namespace, options: Options | None, features: Features | None, patches: Sequence[Patch]
+) -> str:
+    """Name the folder as the reference does: PREPROCESSING (_ is none), backbone, reduction, clustering, version."""
+    if options is None:
+        count = {
+            split: len({slide_of(p.stem) for p in patches if p.split == split}) for split in (TRAIN_SPLIT, TEST_SPLIT)
+        }
+        return f"names_{count[TRAIN_SPLIT]}_{count[TEST_SPLIT]}"
+    kind, colon, rest = features.backbone.partition(":")
+    backbone = re.sub(r"[^\w.-]+", "_", f"{kind}_{PurePath(rest).name}" if colon else kind)
+    return f"__{backbone}_{options.name.format(seed=args.seed)}_v1.0"
+
+
+def describe(best: Clustering, trials: Sequence[Clustering], train: np.ndarray, features: Features) -> dict:
+    """Scores of a clustering, for scores.json."""
+    return dict(
+        silhouette=best.silhouette,
+        silhouette_of_features=silhouette(train, best.train_labels),
+        clusters=len(set(best.train_labels) - {NOISE}),
+        noise_share=dict(train=noise_share(best.train_labels), test=noise_share(best.test_labels)),
+        seed=best.seed,
+        trials=[
+            dict(
+                seed=trial.seed,
+                silhouette=trial.silhouette,
+                clusters=len(set(trial.train_labels) - {NOISE}),
+                noise_share=noise_share(trial.train_labels),
+            )
+            for trial in trials
+        ],
+        backbone=features.backbone,
+        weight_hash=features.weight_hash,
+    )
+
+
+def noise_share(labels: Sequence[str]) -> float | None:
+    return sum(label == NOISE for label in labels) / len(labels) if labels else None
+
+
+def size_of(labels: Sequence[str], patches: Sequence[Patch], name: str) -> dict[str, int]:
+    splits = Counter(patch.split for label, patch in zip(labels, patches) if label == name)
+    return {"train": splits[TRAIN_SPLIT], "test": splits[TEST_SPLIT]}
+
+
+def table(patches: Sequence[Patch], labels: Sequence[str], data: Path) -> str:
+    """clusters.csv: a row a patch."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["path", "split", "slide", "label"])
+    for patch, label in zip(patches, labels):
+        rows.writerow([patch.image.relative_to(data).as_posix(), patch.split, slide_of(patch.stem), label])
+    return text.getvalue()
+
+
+def report(folder: Path, labels: Sequence[str], scores: dict, subsets: dict, percents: Sequence[int]) -> None:
+    count = len(set(labels) - {NOISE})
+    noise = f", {sum(label == NOISE for label in labels)} of {len(labels)} patches noise" if NOISE in labels else ""
+    score = scores.get("silhouette")
+    print(f"{folder}: {count} clusters{noise}" + (f", silhouette {score:.3f}" if score is not None else ""))
+    for label, shares in sorted(subsets.items()):
+        if len(shares) < len(percents):
+            print(f"{label} is too small for {', '.join(f'{percent:02d}ss' for percent in percents[len(shares) :])}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
