@@ -6,6 +6,7 @@ import json
 from guided_diffusion import checkpoint, cli, dist_util, logger
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.fp16_util import compute_dtype
+from guided_diffusion.histology.features import load_features
 from guided_diffusion.image_datasets import load_dataset
 from guided_diffusion.results import ResultFolder, check_results_path, check_same_run, save_run
 from guided_diffusion.samplers import SAMPLERS, make_schedule
@@ -48,6 +49,8 @@ def create_argparser() -> argparse.ArgumentParser:
         spade_cache="auto",
         overwrite=False,
         dry_run=False,
+        match_other_slide=False,
+        features="",
     )
     defaults = {**data_defaults(), **defaults, **ConditionSpec.flags(), **model_and_diffusion_defaults()}
     parser = cli.FlagParser(description=__doc__)
@@ -94,6 +97,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"unknown --sampler {args.sampler}: choose one of {', '.join(SAMPLERS)}")
     if args.use_ddim and args.sampler not in ("", "ddim"):
         raise ValueError(f"--use_ddim True with --sampler {args.sampler}: give one of them")
+    if args.features and (args.match_struct or not args.match_app):
+        raise ValueError(
+            f"--features {args.features} needs --match_app True, and no --match_struct: nothing else reads it"
+        )
     if args.num_steps and args.timestep_respacing:
         raise ValueError(
             f"--num_steps {args.num_steps} with --timestep_respacing {args.timestep_respacing}: both say how many; "
@@ -134,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
         spec=spec,
         is_train=args.use_train,
         image_size=args.image_size,
+        features=load_features(args.features).of if args.features else None,
+        match_other_slide=args.match_other_slide,
         **args_to_dict(args, data_defaults().keys() - {"num_workers"}),
     )
     device = dist_util.dev()

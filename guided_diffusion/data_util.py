@@ -6,7 +6,7 @@ image and answers with indices into the same set. Randomness comes from seeds in
 generator is never touched.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -79,19 +79,22 @@ def match_scores(properties: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return 1 - np.clip(penalty, 0, 1)
 
 
-def match_struct(total_area: np.ndarray, med_area: np.ndarray, seed: int) -> np.ndarray:
+def match_struct(
+    total_area: np.ndarray, med_area: np.ndarray, seed: int, slides: Sequence[str] | None = None
+) -> np.ndarray:
     """
     Choose for each structure the image that lends it its appearance, by likeness of the nuclei's areas.
 
     :param total_area: an [N] array, pixels of nuclei in each mask.
     :param med_area: an [N] array, median area of the nuclei in each mask.
     :param seed: of the draw among the 19 best matches.
+    :param slides: the slide of each mask, to choose from other slides only.
     :return: an [N] int64 array of indices, never a mask's own.
-    :raises ValueError: if there are fewer than two masks.
+    :raises ValueError: if there are fewer than two masks, or slides.
     """
     _require_others(len(total_area), "--match_struct")
     properties = np.stack([np.asarray(med_area), np.asarray(total_area)], axis=1)
-    return _draw_near(len(properties), lambda rows: -match_scores(properties, rows), seed)
+    return _draw_near(len(properties), lambda rows: -match_scores(properties, rows), seed, slides)
 
 
 def stain_descriptor(image: np.ndarray) -> np.ndarray:
@@ -120,21 +123,22 @@ def stain_descriptor(image: np.ndarray) -> np.ndarray:
     return np.array(described, np.float32)
 
 
-def match_app(descriptors: np.ndarray, seed: int) -> np.ndarray:
+def match_app(descriptors: np.ndarray, seed: int, slides: Sequence[str] | None = None) -> np.ndarray:
     """
     Choose for each structure the image that lends it its appearance, by likeness to the structure's own image.
 
     :param descriptors: an [N x D] array, one appearance vector per image; each of the D values is scaled to zero
         mean and unit deviation over the set, then distance is Euclidean.
     :param seed: of the draw among the 19 nearest.
+    :param slides: the slide of each image, to choose from other slides only.
     :return: an [N] int64 array of indices, never an image's own.
-    :raises ValueError: if there are fewer than two images.
+    :raises ValueError: if there are fewer than two images, or slides.
     """
     _require_others(len(descriptors), "--match_app")
     descriptors = np.asarray(descriptors, np.float64)
     deviation = descriptors.std(axis=0)
     z = (descriptors - descriptors.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
-    return _draw_near(len(z), lambda rows: cdist(z[rows], z), seed)
+    return _draw_near(len(z), lambda rows: cdist(z[rows], z), seed, slides)
 
 
 def shuffled(n: int) -> np.ndarray:
@@ -206,24 +210,36 @@ def _require_others(n: int, flag: str) -> None:
         raise ValueError(f"{flag} has {n} image(s) to choose from; give --data_dir with at least 2, or drop {flag}")
 
 
-def _draw_near(n: int, distance: Callable[[np.ndarray], np.ndarray], seed: int) -> np.ndarray:
+def _draw_near(
+    n: int, distance: Callable[[np.ndarray], np.ndarray], seed: int, slides: Sequence[str] | None = None
+) -> np.ndarray:
     """
     Draw for each of n items one of its 19 nearest others (all others if they are fewer).
 
-    An item is taken out of its own ranking first; equal distances rank by index. So neither the platform's sort nor
-    the way the rows are cut into chunks changes the answer.
+    An item, or all of its slide, is taken out of its own ranking first; equal distances rank by index. So neither the
+    platform's sort nor the way the rows are cut into chunks changes the answer.
 
     :param n: the number of items.
     :param distance: maps [R] indices to an [R x n] float array.
     :param seed: of the draw.
+    :param slides: the slide of each item, or None to take the item alone out.
     :return: an [n] int64 array of indices.
     """
     n_near = min(NEAREST, n - 1)
-    rank = np.random.default_rng(seed).integers(n_near, size=n)
+    codes, choices = np.arange(n), n_near
+    if slides is not None:
+        names, codes, sizes = np.unique(np.asarray(slides), return_inverse=True, return_counts=True)
+        if len(names) < 2:
+            raise ValueError(
+                f"--match_other_slide True: all {n} images are of slide {names[0]}: give --data_dir with more slides, "
+                "or leave it out"
+            )
+        choices = np.minimum(NEAREST, n - sizes[codes])
+    rank = np.random.default_rng(seed).integers(choices, size=n)
     chosen = np.empty(n, np.int64)
     for rows in _chunks(n):
         far = distance(rows)
-        far[np.arange(len(rows)), rows] = np.inf
+        far[codes[rows, None] == codes] = np.inf
         reach = np.partition(far, n_near - 1, axis=1)[:, n_near - 1]
         for i, row, limit in zip(rows, far, reach):
             near = np.flatnonzero(row <= limit)

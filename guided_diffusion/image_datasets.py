@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import data_util, dist_util
 from .conditioning import ConditionSpec, as_rgb, as_signed, hv_planes
-from .image_files import Item, list_items, read_image, read_mask, split_slides
+from .image_files import Item, list_items, read_image, read_mask, slide_of, split_slides
 from .image_transforms import center_crop, random_crop, random_flip_turn
 
 # Decoded files and HV maps are kept in memory up to this many bytes a process; MoNuSeg's patches take 0.6 GB.
@@ -269,6 +269,8 @@ def load_dataset(
     shuffle_masks: bool = False,
     match_struct: bool = False,
     match_app: bool = False,
+    match_other_slide: bool = False,
+    features: Callable[[list[str]], np.ndarray] | None = None,
     seed: int = 0,
     val_share: float = 0.0,
     part: str = "",
@@ -280,13 +282,17 @@ def load_dataset(
     :param subsample: use only this share of the items.
     :param shuffle_masks: give each structure the image of another item, by a fixed permutation.
     :param match_struct: give it that of an item with similar nuclei.
-    :param match_app: give it that of an item with a similar stain.
+    :param match_app: give it that of an item with a similar image: by `features`, else by its stain.
+    :param match_other_slide: choose a similar item from other slides only.
+    :param features: gives an [N x D] array for N paths of images, or raises ValueError for the first it has none of.
     :param seed: of the choices above and of all samples; other parameters as NucleiDataset's.
     :param val_share: the share of the slides that are held out, see split_slides.
     :param part: which items to load: "train", "held_out", which may be none, or "" for all.
     """
     if match_struct and shuffle_masks:
         raise ValueError("--match_struct True with --shuffle_masks True: both choose the appearance; turn one off")
+    if match_other_slide and not (match_struct or match_app):
+        raise ValueError("--match_other_slide True needs --match_struct True or --match_app True: turn one on")
     items = list_items(data_dir, dataset_mode, is_train)
     if subsample != 1:
         items = [items[i] for i in sorted(data_util.subsample_indices(len(items), subsample))]
@@ -295,20 +301,22 @@ def load_dataset(
     dataset = NucleiDataset(
         items, spec, image_size, augment=augment, preserve_nuclei_col=preserve_nuclei_col, seed=seed
     )
+    vectors = features([item.image for item in items]) if features is not None else None
 
     def describe(sample: Sample) -> object:
         if match_struct:
             return data_util.area_properties(sample.inst_map)
-        return data_util.stain_descriptor(as_rgb(sample.image)) if match_app else None
+        return data_util.stain_descriptor(as_rgb(sample.image)) if match_app and vectors is None else None
 
     described = _read_all(dataset, describe)
     if not items:
         return dataset
+    slides = [slide_of(item.stem) for item in items] if match_other_slide else None
     if match_struct:
         total_area, med_area = np.array(described).T
-        dataset.appearance = data_util.match_struct(total_area, med_area, seed)
+        dataset.appearance = data_util.match_struct(total_area, med_area, seed, slides)
     elif match_app:
-        dataset.appearance = data_util.match_app(np.array(described), seed)
+        dataset.appearance = data_util.match_app(np.array(described) if vectors is None else vectors, seed, slides)
     elif shuffle_masks:
         dataset.appearance = data_util.shuffled(len(items))
     return dataset

@@ -17,6 +17,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -42,6 +43,7 @@ OWN_FILES = ("clusters.csv", "scores.json", "clusters.png")
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     options, percents = check(args)
+    args.data = Path(os.path.abspath(args.data))
     patches = list_patches(args.data)
     features = load_features(args.features) if args.features else None
     vectors = features.of([patch.image for patch in patches]) if features else None

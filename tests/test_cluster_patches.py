@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_patches
 from PIL import Image
 
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.histology.features import Features, save_features
 from guided_diffusion.image_datasets import load_dataset
 from scripts import cluster_patches
-from tests.conftest import write_patches
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -108,6 +108,12 @@ def test_again_is_the_same_and_other_settings_replace(data, features):
     after = tree(data / "C")
     assert after["notes.txt"] == b"mine" and not any("50ss" in name for name in after)
     assert sum(isinstance(value, str) for value in after.values()) == 28 * 3
+
+
+def test_paths_may_be_relative(data, features, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    cluster_patches.main(["data", "--features", "f.npz", *KMEANS])
+    assert all(path.exists() for path in (data / "C").rglob("*")) and len(load(data / "C" / "0")) in (6, 18)
 
 
 def test_copies(data, features):

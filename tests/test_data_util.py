@@ -204,6 +204,34 @@ def test_match_app_with_equal_images():
         assert chosen.max() <= 19
 
 
+def test_matching_among_other_slides():
+    """By brute force: the 19 nearest that are of another slide, or all of these where they are fewer."""
+    rng = np.random.default_rng(3)
+    slides = np.array(["a"] * 30 + ["b"] * 8 + ["c"] * 2)[rng.permutation(40)]
+    features = rng.normal(size=(40, 5))
+    total, median = rng.integers(1, 400, (2, 40))
+    z = (features - features.mean(axis=0)) / features.std(axis=0)
+    distances = {
+        "app": np.linalg.norm(z[:, None] - z, axis=2),
+        "struct": -match_scores(np.stack([median, total], axis=1), np.arange(40)),
+    }
+    for kind, distance in distances.items():
+        seen = [set() for _ in range(40)]
+        for seed in range(300):
+            chosen = match_app(features, seed, slides) if kind == "app" else match_struct(total, median, seed, slides)
+            for i, j in enumerate(chosen):
+                seen[i].add(int(j))
+        for i in range(40):
+            others = [j for j in np.argsort(distance[i], kind="stable") if slides[j] != slides[i]]
+            assert seen[i] == set(others[:19])
+
+
+def test_matching_needs_another_slide():
+    with pytest.raises(ValueError, match="--match_other_slide True: all 4 images are of slide a"):
+        match_app(np.eye(4), 0, ["a"] * 4)
+    assert match_app(np.eye(3), 0, ["a", "a", "b"])[:2].tolist() == [2, 2]
+
+
 def test_2400_masks_in_seconds():
     rng = np.random.default_rng(0)
     masks = rng.integers(0, 60, (24, 16, 16)).repeat(8, axis=1).repeat(8, axis=2).astype(np.int32)

@@ -9,7 +9,7 @@ from conftest import draw_patch, write_patches
 from PIL import Image
 from scipy import ndimage
 
-from guided_diffusion import image_datasets
+from guided_diffusion import data_util, image_datasets
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.hv_maps import gen_instance_hv_map
 from guided_diffusion.image_datasets import (
@@ -202,6 +202,33 @@ def test_appearance_of_another_item(data_dir, option):
         colours = ((cond["col_map"] + 1) * 127.5).round().flatten(1).sort().values
         assert th.equal(colours, ((x + 1) * 127.5).round().flatten(1).sort().values)
     np.testing.assert_array_equal(dataset(data_dir, **{option: True}).appearance, matched.appearance)
+
+
+@pytest.mark.parametrize("option", ["match_struct", "match_app"])
+def test_appearance_of_another_slide(data_dir, option):
+    """There are two, of four patches each."""
+    appearance = dataset(data_dir, match_other_slide=True, **{option: True}).appearance
+    assert (appearance // 4 != np.arange(8) // 4).all()
+
+
+def test_appearance_by_features(data_dir):
+    write_patches(data_dir / TRAIN, count=40)
+    vectors = np.arange(40.0)[:, None] ** 2
+    asked = []
+
+    def features(paths):
+        asked.extend(paths)
+        return vectors
+
+    matched = dataset(data_dir, match_app=True, features=features)
+    assert asked == [item.image for item in matched.items]
+    np.testing.assert_array_equal(matched.appearance, data_util.match_app(vectors, 0))
+    assert abs(matched.appearance - np.arange(40)).max() <= 20
+
+
+def test_other_slides_need_something_to_match_by(data_dir):
+    with pytest.raises(ValueError, match="--match_other_slide True needs --match_struct True or --match_app True"):
+        dataset(data_dir, match_other_slide=True)
 
 
 def test_matching_needs_a_second_image(tmp_path):

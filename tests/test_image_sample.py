@@ -18,6 +18,7 @@ from PIL import Image
 
 import image_sample
 from guided_diffusion import checkpoint, cli
+from guided_diffusion.histology.features import Features, save_features
 from guided_diffusion.results import FOLDERS
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
 
@@ -408,6 +409,13 @@ MISTAKES = {
     "precision": (["--precision", "fp8"], "--precision fp8"),
     "fp16": (["--precision", "fp16"], "--precision fp16 on a CPU"),
     "cache": (["--spade_cache", "maybe"], "--spade_cache maybe"),
+    "features": (["--match_app", "True", "--features", "none.npz"], "--features none.npz is not a file"),
+    "unread features": (["--features", "f.npz"], "--features f.npz needs --match_app True"),
+    "features and structure": (
+        ["--match_app", "True", "--match_struct", "True", "--features", "f"],
+        "--features f needs",
+    ),
+    "other slide": (["--match_other_slide", "True"], "--match_other_slide True needs --match_struct"),
 }
 
 
@@ -419,6 +427,21 @@ def test_mistakes_give_one_line_and_write_nothing(data_dir, model_path, tmp_path
     assert stop.value.code == 2 and not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(message, error), error
+
+
+def test_appearance_by_features(data_dir, model_path, tmp_path):
+    stems = [f"slide-{i // 4}_{i % 4:03d}" for i in range(8)]
+    vectors = np.eye(4, dtype=np.float32)[np.arange(8) % 4] * 100
+    file = tmp_path / "f.npz"
+    save_features(file, Features(vectors, [f"{stem}.png" for stem in stems], stems, "own", "none"))
+    extra = ["--match_app", "True", "--match_other_slide", "True", "--features", str(file), "--num_samples", "0"]
+    rows = manifest(run(data_dir, model_path, tmp_path / "out", *extra))
+    pairs = {(Path(row["structure"]).stem, Path(row["appearance"]).stem) for row in rows}
+    assert len(pairs) == 8 and all(structure[6] != appearance[6] for structure, appearance in pairs)
+    save_features(file, Features(vectors[:6], [f"{stem}.png" for stem in stems[:6]], stems[:6], "own", "none"))
+    with pytest.raises(ValueError, match=r"--features has no row for .*slide-1_002\.png"):
+        run(data_dir, model_path, tmp_path / "other", *extra)
+    assert not (tmp_path / "other").exists()
 
 
 def test_results_path_that_is_a_file(data_dir, model_path, tmp_path):

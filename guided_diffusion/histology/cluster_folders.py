@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -43,12 +43,13 @@ class Patch:
 
 def list_patches(data: Path) -> list[Patch]:
     """
-    List a data folder's patches, those of the training split first, sorted by stem.
+    List a data folder's patches, those of the training split first, sorted by stem; paths are absolute.
 
     :raises FileNotFoundError, ValueError: for a missing split, a broken link, or an image without its mask.
     """
     if not (data / TRAIN_SPLIT / "images").is_dir():
         raise FileNotFoundError(f"DATA: {data} has no {TRAIN_SPLIT}/images: give a folder that prepare_monuseg.py made")
+    data = Path(os.path.abspath(data))
     patches = [patch for split in (TRAIN_SPLIT, TEST_SPLIT) for patch in _list_split(data / split)]
     if not any(patch.split == TRAIN_SPLIT for patch in patches):
         raise ValueError(f"DATA: {data / TRAIN_SPLIT / 'images'} holds no image")
@@ -134,8 +135,12 @@ class ClusterFolder:
         for name in self.entries:
             self._check_free(name, own)
 
-    def write(self, progress=lambda: None) -> None:
-        """Make the folder as planned; what an earlier run has put there and is not planned goes."""
+    def write(self, progress: Callable[[], object] = lambda: None) -> None:
+        """
+        Make the folder as planned; what an earlier run has put there and is not planned goes.
+
+        :param progress: called after each entry.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         # What is to come is recorded first, so that a killed run's links are known for what they are.
         marks = {name: self._mark(name) for name in self.entries}

@@ -3,10 +3,10 @@
 import os
 
 import pytest
+from conftest import write_patches
 from PIL import Image
 
 from guided_diffusion.histology.cluster_folders import RECORD, ClusterFolder, list_patches, plan
-from tests.conftest import write_patches
 
 TRAIN, TEST = "MoNuSegTrainingData", "MoNuSegTestData"
 
