@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     sizes = {name: size_of(labels, patches, name) for name in by_size(np.array(labels))[0]}
     write_whole(folder / "clusters.csv", table(patches, labels, args.data))
-    write_whole(folder / "scores.json", json.dumps({**scores, "sizes": sizes, "settings": settings}, indent=1) + "\n")
     write_whole(folder / "clusters.png", picture)
+    write_whole(folder / "scores.json", json.dumps({**scores, "sizes": sizes, "settings": settings}, indent=1) + "\n")
     report(folder, labels, scores, subsets, percents)
 
 
@@ -96,7 +96,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--subset", default="", metavar="25,10,05,02", help="per cents of each cluster's patches")
     parser.add_argument("--copy", type=str2bool, default=False, help="True: copies in place of links")
     parser.add_argument("--seed", type=int, default=42, help="of all random choices (default 42)")
-    parser.add_argument("--out_name", default="", help="folder in DATA (default: named after the settings)")
+    parser.add_argument("--out_name", "--name", default="", help="folder in DATA (default: named after the settings)")
     return parser
 
 
