@@ -104,7 +104,7 @@ def panoptic_quality(table: Overlaps) -> tuple[float, float, float]:
     """
     PQ, DQ and SQ at IoU > 0.5 (Kirillov et al., CVPR 2019), each in [0, 1].
 
-    DQ is the F1 at 0.5, SQ the mean IoU of the matches, PQ their product. Both maps empty: (1, 1, 1). No match: (0, 0, 0).
+    DQ is the F1 at 0.5, SQ the mean IoU of the matches, PQ their product. Both maps empty: all 1. No match: all 0.
     """
     detection = instance_f1(table, 0.5)
     kept = matches(table, 0.5)

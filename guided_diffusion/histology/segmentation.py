@@ -6,6 +6,8 @@ predicts where in its nucleus the pixel lies, from -1 to 1 in both directions; b
 maps fall from 1 to -1, which parts them. Owns the file and the way to instances. Knows nothing of training.
 """
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch as th
 from scipy import ndimage
 
-from .segmenter_net import STRIDE, SegmenterNet
+from .segmenter_net import STRIDE, SegmenterNet, seeded_net
 
 KIND = "nuclei segmenter"
 FILE = "segmenter.pt"
@@ -36,12 +38,14 @@ class Segmenter:
     :param net: the network; it is moved to the device.
     :param device: where it runs.
     :param flips: average over the image and its three mirrored versions: four times the time for a little more.
+    :param slides: that the network was trained on.
     """
 
-    def __init__(self, net: SegmenterNet, device: th.device, flips: bool = False) -> None:
+    def __init__(self, net: SegmenterNet, device: th.device, flips: bool = False, slides: Sequence[str] = ()) -> None:
         self.net = net.to(device, memory_format=th.channels_last).eval()
         self.device = device
         self.flips = flips
+        self.slides = frozenset(slides)
 
     def segment(self, image: np.ndarray) -> np.ndarray:
         """
@@ -119,6 +123,18 @@ def instances(probability: np.ndarray, position: np.ndarray) -> np.ndarray:
     return _renumbered(_without_small(_filled(inst_map), _MIN_AREA))
 
 
+def outlined(image: np.ndarray, inst_map: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """
+    :param image: an [H x W x 3] uint8 array.
+    :param inst_map: an [H x W] integer array.
+    :return: a copy with the outermost pixels of every nucleus in the colour.
+    """
+    padded = np.pad(inst_map, 1, mode="edge")
+    around = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
+    edge = np.logical_or.reduce([inst_map != other for other in around]) & (inst_map > 0)
+    return np.where(edge[..., None], np.array(colour, np.uint8), image)
+
+
 def hv_target(inst_map: np.ndarray) -> np.ndarray:
     """
     Where in its nucleus each pixel lies: what a perfect network would answer.
@@ -145,9 +161,9 @@ def hv_target(inst_map: np.ndarray) -> np.ndarray:
     return target
 
 
-def save_segmenter(net: SegmenterNet) -> dict[str, Any]:
-    """:return: what a segmenter's file holds."""
-    return {"kind": KIND, "net": net.state_dict()}
+def as_content(net: SegmenterNet, slides: Sequence[str]) -> dict[str, Any]:
+    """:return: what a segmenter's file holds: the weights, and the slides that they come from."""
+    return {"kind": KIND, "net": net.state_dict(), "slides": sorted(slides)}
 
 
 def load_segmenter(path: str | Path, device: th.device, flips: bool = False) -> Segmenter:
@@ -161,12 +177,12 @@ def load_segmenter(path: str | Path, device: th.device, flips: bool = False) -> 
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     content = load_checked(path, KIND)
-    net = SegmenterNet()
+    net = seeded_net()
     try:
         net.load_state_dict(content["net"])
+        return Segmenter(net, device, flips, content["slides"])
     except (KeyError, RuntimeError, TypeError, AttributeError):
         raise ValueError(f"{path} is a segmenter of another layout: train it again") from None
-    return Segmenter(net, device, flips)
 
 
 def load_checked(path: Path, kind: str) -> dict[str, Any]:
@@ -191,8 +207,8 @@ def load_checked(path: Path, kind: str) -> dict[str, Any]:
 
 def _tiles(length: int) -> tuple[list[int], int]:
     """Starts of equal tiles that cover a side, and their size: a multiple of 16, at most 512."""
-    count = -(-length // _TILE)
-    size = -(-(-(-length // count)) // STRIDE) * STRIDE
+    count = math.ceil(length / _TILE)
+    size = math.ceil(length / count / STRIDE) * STRIDE
     return [number * size for number in range(count)], size
 
 
@@ -226,19 +242,12 @@ def _flooded(seeds: np.ndarray, nucleus: np.ndarray, energy: np.ndarray) -> np.n
 
 
 def _filled(inst_map: np.ndarray) -> np.ndarray:
-    """Close the holes that lie wholly within one nucleus."""
-    holes, count = ndimage.label(inst_map == 0)
-    if not count:
-        return inst_map
-    ring = ndimage.grey_dilation(inst_map, footprint=np.ones((3, 3)))
-    numbers = np.arange(1, count + 1)
-    highest = ndimage.maximum(ring, holes, numbers)
-    touched = np.where((inst_map == 0) & (ring > 0), ring, highest.max(initial=0) + 1)
-    lowest = ndimage.minimum(touched, holes, numbers)
-    outside = np.unique(np.concatenate([holes[0], holes[-1], holes[:, 0], holes[:, -1]]))
-    fill = np.where(highest == lowest, highest, 0)
-    fill[outside[outside > 0] - 1] = 0
-    return np.where(inst_map == 0, np.concatenate([[0], fill])[holes], inst_map).astype(np.int32)
+    """Close the holes that lie wholly within one nucleus, in place."""
+    for number, box in enumerate(ndimage.find_objects(inst_map), start=1):
+        if box is not None:
+            part = inst_map[box]
+            part[ndimage.binary_fill_holes(part == number) & (part == 0)] = number
+    return inst_map
 
 
 def _without_small(inst_map: np.ndarray, area: int) -> np.ndarray:

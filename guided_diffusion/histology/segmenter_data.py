@@ -6,7 +6,7 @@ not of batch size, workers or where a run was taken up again. Knows nothing of n
 """
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .segmentation import hv_target
 
 _SCALES = (0.8, 1.25)
 _AMOUNT, _OFFSET = 0.2, 0.02  # of the stains' jitter: relative, and in units of optical density
-# Hematoxylin, eosin and the rest as optical densities of red, green, blue (Ruifrok and Johnston 2001), rows of length 1.
+# Hematoxylin, eosin and DAB as optical densities of red, green and blue (Ruifrok and Johnston 2001).
 _STAINS = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
 _VAL_PIXELS = 400 * 400  # of each held-out slide
 
@@ -262,9 +262,8 @@ def _synthetic_sources(path: Path) -> dict[str, frozenset[str]]:
         rows = list(csv.DictReader(file))
     if rows and not {"stem", "source"} <= rows[0].keys():
         raise ValueError(f"{path} has no columns stem and source: give a folder of scripts/assemble_set.py")
-    read: Callable[[str | None], str] = lambda value: slide_of(Path(value or "").stem)  # noqa: E731
     return {
-        row["stem"]: frozenset(read(row.get(name)) for name in ("structure", "appearance"))
+        row["stem"]: frozenset(slide_of(Path(row.get(name) or "").stem) for name in ("structure", "appearance"))
         for row in rows
         if row["source"] != "real"
     }

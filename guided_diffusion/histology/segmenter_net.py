@@ -20,7 +20,7 @@ _UNFOLDED = 12  # channels of the 2 x 2 pixels that the last decoder block sees 
 
 
 class SegmenterNet(nn.Module):
-    """Maps [N x 3 x H x W] pixels, (value - 127) / 128, to [N x 3 x H x W]: nucleus as a logit, horizontal, vertical."""
+    """Maps pixels, (value - 127) / 128, to three values each: nucleus as a logit, and the position in it, x and y."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +57,13 @@ class SegmenterNet(nn.Module):
             h = F.interpolate(h, scale_factor=2, mode="nearest")
             h = block(th.cat([h, skips.pop()], dim=1))
         return F.pixel_shuffle(self.head(h), 2)
+
+
+def seeded_net(seed: int = 0) -> SegmenterNet:
+    """A new network, a function of the seed alone; torch's global generator, which layers draw from, is put back."""
+    with th.random.fork_rng(devices=[]):
+        th.manual_seed(seed)
+        return SegmenterNet()
 
 
 def load_imagenet_weights(net: SegmenterNet) -> None:

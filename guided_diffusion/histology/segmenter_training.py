@@ -7,7 +7,7 @@ Owns the loop. Knows nothing of folders of data nor of flags.
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from . import instance_metrics
-from .segmentation import FILE, Segmenter, as_input, load_checked, save_segmenter
+from .segmentation import FILE, Segmenter, as_content, as_input, load_checked
 from .segmenter_data import Crops, Example
-from .segmenter_net import SegmenterNet, load_imagenet_weights
+from .segmenter_net import load_imagenet_weights, seeded_net
 
 CHECKPOINT = "checkpoint.pt"
+PRECISIONS = ("fp32", "bf16")
 _KIND = "segmenter training"
 _WARM_UP = 0.05  # share of the run
 _WEIGHT_DECAY = 0.01
@@ -90,16 +91,26 @@ class Training:
     :param settings: of the run.
     :param examples: to train on; held: to validate on, may be empty.
     :param out: folder for the checkpoint and segmenter.pt.
+    :param slides: that the examples show, noted in segmenter.pt.
     :raises ValueError: the folder's checkpoint is broken.
     :raises ImportError: the package with the pretrained weights is missing.
     """
 
     def __init__(
-        self, settings: Settings, examples: Sequence[Example], held: Sequence[Example], out: Path, device: th.device
+        self,
+        settings: Settings,
+        examples: Sequence[Example],
+        held: Sequence[Example],
+        out: Path,
+        device: th.device,
+        slides: Sequence[str] = (),
     ) -> None:
-        self.settings, self.held, self.out, self.device = settings, held, out, device
+        self.settings, self.held, self.out, self.device, self.slides = settings, held, out, device, slides
         self.crops = Crops(examples, settings.crop, settings.seed, settings.colour_augment)
-        self.net = _seeded_net(settings).to(device, memory_format=th.channels_last)
+        net = seeded_net(settings.seed)
+        if settings.pretrained:
+            load_imagenet_weights(net)
+        self.net = net.to(device, memory_format=th.channels_last)
         self.optimizer = th.optim.AdamW(self.net.parameters(), lr=settings.lr, weight_decay=_WEIGHT_DECAY)
         self.step, self.seconds = 0, 0.0
         self.best: dict[str, Any] = {"score": -1.0, "step": 0, "net": None}
@@ -133,7 +144,7 @@ class Training:
         best = self.best["net"] if self.held else None
         if best is not None:
             self.net.load_state_dict(best)
-        save_atomically(save_segmenter(self.net), self.out / FILE)
+        save_atomically(as_content(self.net, self.slides), self.out / FILE)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
         return self._result()
 
@@ -158,11 +169,15 @@ class Training:
         tired = bool(self.held) and 0 < self.settings.patience <= missed
         return self.progress() >= 1 or tired
 
-    def _batches(self, workers: int):
+    def _batches(self, workers: int) -> Iterator[list[th.Tensor]]:
         first = self.step * self.settings.batch_size
         last = self.settings.steps * self.settings.batch_size if self.settings.steps else 1 << 40
         loader = th.utils.data.DataLoader(
-            self.crops, self.settings.batch_size, sampler=range(first, last), num_workers=workers, drop_last=True
+            self.crops,
+            self.settings.batch_size,
+            sampler=range(first, last),
+            num_workers=workers,
+            generator=th.Generator(),  # else the loader draws from the global one
         )
         return iter(loader)
 
@@ -225,16 +240,6 @@ def save_atomically(content: dict[str, Any], path: Path) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _seeded_net(settings: Settings) -> SegmenterNet:
-    """The network at step 0; layers draw from torch's global generator, which is put back."""
-    with th.random.fork_rng(devices=[]):
-        th.manual_seed(settings.seed)
-        net = SegmenterNet()
-    if settings.pretrained:
-        load_imagenet_weights(net)
-    return net
 
 
 def _schedule(progress: float) -> float:

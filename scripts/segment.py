@@ -1,0 +1,145 @@
+"""
+Find the nuclei of images, and measure how well, where the truth is known.
+
+    python scripts/segment.py MODEL IMAGES --out DIR [--truth MASKS] [--flips True] [--centre 400]
+
+MODEL is a segmenter.pt of scripts/train_segmenter.py, or its folder; IMAGES a folder of images of any size. Writes
+DIR/inst_masks/STEM.tif (uint16, 0 = background) and DIR/overlays/STEM.png: nuclei outlined in yellow, the true ones in
+blue. With --truth, a folder of instance masks of the same stems, also DIR/metrics.json: all metrics per image, and
+averaged with 95 % intervals by bootstrap over slides. Slides that the model was trained on are refused then.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from guided_diffusion import cli
+from guided_diffusion.histology import annotations, instance_metrics, segmenter_data
+from guided_diffusion.histology.runs import slide_of
+from guided_diffusion.histology.segmentation import Segmenter, load_segmenter, outlined
+from guided_diffusion.script_util import str2bool
+from scripts.extract_features import find_device
+from scripts.train_segmenter import write_json
+
+METRICS = "metrics.json"
+FOUND, TRUE = (255, 230, 0), (0, 90, 255)
+SHOWN = ("f1@0.5", "aji", "pq", "dq", "sq", "dice")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    if args.centre < 0 or args.seed < 0:
+        raise ValueError(f"--centre {args.centre} and --seed {args.seed} must be at least 0")
+    segmenter = load_segmenter(args.model, find_device(args.device), args.flips)
+    images = segmenter_data.image_files(args.images)
+    if not images:
+        raise ValueError(f"IMAGES {args.images} holds no image ({', '.join(annotations.IMAGE_SUFFIXES)})")
+    check_out(args)
+    masks = truth_files(args.truth, images, segmenter) if args.truth else None
+    for stem in tqdm(images, "checking", leave=False, mininterval=1, disable=None):
+        read(stem, images, masks)
+
+    rows = {}
+    for stem in tqdm(images, "segmenting", mininterval=1):
+        image, truth = (array if array is None else centre(array, args.centre) for array in read(stem, images, masks))
+        found = segmenter.segment(image)
+        if truth is not None:
+            rows[stem] = instance_metrics.measure(truth, found)
+        write_pictures(args.out, stem, image, found, truth)
+    print(f"{args.out}: {len(images)} images")
+    if masks is not None:
+        average = instance_metrics.summarise(list(rows.values()), [slide_of(stem) for stem in rows], args.seed)
+        write_json(args.out / METRICS, {"model": str(args.model), "average": average, "images": rows})
+        print(table(average))
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", type=Path, help="segmenter.pt, or the folder that holds it")
+    parser.add_argument("images", metavar="IMAGES", type=Path, help="folder of images")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--truth", metavar="MASKS", type=Path, help="folder of true instance masks of the same stems")
+    parser.add_argument("--flips", type=str2bool, default=False, help="average over mirrored images: slower, better")
+    parser.add_argument("--centre", type=int, default=0, help="take only the central square of so many px; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    return parser
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """:raises ValueError: where the folder is none, or input would be overwritten."""
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: give a folder")
+    written = {args.out.resolve(), *((args.out / name).resolve() for name in ("inst_masks", "overlays"))}
+    for name, folder in (("IMAGES", args.images), ("--truth", args.truth)):
+        if folder is not None and folder.resolve() in written:
+            raise ValueError(f"--out {args.out} would write among {name} {folder}: give another folder")
+
+
+def truth_files(folder: Path, images: dict[str, Path], segmenter: Segmenter) -> dict[str, Path]:
+    """
+    :return: stem -> mask, for the images.
+    :raises ValueError: where stems differ, or a slide was trained on.
+    """
+    masks = segmenter_data.mask_files(folder)
+    segmenter_data.check_partners(images, masks, folder)
+    for stem in sorted(masks.keys() - images.keys()):
+        raise ValueError(f"{masks[stem]} has no image {stem}.* among IMAGES: add it or remove the mask")
+    for slide in sorted({slide_of(stem) for stem in images} & segmenter.slides):
+        raise ValueError(f"MODEL was trained on slide {slide} of --truth {folder}: measure on slides it has not seen")
+    return masks
+
+
+def read(stem: str, images: dict[str, Path], masks: dict[str, Path] | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """An image, and its true instance map where there is one."""
+    if masks is None:
+        return annotations.read_image(images[stem]), None
+    example = segmenter_data.read_example(stem, images[stem], masks[stem])
+    return example.image, example.inst_map
+
+
+def centre(array: np.ndarray, side: int) -> np.ndarray:
+    """The central square; all of the array where the side is 0, and of a smaller side all there is."""
+    if not side:
+        return array
+    row, column = (max(0, (length - side) // 2) for length in array.shape[:2])
+    return array[row : row + side, column : column + side]
+
+
+def write_pictures(out: Path, stem: str, image: np.ndarray, found: np.ndarray, truth: np.ndarray | None) -> None:
+    if found.max(initial=0) > np.iinfo(np.uint16).max:
+        raise ValueError(f"{stem} has {found.max()} nuclei, more than a uint16 mask can number: cut the image")
+    picture = image if truth is None else outlined(image, truth, TRUE)
+    save(Image.fromarray(outlined(picture, found, FOUND)).save, out / "overlays" / f"{stem}.png", "PNG")
+    save(Image.fromarray(found.astype(np.uint16)).save, out / "inst_masks" / f"{stem}.tif", "TIFF")
+
+
+def save(write: Callable[..., None], path: Path, kind: str) -> None:
+    """Write a picture whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        write(aside, format=kind)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def table(average: dict[str, dict[str, float]]) -> str:
+    lines = [f"{'':8}{'mean':>8}   95 % interval"]
+    for name in SHOWN:
+        mean, low, high = (average[name][part] for part in ("mean", "low", "high"))
+        lines.append(f"{name:8}{mean:8.3f}   {low:.3f} to {high:.3f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

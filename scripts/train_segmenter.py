@@ -1,0 +1,182 @@
+"""
+Train a segmenter of nuclei on a MoNuSeg-layout folder.
+
+    python scripts/train_segmenter.py DATA --out DIR [--steps 4000 | --minutes M] [--seed 0]
+
+DATA/MoNuSegTrainingData/{images,inst_masks} holds whole slides or patches, real or mixed by scripts/assemble_set.py:
+what DATA/manifest.csv calls synthetic is trained on, but never validated on, and left out where it was made from a
+held-out slide. Of the slides a seeded share is held out; training stops when they no longer improve, and the best
+weights are kept. Writes DIR/segmenter.pt, config.json and result.json; until then checkpoint.pt, from which the same
+command goes on. By steps, and on a CPU, equal seeds give equal weights; by minutes they cannot.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from guided_diffusion import cli
+from guided_diffusion.histology import segmenter_data
+from guided_diffusion.histology.annotations import TEST_SPLIT
+from guided_diffusion.histology.segmentation import FILE
+from guided_diffusion.histology.segmenter_data import Pair
+from guided_diffusion.histology.segmenter_net import STRIDE
+from guided_diffusion.histology.segmenter_training import CHECKPOINT, PRECISIONS, Settings, Training
+from guided_diffusion.script_util import str2bool
+from scripts.extract_features import find_device
+
+CONFIG, RESULT = "config.json", "result.json"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    settings = settings_of(args)
+    device = find_device(args.device)
+    pairs = segmenter_data.training_pairs(args.data)
+    test_images = args.data / TEST_SPLIT / "images"
+    if test_images.is_dir():
+        segmenter_data.check_no_overlap(pairs, segmenter_data.image_files(test_images), test_images)
+    train, held, left_out = segmenter_data.hold_out(pairs, args.val_share, args.seed)
+    config = config_of(args, settings, train, held, left_out)
+    check_out(args.out, config)
+    if (args.out / RESULT).exists():
+        print(f"{args.out}: finished before")
+        return
+
+    bar = tqdm([*train, *held], "reading", leave=False, mininterval=1, disable=None)
+    examples = [segmenter_data.read_pair(pair) for pair in bar]
+    if not any(example.inst_map.any() for example in examples[: len(train)]):
+        raise ValueError(f"DATA {args.data} shows no nucleus in any instance mask to train on: give annotated images")
+    validation = segmenter_data.validation_part(examples[len(train) :])
+    slides = config["slides_trained_on"]
+    training = Training(settings, examples[: len(train)], validation, args.out, device, slides)
+
+    if not held:
+        print("no slide is held out (--val_share 0, or fewer than three): no early stop, the last weights are kept")
+    if left_out:
+        print(f"{len(left_out)} synthetic images made from held-out slides are left out")
+    write_json(args.out / CONFIG, config)
+    result = training.run(args.num_workers, report)
+    write_json(args.out / RESULT, result)
+    tail = "" if result["validation"] is None else f", best at step {result['best_step']}: {line(result['validation'])}"
+    print(f"{args.out / FILE}: {result['steps']} steps in {result['seconds']:.0f} s{tail}")
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usual = Settings()
+    parser.add_argument("data", metavar="DATA", type=Path, help="folder that holds MoNuSegTrainingData")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--steps", type=int, help=f"of the optimiser (default {usual.steps} without --minutes)")
+    parser.add_argument("--minutes", type=float, help="of training, all sessions together")
+    parser.add_argument("--batch_size", type=int, default=usual.batch_size, help="crops a step (default %(default)s)")
+    parser.add_argument("--crop", type=int, default=usual.crop, help="side of the crops in px (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=usual.lr, help="largest learning rate (default %(default)s)")
+    parser.add_argument("--precision", default=usual.precision, help="fp32 (default), or bf16, for GPUs and newer CPUs")
+    parser.add_argument("--val_share", type=float, default=0.15, help="of the slides, held out (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=usual.seed, help="of all that is random (default %(default)s)")
+    parser.add_argument(
+        "--eval_interval", type=int, default=usual.eval_interval, help="steps between validations (default %(default)s)"
+    )
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=usual.patience,
+        help="stop after so many validations without a better one; 0: never (default %(default)s)",
+    )
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that make crops (default 0)")
+    parser.add_argument("--colour_augment", type=str2bool, default=True, help="jitter the stains (default True)")
+    parser.add_argument("--pretrained", type=str2bool, default=True, help="begin with ImageNet weights (default True)")
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    return parser
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """:raises ValueError: where a flag is out of range."""
+    least = dict(steps=1, batch_size=2, crop=STRIDE, seed=0, eval_interval=1, patience=0, num_workers=0)
+    for name, value in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < value:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least {value}")
+    for name in ("minutes", "lr"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
+            raise ValueError(f"--{name} {getattr(args, name)} must be above 0")
+    if args.crop % STRIDE:
+        raise ValueError(f"--crop {args.crop} must be a multiple of {STRIDE}")
+    if not 0 <= args.val_share < 1:
+        raise ValueError(f"--val_share {args.val_share} must be in [0, 1)")
+    if args.precision not in PRECISIONS:
+        raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(PRECISIONS)}")
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    if args.steps is None and args.minutes is None:
+        given["steps"] = Settings.steps
+    return Settings(**given)
+
+
+def config_of(
+    args: argparse.Namespace, settings: Settings, train: list[Pair], held: list[Pair], left_out: list[Pair]
+) -> dict[str, Any]:
+    """All that decides the weights; a run is taken up only with the same."""
+    return {
+        **asdict(settings),
+        "data": str(args.data.resolve()),
+        "val_share": args.val_share,
+        "slides_trained_on": sorted({slide for pair in train for slide in pair.slides if slide}),
+        "slides_held_out": sorted({slide for pair in held for slide in pair.slides}),
+        "images_trained_on": len(train),
+        "synthetic_trained_on": sum(pair.synthetic for pair in train),
+        "synthetic_left_out": len(left_out),
+    }
+
+
+def check_out(out: Path, config: dict[str, Any]) -> None:
+    """:raises ValueError: where the folder is none, lies in the data, or belongs to another run."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    if out.resolve() == Path(config["data"]):
+        raise ValueError(f"--out {out} is DATA itself: give another folder")
+    path = out / CONFIG
+    if not path.exists():
+        for name in (FILE, RESULT, CHECKPOINT):
+            if (out / name).exists():
+                raise ValueError(f"--out {out} holds {name} of an unknown run: give another folder")
+        return
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} does not parse: give another --out") from None
+    for name, value in config.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"--out {out} was begun with {name} {short(before.get(name))}, this run has {short(value)}: "
+                "give another folder"
+            )
+
+
+def short(value: Any) -> str:
+    return f"{str(value)[:80]} ..." if len(str(value)) > 80 else str(value)
+
+
+def report(row: dict[str, float]) -> None:
+    tqdm.write(f"step {row['step']}: {line({k: v for k, v in row.items() if k not in ('step', 'score')})}")
+
+
+def line(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+if __name__ == "__main__":
+    cli.run(main)
