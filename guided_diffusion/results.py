@@ -109,7 +109,7 @@ class ResultFolder:
         return {k: row for k, row in self.rows().items() if all(map(_is_whole, self._files(row["stem"]).values()))}
 
     def rows(self) -> dict[int, dict[str, str]]:
-        """:return: sample number -> its row of the manifest; a row that was cut off, or ran into another, is passed over."""
+        """:return: sample number -> its row of the manifest; a row that was cut off or ran into another is left out."""
         rows = {}
         if (self.path / MANIFEST).exists():
             with open(self.path / MANIFEST, newline="", errors="replace") as file:

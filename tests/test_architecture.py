@@ -46,8 +46,15 @@ RANKS = {
     "histology.cluster_picture": 1,
     "histology.image_metrics": 0,
     "histology.evaluation": 1,
+    "histology.evaluation_report": 1,
+    "histology.runs": 0,
     "histology.patches": 0,
     "histology.toy": 0,
+    "histology.instance_metrics": 0,
+    "histology.segmenter_net": 0,
+    "histology.segmentation": 1,
+    "histology.segmenter_data": 2,
+    "histology.segmenter_training": 3,
 }
 
 

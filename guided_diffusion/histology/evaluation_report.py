@@ -1,0 +1,139 @@
+"""
+Figures as people read them: a table, curves over a sweep, and copies side by side.
+
+Owns their look. Knows nothing of how figures are measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from .image_metrics import Estimate
+
+# Figure -> its name for people, and which way is better ("" where neither is).
+TITLES = {
+    "kid": ("kernel distance", "lower"),
+    "frechet": ("Frechet distance", "lower"),
+    "precision": ("precision", "higher"),
+    "recall": ("recall", "higher"),
+    "colour_od": ("colour shift, optical density", "lower"),
+    "colour_grey": ("colour distance, grey levels", "lower"),
+    "f1": ("structure agreement, F1", "higher"),
+    "aji": ("structure agreement, AJI", "higher"),
+    "nearest_features": ("nearest training patch, features", ""),
+    "nearest_pixels": ("nearest training patch, pixels", ""),
+    "copies": ("share of copies", "lower"),
+    "diversity": ("diversity in a condition", "higher"),
+}
+
+Value = float | Estimate | None
+FLOOR_STYLE = dict(color="grey", linestyle="--", linewidth=1)
+
+
+def as_json(figures: dict[str, Value]) -> dict[str, float | dict[str, float] | None]:
+    """:return: figures with their intervals as plain values."""
+    return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in figures.items()}
+
+
+def table(rows: dict[str, dict[str, Value]]) -> str:
+    """
+    Lay figures out in columns, one line a set.
+
+    :param rows: set -> figure -> value; a set without a figure has a dash there.
+    """
+    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    cells = [["", *names]]
+    for title, figures in rows.items():
+        cells.append([title, *(_cell(figures.get(name)) for name in names)])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: Value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, Estimate):
+        return f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
+    return f"{value:.4g}"
+
+
+def draw_figures(
+    floor: dict[str, Value], rows: dict[str, dict[str, Value]], places: dict[str, tuple[str, float | None]], path: Path
+) -> None:
+    """
+    Draw each figure: over s, a line a checkpoint, where there are several s; else a point a set.
+
+    :param floor: figure -> its value for real patches, a dashed line.
+    :param rows: set -> figure -> value.
+    :param places: set -> (checkpoint, s); s is None where it is not known.
+    :param path: where to write the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    names = [name for name in TITLES if any(figures.get(name) is not None for figures in rows.values())]
+    columns = min(4, max(len(names), 1))
+    lines = -(-max(len(names), 1) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.9 * lines), layout="constrained")
+    swept = len({s for _, s in places.values()}) > 1 and all(s is not None for _, s in places.values())
+    for number, name in enumerate(names):
+        axes = figure.add_subplot(lines, columns, number + 1)
+        title, better = TITLES[name]
+        axes.set_title(f"{title}\n({better} is better)" if better else title, fontsize=9)
+        axes.tick_params(labelsize=8)
+        values = {key: figures.get(name) for key, figures in rows.items() if figures.get(name) is not None}
+        (_draw_curves if swept else _draw_points)(axes, values, places)
+        if floor.get(name) is not None:
+            axes.axhline(_middle(floor[name]), label="real", **FLOOR_STYLE)
+        if number == 0 and (swept or floor.get(name) is not None):
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _middle(value: Value) -> float:
+    return value.value if isinstance(value, Estimate) else float(value)
+
+
+def _bars(values: Sequence[Value]) -> np.ndarray:
+    """Distances from the middle down and up to the bounds, [2 x N]."""
+    bounds = [(v.value - v.low, v.high - v.value) if isinstance(v, Estimate) else (0, 0) for v in values]
+    return np.maximum(np.array(bounds).T, 0)
+
+
+def _draw_curves(axes, values: dict[str, Value], places: dict[str, tuple[str, float | None]]) -> None:
+    for checkpoint in dict.fromkeys(places[key][0] for key in values):
+        points = sorted((places[key][1], key) for key in values if places[key][0] == checkpoint)
+        own = [values[key] for _, key in points]
+        axes.errorbar([s for s, _ in points], list(map(_middle, own)), _bars(own), marker="o", label=checkpoint)
+    axes.set_xlabel("s", fontsize=8)
+
+
+def _draw_points(axes, values: dict[str, Value], places: dict[str, tuple[str, float | None]]) -> None:
+    own = list(values.values())
+    axes.errorbar(range(len(own)), list(map(_middle, own)), _bars(own), fmt="o")
+    axes.set_xticks(range(len(own)), [key if len(key) < 24 else f"..{key[-22:]}" for key in values], fontsize=7)
+    axes.margins(x=0.4)
+
+
+def draw_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]], path: Path) -> None:
+    """
+    Draw samples beside the training patches they look copied from.
+
+    :param pairs: (sample, training patch, caption), images [H x W x 3] uint8; at most two dozen are drawn.
+    :param path: where to write the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    shown = pairs[:24]
+    figure = Figure(figsize=(9, 1.9 * -(-len(shown) // 3)), layout="constrained")
+    for number, (sample, patch, caption) in enumerate(shown):
+        axes = figure.add_subplot(-(-len(shown) // 3), 3, number + 1)
+        axes.imshow(np.concatenate([sample, np.full((len(sample), 4, 3), 255, np.uint8), patch], axis=1))
+        axes.set_title(caption, fontsize=6)
+        axes.axis("off")
+    figure.savefig(path, dpi=110, format="png")

@@ -1,0 +1,323 @@
+"""
+Measure synthetic patches against real ones, or predicted nuclei against true ones.
+
+    python scripts/evaluate.py --real DATA --synthetic RESULTS... --out DIR [--backbone NAME] [--segmenter MODEL]
+    python scripts/evaluate.py --predicted MASKS --truth MASKS --out DIR
+
+DATA holds MoNuSegTrainingData, which the synthetic patches are held against, and MoNuSegTestData, whose slides stand
+beside every figure as the floor: real against real. RESULTS are folders of image_sample.py, or a sweep's.
+Writes metrics.json, metrics.png (over s and checkpoints for a sweep), copies.png where samples look copied from
+training, and prints a table.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch as th
+from tqdm import tqdm
+
+from guided_diffusion import cli, image_files
+from guided_diffusion.histology import evaluation_report, image_metrics, instance_metrics, runs
+from guided_diffusion.histology.backbones import Backbone, load_backbone
+from guided_diffusion.histology.evaluation import METRICS, Evaluator, Figures, PatchSet, StructureMetric
+from guided_diffusion.histology.segmentation import Segmenter, load_segmenter
+from scripts.sdm_backbone import load_sdm
+
+PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16}
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", type=Path, help="data folder with training and test patches")
+    parser.add_argument("--synthetic", type=Path, nargs="+", default=[], help="results folders, or a sweep's")
+    parser.add_argument("--predicted", type=Path, help="folder of predicted instance masks")
+    parser.add_argument("--truth", type=Path, help="folder of true instance masks of the same stems")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--metrics", default=",".join(METRICS), help=f"some of {','.join(METRICS)} (default: all)")
+    parser.add_argument("--backbone", default="efficientnet_lite0", help="as in extract_features.py")
+    parser.add_argument("--segmenter", type=Path, help="model of train_segmenter.py, for structure agreement")
+    parser.add_argument("--limit", type=int, default=0, help="measure at most so many patches a set; 0: all")
+    parser.add_argument("--batch_size", type=int, default=32, help="patches a forward pass (default 32)")
+    parser.add_argument("--precision", default="fp32", help="fp32 (default) or bf16")
+    parser.add_argument("--device", default="cuda" if th.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of subsets (default 0)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    metrics = check(args)
+    if args.truth:
+        compare_masks(args)
+        return
+    train_items, held_out_items = real_items(args.real, args.limit)
+    found = runs.find_runs(args.synthetic)
+    if args.out.resolve() in {run.path.resolve() for run in found}:
+        raise ValueError(f"--out {args.out} is a folder of --synthetic: give another")
+    device = th.device(args.device)
+    segmenter = load_segmenter(args.segmenter, device) if "structure" in metrics else None
+    backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision], {"sdm": load_sdm})
+    train = real_set("real, training", train_items, backbone, args.batch_size)
+    held_out = real_set("real, held out", held_out_items, backbone, args.batch_size)
+    sizes = {"real": train.images.shape[1:3]}
+    sets = []
+    for run in found:
+        sets.append(synthetic_set(run, backbone, args))
+        sizes[run.name] = sets[-1].images.shape[1:3]
+        if sizes[run.name] != sizes["real"]:
+            raise ValueError(
+                f"{run.path} has samples of {sizes[run.name][1]} px, --real {args.real} patches of {sizes['real'][1]}: "
+                "prepare patches of the samples' size"
+            )
+
+    structure = structure_metric(segmenter) if segmenter else None
+    evaluator = Evaluator(train, held_out, metrics, structure, args.seed)
+    floor = evaluator.figures(held_out)
+    figures = {patches.name: evaluator.figures(patches) for patches in sets}
+    report(args, metrics, floor, figures, found, backbone)
+    if "copies" in metrics:
+        draw_copies(evaluator, sets, train_items, args.out / "copies.png")
+
+
+def check(args: argparse.Namespace) -> list[str]:
+    """:return: the metrics to take. :raises ValueError: where flags are out of range or contradict each other."""
+    if bool(args.predicted) != bool(args.truth) or bool(args.real) != bool(args.synthetic):
+        raise ValueError("give --real with --synthetic, or --predicted with --truth")
+    if bool(args.real) == bool(args.truth):
+        raise ValueError("give either --real and --synthetic, or --predicted and --truth")
+    metrics = [metric.strip() for metric in args.metrics.split(",") if metric.strip()]
+    for metric in metrics:
+        if metric not in METRICS:
+            raise ValueError(f"unknown --metrics {metric}: choose some of {', '.join(METRICS)}")
+    if "structure" in metrics and not args.segmenter:
+        if args.metrics != ",".join(METRICS):
+            raise ValueError("--metrics structure needs --segmenter, a model of scripts/train_segmenter.py")
+        metrics.remove("structure")
+    if args.precision not in PRECISIONS:
+        raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(PRECISIONS)}")
+    if args.batch_size < 1 or args.limit < 0:
+        raise ValueError(f"--batch_size {args.batch_size} must be at least 1, --limit {args.limit} at least 0")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: give a folder")
+    return metrics
+
+
+# ---- reading ----
+
+
+def real_items(data: Path, limit: int) -> tuple[list[image_files.Item], list[image_files.Item]]:
+    """:return: the training and the test patches; :raises ValueError: where a slide is on both sides."""
+    train, test = (image_files.list_items(str(data), "monuseg", is_train) for is_train in (True, False))
+    both = {runs.slide_of(item.stem) for item in train} & {runs.slide_of(item.stem) for item in test}
+    if both:
+        raise ValueError(
+            f"--real {data} has slide {min(both)} among training and test patches: the floor would be none; "
+            "move it to one side"
+        )
+    return spread(train, limit), spread(test, limit)
+
+
+def spread(items: Sequence, limit: int) -> list:
+    """At most so many of the items, evenly spread; 0 means all."""
+    if not limit or len(items) <= limit:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
+
+
+def read_pair(image: str, mask: str) -> tuple[np.ndarray, np.ndarray]:
+    """An image, [H x W x 3] uint8, and its instance map, which must be of its size."""
+    pixels, ids = image_files.read_image(image, 3), image_files.read_mask(mask)
+    if ids.shape != pixels.shape[:2]:
+        raise ValueError(
+            f"{mask} is {ids.shape[1]} x {ids.shape[0]} px, its image {image} {pixels.shape[1]} x {pixels.shape[0]}: "
+            "they must be of one size"
+        )
+    return pixels, ids
+
+
+def stacked(arrays: Sequence[np.ndarray], names: Sequence[object]) -> np.ndarray:
+    """:raises ValueError: where sizes differ, naming the first file that is unlike the first."""
+    for array, name in zip(arrays, names):
+        if array.shape != arrays[0].shape:
+            raise ValueError(
+                f"{name} is {array.shape[1]} x {array.shape[0]} px, {names[0]} {arrays[0].shape[1]} x "
+                f"{arrays[0].shape[0]}: all must be patches of one size"
+            )
+    return np.stack(arrays)
+
+
+def embed(name: str, images: np.ndarray, backbone: Backbone, batch_size: int) -> np.ndarray:
+    """:return: the features of all images, [N x D]."""
+    starts = tqdm(range(0, len(images), batch_size), f"{name}: features", leave=False, delay=2)
+    return np.concatenate([backbone.embed(images[start : start + batch_size]) for start in starts])
+
+
+def real_set(name: str, items: list[image_files.Item], backbone: Backbone, batch_size: int) -> PatchSet:
+    for item in items:
+        if item.inst_mask is None:
+            raise ValueError(f"{item.image} has no instance mask in inst_masks: evaluation needs one")
+    pairs = [read_pair(item.image, item.inst_mask) for item in tqdm(items, f"{name}: reading", leave=False, delay=2)]
+    images = stacked([image for image, _ in pairs], [item.image for item in items])
+    inst_maps = np.stack([inst_map for _, inst_map in pairs])
+    slides = [runs.slide_of(item.stem) for item in items]
+    return PatchSet(name, images, inst_maps, embed(name, images, backbone, batch_size), slides)
+
+
+def synthetic_set(run: runs.Run, backbone: Backbone, args: argparse.Namespace) -> PatchSet:
+    samples = spread(run.samples, args.limit)
+    pairs = [
+        read_pair(str(sample.sample), str(sample.inst_mask))
+        for sample in tqdm(samples, f"{run.name}: reading", leave=False, delay=2)
+    ]
+    images = stacked([image for image, _ in pairs], [sample.sample for sample in samples])
+    appearances = None
+    if all(sample.appearance for sample in samples):
+        read = [image_files.read_image(str(sample.appearance), 3) for sample in samples]
+        appearances = stacked(read, [sample.appearance for sample in samples])
+    structures = [PurePath(sample.row.get("structure", sample.stem)).stem for sample in samples]
+    return PatchSet(
+        name=run.name,
+        images=images,
+        inst_maps=np.stack([inst_map for _, inst_map in pairs]),
+        features=embed(run.name, images, backbone, args.batch_size),
+        slides=[runs.slide_of(stem) for stem in structures],
+        appearances=appearances,
+        conditions=[f"{stem} {sample.row.get('appearance', sample.stem)}" for stem, sample in zip(structures, samples)],
+    )
+
+
+# ---- structure ----
+
+
+def structure_metric(segmenter: Segmenter) -> StructureMetric:
+    """:return: a metric of how well a segmenter finds the nuclei that patches should show."""
+
+    def measure(patches: PatchSet) -> Figures:
+        images = tqdm(patches.images, f"{patches.name}: segmenting", leave=False, delay=2)
+        rows = [
+            instance_metrics.measure(truth, segmenter.segment(image)) for image, truth in zip(images, patches.inst_maps)
+        ]
+        means = instance_metrics.summarise(rows, patches.slides)
+        return {name: estimate(means[key]) for name, key in (("f1", "f1@0.5"), ("aji", "aji"))}
+
+    return measure
+
+
+def estimate(summary: dict[str, float]) -> image_metrics.Estimate:
+    return image_metrics.Estimate(summary["mean"], summary["low"], summary["high"])
+
+
+# ---- writing ----
+
+
+def report(
+    args: argparse.Namespace,
+    metrics: list[str],
+    floor: Figures,
+    figures: dict[str, Figures],
+    found: list[runs.Run],
+    backbone: Backbone,
+) -> None:
+    """Write metrics.json and metrics.png, and print the table."""
+    rows = {"real, held out": floor, **figures}
+    if "frechet" in metrics and any(row["frechet"] is None for row in rows.values()):
+        needed = image_metrics.images_for_covariance(backbone.embed(np.zeros((1, 64, 64, 3), np.uint8)).shape[1])
+        print(f"frechet: left out where a set, or training, has fewer than {needed} patches; kid takes any number")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(
+        args.out / "metrics.json",
+        {
+            "settings": {
+                "real": str(args.real),
+                "backbone": backbone.name,
+                "weight_hash": backbone.weight_hash,
+                "segmenter": str(args.segmenter) if args.segmenter else None,
+                "seed": args.seed,
+                "limit": args.limit,
+            },
+            "floor": evaluation_report.as_json(floor),
+            "runs": {name: evaluation_report.as_json(row) for name, row in figures.items()},
+        },
+    )
+    places = {run.name: place(run) for run in found}
+    aside = args.out / ".metrics.png.part"
+    evaluation_report.draw_figures(floor, figures, places, aside)
+    os.replace(aside, args.out / "metrics.png")
+    print(evaluation_report.table(rows))
+    print(f"look at {args.out / 'metrics.png'}")
+
+
+def place(run: runs.Run) -> tuple[str, float | None]:
+    """:return: the checkpoint and the s of a run, by its manifest."""
+    row = run.samples[0].row
+    try:
+        return PurePath(row["checkpoint"]).stem, float(row["s"])
+    except (KeyError, ValueError):
+        return run.name, None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a file whole or not at all."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+def draw_copies(evaluator: Evaluator, sets: list[PatchSet], items: list[image_files.Item], path: Path) -> None:
+    """Draw the samples that look copied beside the patches they look copied from, the closest first."""
+    pairs = []
+    for patches in sets:
+        neighbours = evaluator.neighbours(patches)
+        for i in np.flatnonzero(evaluator.copied(neighbours)):
+            j = neighbours.by_pixels[i]
+            caption = f"{patches.name} | {items[j].stem}\npixels {neighbours.pixel_distance[i]:.3f}"
+            pairs.append((neighbours.pixel_distance[i], (patches.images[i], evaluator.train.images[j], caption)))
+    path.unlink(missing_ok=True)
+    if pairs:
+        aside = path.with_name(f".{path.name}.part")
+        evaluation_report.draw_pairs([pair for _, pair in sorted(pairs, key=lambda pair: pair[0])], aside)
+        os.replace(aside, path)
+        print(f"{len(pairs)} samples lie nearer to a training patch than real ones do: look at {path}")
+
+
+# ---- masks ----
+
+
+def compare_masks(args: argparse.Namespace) -> None:
+    """Measure predicted instance masks against true ones of the same stems; write metrics.json and print the means."""
+    predicted, truth = (masks_in(folder) for folder in (args.predicted, args.truth))
+    for stem in sorted(predicted.keys() ^ truth.keys()):
+        there, missing = (args.predicted, args.truth) if stem in predicted else (args.truth, args.predicted)
+        raise ValueError(f"{there} has {stem}, {missing} has not: the folders must hold the same stems")
+    rows = {}
+    for stem in tqdm(sorted(truth), "comparing", leave=False, delay=2):
+        pair = [image_files.read_mask(str(path)) for path in (truth[stem], predicted[stem])]
+        if pair[0].shape != pair[1].shape:
+            sizes = [f"{mask.shape[1]} x {mask.shape[0]} px" for mask in pair]
+            raise ValueError(f"{predicted[stem]} is {sizes[1]}, {truth[stem]} {sizes[0]}: they must be of one size")
+        rows[stem] = instance_metrics.measure(*pair)
+    means = instance_metrics.summarise(list(rows.values()), list(map(runs.slide_of, rows)), args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "metrics.json", {"mean": means, "images": rows})
+    print(evaluation_report.table({name: {"mean": estimate(mean)} for name, mean in means.items()}))
+
+
+def masks_in(folder: Path) -> dict[str, Path]:
+    """:return: stem -> path of the .tif or .png masks in a folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: give one of instance masks")
+    masks = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".tif", ".png")}
+    if not masks:
+        raise ValueError(f"{folder} holds no mask (.tif, .png)")
+    return masks
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# All stages, one after the other: slides -> patches -> features -> clusters -> a pretrained model -> fine-tuned ones ->
+# samples -> those that look real -> a training set for a segmenter, OUT/set.
+#
+#   bash scripts/pipeline.sh RAW OUT           RAW as scripts/prepare_monuseg.py reads it
+#   bash scripts/pipeline.sh RAW OUT --toy     in minutes on a CPU, with a tiny model; RAW is drawn where it is missing
+#
+# A stage whose output is whole is skipped; one that was stopped goes on. From the environment, with the default:
+#   CLUSTERS: labels to fine-tune on, the largest one if empty; PRETRAIN_STEPS, FINETUNE_STEPS 50000;
+#   ITERATIONS "030000 040000 050000", S_VALUES "1.3 1.4 1.5 1.6": the sweep; RATIO 1: synthetic patches a real one;
+#   BACKBONE efficientnet_lite0. flags.sh and stages.sh list what else the environment sets.
+set -euo pipefail
+toy=
+for argument in "$@"; do
+    [[ $argument != --toy ]] || toy=1
+done
+if [[ -n $toy ]]; then
+    : "${PRETRAIN_STEPS:=30}" "${FINETUNE_STEPS:=20}" "${ITERATIONS:=000010 000020}" "${S_VALUES:=1.3 1.5}"
+    : "${NUM_SAMPLES:=8}" "${BATCH_SIZE:=8}" "${SAVE_INTERVAL:=10}" "${NUM_STEPS:=5}" "${RATIO:=0.1}"
+    export NUM_SAMPLES BATCH_SIZE SAVE_INTERVAL NUM_STEPS
+fi
+source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
+source "$ROOT/scripts/stages.sh"
+
+need 2 "bash scripts/pipeline.sh RAW OUT [--toy]" "$@"
+(($# == 2 + ${toy:-0})) || die "usage: bash scripts/pipeline.sh RAW OUT [--toy]"
+raw=${1%/} out=${2%/}
+python=${PYTHON:-python}
+backbone=${BACKBONE:-efficientnet_lite0}
+patch_flags=(--patch_size 128 --stride 128)
+cluster_flags=(--reduce umap --cluster hdbscan)
+model_flags=()
+rate=${EMA_RATE:-0.9999}
+if [[ -n $toy ]]; then
+    patch_flags=(--patch_size 64 --stride 64 --resize 32)
+    cluster_flags=(--reduce pca --cluster kmeans --clusters 2)
+    rate=0.99
+    model_flags=(
+        --image_size 32 --num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --attention_resolutions 8
+        --learn_sigma False --predict_xstart True
+    )
+fi
+train_flags=()
+[[ -z $toy ]] || train_flags=(--lr 5e-4 --ema_rate "$rate" --val_interval 10 --use_checkpoint False)
+[[ -n $toy || -d $raw ]] || die "RAW $raw is not a folder: give the one the archives were unpacked in"
+begin_stages "$out"
+
+if [[ ! -d $raw ]]; then
+    "$python" "$ROOT/scripts/make_toy_monuseg.py" "$raw"
+fi
+patches=$out/patches features=$out/features.npz clusters=$out/patches/clusters
+stage patches "$patches/prepare.json" "$python" "$ROOT/scripts/prepare_monuseg.py" "$raw" "$patches" "${patch_flags[@]}"
+splits=("$patches/MoNuSegTrainingData")
+[[ ! -d $patches/MoNuSegTestData ]] || splits+=("$patches/MoNuSegTestData")
+stage features "$features" "$python" "$ROOT/scripts/extract_features.py" "${splits[@]}" \
+    --root "$patches" --backbone "$backbone" --out "$features"
+stage clusters "$clusters/scores.json" "$python" "$ROOT/scripts/cluster_patches.py" "$patches" \
+    --features "$features" --name clusters "${cluster_flags[@]}"
+
+# largest: the label of the cluster with the most training patches; noise, -1, is none.
+largest() {
+    local folder label count most=0 found=
+    for folder in "$clusters"/*/MoNuSegTrainingData/images; do
+        label=$(basename -- "${folder%/MoNuSegTrainingData/images}")
+        count=$(find "$folder" -name '*.png' | wc -l)
+        if [[ $label != -1 ]] && ((count > most)); then
+            most=$count found=$label
+        fi
+    done
+    [[ -n $found ]] || die "$clusters has no cluster: choose other settings"
+    echo "$found"
+}
+read -ra labels <<<"${CLUSTERS:-$(largest)}"
+
+pretrain_steps=${PRETRAIN_STEPS:-50000} finetune_steps=${FINETUNE_STEPS:-50000}
+export ITERATIONS=${ITERATIONS:-030000 040000 050000} S_VALUES=${S_VALUES:-1.3 1.4 1.5 1.6} EMA_RATE=$rate
+pretrained=$out/pretrain/ema_${rate}_$(printf %06d "$pretrain_steps").pt
+OPENAI_LOGDIR=$out/pretrain stage pretrain "$pretrained" bash "$ROOT/scripts/train.sh" "$patches" \
+    --max_steps "$pretrain_steps" "${model_flags[@]}" "${train_flags[@]}"
+for label in "${labels[@]}"; do
+    OPENAI_LOGDIR=$out/finetune stage "finetune-$label" "$out/finetune-clus$label/result.json" \
+        bash "$ROOT/scripts/finetune.sh" "$clusters" "$pretrained" "$label" -- \
+        --max_steps "$finetune_steps" "${model_flags[@]}" "${train_flags[@]}"
+done
+
+sampled=()
+for label in "${labels[@]}"; do
+    stage "samples-$label" "$out/samples/$label/sweep.png" bash "$ROOT/scripts/sample.sh" "$clusters/$label" \
+        "$out/finetune-clus$label" "$out/samples/$label" "${model_flags[@]}"
+    sampled+=("$out/samples/$label")
+done
+stage filter "$out/filtered/report.json" "$python" "$ROOT/scripts/filter_ood.py" --real "$patches" \
+    --synthetic "${sampled[@]}" --out "$out/filtered" --backbone "$backbone"
+stage set "$out/set/manifest.csv" "$python" "$ROOT/scripts/assemble_set.py" --real "$patches" \
+    --synthetic "$out/filtered/kept" --out "$out/set" --ratio "${RATIO:-1}"
+echo "labelled patches, real and synthetic: $out/set"
