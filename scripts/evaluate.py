@@ -62,7 +62,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.resolve() in {run.path.resolve() for run in found}:
         raise ValueError(f"--out {args.out} is a folder of --synthetic: give another")
     device = th.device(args.device)
-    segmenter = load_segmenter(args.segmenter, device) if "structure" in metrics else None
+    segmenter = None
+    if "structure" in metrics:
+        segmenter = load_segmenter(args.segmenter, device)
+        for slide in sorted({runs.slide_of(item.stem) for item in held_out_items} & segmenter.slides):
+            raise ValueError(f"--segmenter was trained on slide {slide}, which is to set the floor: give another")
     backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision], {"sdm": load_sdm})
     train = real_set("real, training", train_items, backbone, args.batch_size)
     held_out = real_set("real, held out", held_out_items, backbone, args.batch_size)
@@ -274,11 +278,11 @@ def draw_copies(evaluator: Evaluator, sets: list[PatchSet], items: list[image_fi
     """Draw the samples that look copied beside the patches they look copied from, the closest first."""
     pairs = []
     for patches in sets:
-        neighbours = evaluator.neighbours(patches)
-        for i in np.flatnonzero(evaluator.copied(neighbours)):
-            j = neighbours.by_pixels[i]
-            caption = f"{patches.name} | {items[j].stem}\npixels {neighbours.pixel_distance[i]:.3f}"
-            pairs.append((neighbours.pixel_distance[i], (patches.images[i], evaluator.train.images[j], caption)))
+        found = evaluator.neighbours(patches)
+        for i in np.flatnonzero(evaluator.copied(found)):
+            j = found.by_pixels[i]
+            caption = f"{patches.name} | {items[j].stem}\npixels {found.pixel_distance[i]:.3f}"
+            pairs.append((found.pixel_distance[i], (patches.images[i], evaluator.train.images[j], caption)))
     path.unlink(missing_ok=True)
     if pairs:
         aside = path.with_name(f".{path.name}.part")

@@ -1,8 +1,8 @@
 """
 Sum up scripts/experiment.sh: python scripts/experiment_results.py OUT
 
-Reads OUT/fFRACTION-sSEED/VARIANT/test/metrics.json, as far as they are there. Writes OUT/results.csv, a row a segmenter,
-OUT/results.md, means over the seeds and differences from `real`, with 95 % intervals; and OUT/results.png.
+Reads OUT/fFRACTION-sSEED/VARIANT/test/metrics.json, as far as they are there. Writes OUT/results.csv, a row a
+segmenter, OUT/results.md, means over the seeds and differences from `real`, with 95 % intervals, and OUT/results.png.
 """
 
 import argparse

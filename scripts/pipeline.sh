@@ -33,7 +33,7 @@ model_flags=()
 rate=${EMA_RATE:-0.9999}
 if [[ -n $toy ]]; then
     patch_flags=(--patch_size 64 --stride 64 --resize 32)
-    cluster_flags=(--reduce pca --cluster kmeans --clusters 2)
+    cluster_flags=(--reduce pca --cluster kmeans --n_clusters 2)
     rate=0.99
     model_flags=(
         --image_size 32 --num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --attention_resolutions 8

@@ -82,6 +82,7 @@ class Evaluator:
         self.metrics = metrics
         self.structure = structure
         self.seed = seed
+        self._found: dict[str, Neighbours] = {}
         self._thumbnails = np.stack([im.thumbnail(image) for image in train.images]) if "copies" in metrics else None
         # A copy is what lies nearer to a training patch than any real patch of another slide does.
         self._usual = self.neighbours(held_out) if "copies" in metrics else None
@@ -126,7 +127,7 @@ class Evaluator:
         return {"colour_od": float(od), "colour_grey": float(grey)}
 
     def _copies(self, patches: PatchSet) -> Figures:
-        found = self._usual if patches is self.held_out else self.neighbours(patches)
+        found = self.neighbours(patches)
         return {
             "nearest_features": float(np.median(found.feature_distance)),
             "nearest_pixels": float(np.median(found.pixel_distance)),
@@ -141,7 +142,12 @@ class Evaluator:
     # ---- copies ----
 
     def neighbours(self, patches: PatchSet) -> Neighbours:
-        """:return: the training patches nearest to each of a set's."""
+        """:return: the training patches nearest to each of a set's; looked for once a set."""
+        if patches.name not in self._found:
+            self._found[patches.name] = self._neighbours(patches)
+        return self._found[patches.name]
+
+    def _neighbours(self, patches: PatchSet) -> Neighbours:
         count = min(CANDIDATES, len(self.train.images))
         candidates, away = im.nearest(patches.features, self.train.features, count)
         aligned = np.array(

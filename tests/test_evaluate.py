@@ -1,0 +1,227 @@
+"""evaluate.py: real, synthetic and predicted folders in; metrics.json, pictures and a table out."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch as th
+from conftest import draw_patch, write_patches
+from PIL import Image
+
+from guided_diffusion import cli
+from guided_diffusion.histology import segmentation
+from guided_diffusion.results import ResultFolder
+from scripts import evaluate
+
+
+def write_run(path, count=8, s="1.5", checkpoint="ema_0.99_000100.pt", size=32, first=200):
+    """A results folder whose samples are drawn patches; each condition comes twice."""
+    folder = ResultFolder(path)
+    folder.open()
+    for k in range(count):
+        image, inst = draw_patch(first + k, size)
+        folder.write(
+            dict(
+                index=k,
+                stem=f"s{k}_000",
+                seed=0,
+                structure=f"data/slide-{k % 4}_000.png",
+                appearance=f"data/slide-{k % 4}_001.png",
+                s=s,
+                checkpoint=f"run/{checkpoint}",
+                sampler="ddpm",
+                steps=5,
+            ),
+            image=image,
+            label=(inst > 0).astype(np.uint8),
+            cond=image,
+            sample=image,
+            inst=inst,
+        )
+    return path
+
+
+@pytest.fixture
+def real(tmp_path):
+    write_patches(tmp_path / "data" / "MoNuSegTrainingData", count=12)
+    write_patches(tmp_path / "data" / "MoNuSegTestData", count=8, first=100)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    for i, s in enumerate(("1", "1.5", "2")):
+        write_run(tmp_path / "sweep" / f"m_s{s}", s=s, first=200 + 20 * i)
+    return tmp_path / "sweep"
+
+
+def run(real, synthetic, out, *flags):
+    evaluate.main(
+        ["--real", str(real), "--synthetic", str(synthetic), "--out", str(out), "--backbone", "stain", *map(str, flags)]
+    )
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_a_sweep_beside_the_real_floor(real, sweep, tmp_path, capsys):
+    metrics = run(real, sweep, tmp_path / "out")
+    assert list(metrics["runs"]) == ["m_s1", "m_s1.5", "m_s2"]
+    figures = ["kid", "frechet", "precision", "recall", "colour_od", "colour_grey"]
+    figures += ["nearest_features", "nearest_pixels", "copies", "diversity"]
+    for row in (metrics["floor"], *metrics["runs"].values()):
+        assert list(row) == figures
+        assert row["kid"]["low"] <= row["kid"]["value"] <= row["kid"]["high"] and row["diversity"] > 0
+        # 12 and 8 images are too few for 35 features.
+        assert row["frechet"] is None
+    # The samples are their own appearances here.
+    assert all(row["colour_grey"] == 0 for row in metrics["runs"].values()) and metrics["floor"]["colour_grey"] > 0
+    out = capsys.readouterr().out
+    assert "fewer than 36 patches" in out and re.search(r"^real, held out  .*\d", out, re.M)
+    assert Image.open(tmp_path / "out" / "metrics.png").width > 900
+    assert not list((tmp_path / "out").glob(".*.part"))
+
+
+def test_equal_seeds_give_equal_files(real, sweep, tmp_path):
+    assert run(real, sweep, tmp_path / "a") == run(real, sweep, tmp_path / "b", "--batch_size", 3)
+
+
+def test_only_the_metrics_asked_for(real, sweep, tmp_path):
+    metrics = run(real, sweep / "m_s1", tmp_path / "out", "--metrics", "colour", "--limit", 5)
+    assert list(metrics["floor"]) == ["colour_od", "colour_grey"] and list(metrics["runs"]) == ["m_s1"]
+
+
+def test_copies_are_drawn(real, sweep, tmp_path, capsys):
+    source = real / "MoNuSegTrainingData" / "images" / "slide-1_002.png"
+    shutil.copy(source, sweep / "m_s1" / "samples" / "s3_000.png")
+    metrics = run(real, sweep / "m_s1", tmp_path / "out", "--metrics", "copies")
+    assert metrics["runs"]["m_s1"]["copies"] >= 1 / 8
+    assert "nearer to a training patch" in capsys.readouterr().out and (tmp_path / "out" / "copies.png").exists()
+
+
+def save_segmenter(path, slides):
+    content = segmentation.as_content(segmentation.seeded_net(), slides)
+    th.save(content, path)
+    return path
+
+
+def test_structure_by_a_segmenter(real, sweep, tmp_path):
+    model = save_segmenter(tmp_path / "segmenter.pt", ["slide-0"])
+    metrics = run(real, sweep / "m_s1", tmp_path / "out", "--metrics", "structure", "--segmenter", model)
+    for row in (metrics["floor"], metrics["runs"]["m_s1"]):
+        assert list(row) == ["f1", "aji"] and 0 <= row["f1"]["low"] <= row["f1"]["value"] <= row["f1"]["high"] <= 1
+
+
+def test_a_segmenter_that_knows_the_floor_is_refused(real, sweep, tmp_path):
+    model = save_segmenter(tmp_path / "segmenter.pt", ["slide-25"])
+    with pytest.raises(ValueError, match="was trained on slide slide-25, which is to set"):
+        run(real, sweep, tmp_path / "out", "--segmenter", model)
+
+
+# ---- masks ----
+
+
+def write_masks(folder, shift=0, count=3, size=32):
+    folder.mkdir(parents=True)
+    for k in range(count):
+        Image.fromarray(np.roll(draw_patch(k, size)[1], shift, axis=1)).save(folder / f"slide-{k}_000.tif")
+    return folder
+
+
+def compare(predicted, truth, out):
+    evaluate.main(["--predicted", str(predicted), "--truth", str(truth), "--out", str(out)])
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_masks(tmp_path, capsys):
+    truth, moved = write_masks(tmp_path / "truth"), write_masks(tmp_path / "moved", shift=1)
+    same, other = compare(truth, truth, tmp_path / "a"), compare(moved, truth, tmp_path / "b")
+    assert same["mean"]["f1@0.9"]["mean"] == same["mean"]["aji"]["low"] == 1
+    assert 0 < other["mean"]["aji"]["mean"] < 1 and len(other["images"]) == 3
+    assert re.search(r"^aji +1 \[1, 1\]$", capsys.readouterr().out, re.M)
+
+
+# ---- mistakes ----
+
+
+def shared_slide(real, sweep):
+    for name, suffix in (("images", "png"), ("inst_masks", "tif"), ("bin_masks", "png")):
+        source = real / "MoNuSegTrainingData" / name / f"slide-0_000.{suffix}"
+        shutil.copy(source, real / "MoNuSegTestData" / name / f"slide-0_009.{suffix}")
+
+
+def no_mask(real, sweep):
+    (sweep / "m_s1" / "inst_masks" / "s0_000.tif").unlink()
+
+
+def small_mask(real, sweep):
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(sweep / "m_s1" / "inst_masks" / "s0_000.tif")
+
+
+def dead_link(real, sweep):
+    path = sweep / "m_s1" / "samples" / "s0_000.png"
+    path.unlink()
+    path.symlink_to("nowhere.png")
+
+
+def large_samples(real, sweep):
+    shutil.rmtree(sweep / "m_s1")
+    write_run(sweep / "m_s1", size=48)
+
+
+def no_samples(real, sweep):
+    for path in (sweep / "m_s1" / "samples").iterdir():
+        path.unlink()
+
+
+def few(real, sweep):
+    for k in range(3, 8):
+        for path in sweep.glob(f"m_s1/*/s{k}_000.*"):
+            path.unlink()
+
+
+def nothing(real, sweep):
+    pass
+
+
+MISTAKES = {
+    "shared slide": (shared_slide, [], r"slide slide-0 among training and test patches"),
+    "no mask": (no_mask, [], r"s0_000.png has no mask .*s0_000.tif"),
+    "small mask": (small_mask, [], r"s0_000.tif is 9 x 9 px, its image .* 32 x 32"),
+    "dead link": (dead_link, [], r"s0_000.png is a link that leads nowhere"),
+    "other size": (large_samples, [], r"m_s1 has samples of 48 px, --real .* 32"),
+    "no samples": (no_samples, [], r"samples holds no .png"),
+    "too few": (few, [], r"at least 4 images a side, and there are 3"),
+    "metric": (nothing, ["--metrics", "kid,fid"], r"unknown --metrics fid: choose some of kid, frechet"),
+    "segmenter": (nothing, ["--metrics", "structure"], r"--metrics structure needs --segmenter"),
+    "no segmenter": (nothing, ["--segmenter", "none.pt"], r"none.pt"),
+    "backbone": (nothing, ["--backbone", "vgg"], r"vgg"),
+    "precision": (nothing, ["--precision", "fp8"], r"--precision fp8: choose one of fp32, bf16"),
+    "batch": (nothing, ["--batch_size", "0"], r"--batch_size 0 must be at least 1"),
+    "both": (nothing, ["--truth", "x", "--predicted", "x"], r"give either --real and --synthetic, or"),
+    "half": (nothing, ["--truth", "x"], r"--predicted with --truth"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_give_one_line_and_write_nothing(real, sweep, tmp_path, capsys, name):
+    spoil, flags, message = MISTAKES[name]
+    spoil(real, sweep)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: run(real, sweep, tmp_path / "out", *flags))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ") and re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_that_do_not_pair(tmp_path):
+    truth, fewer = write_masks(tmp_path / "truth"), write_masks(tmp_path / "fewer", count=2)
+    with pytest.raises(ValueError, match=r"truth has slide-2_000, .*fewer has not"):
+        compare(fewer, truth, tmp_path / "out")
+    larger = write_masks(tmp_path / "larger", size=40)
+    with pytest.raises(ValueError, match=r"larger/slide-0_000.tif is 40 x 40 px, .* 32 x 32"):
+        compare(larger, truth, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no mask"):
+        compare(tmp_path / "empty", truth, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
