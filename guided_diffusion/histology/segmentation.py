@@ -23,12 +23,12 @@ FILE = "segmenter.pt"
 
 _TILE = 512  # px of an image's side that pass through the network at a time, and what is added on each side
 _MARGIN = 64
-_NUCLEUS = 0.5  # probability from which a pixel is nucleus
-_DERIVATIVE = 7  # px, the kernel that differentiates the maps
-_STEEP = 0.35  # share of the steepest possible fall above which a pixel is no seed
+_NUCLEUS = 0.4  # probability from which a pixel is nucleus
+_DERIVATIVE = 13  # px, the kernel that differentiates the maps
+_STEEP = 0.0  # above it, a pixel is no seed: one of its positions falls
 _MIN_SEED = 10  # px
 _MIN_AREA = 30
-_LEVELS = 16  # of the energy that is flooded
+_FLOODED, _LEVELS = (-0.2, 0.6), 16  # the range of steepness that is flooded, and in how many levels
 
 
 class Segmenter:
@@ -213,12 +213,12 @@ def _tiles(length: int) -> tuple[list[int], int]:
 
 
 def _steepness(position: np.ndarray) -> np.ndarray:
-    """How fast the position falls, an [H x W] float32 array: 0 where it rises, 1 at the sharpest edge between two."""
+    """How fast the position falls, an [H x W] float32 array: below 0 where both rise, 1 at the sharpest edge."""
     derivative, smooth = cv2.getDerivKernels(1, 0, _DERIVATIVE, normalize=True, ktype=cv2.CV_32F)
     peak = 2 * smooth.max()  # a step from 1 to -1
     x = cv2.sepFilter2D(np.ascontiguousarray(position[..., 0]), cv2.CV_32F, derivative, smooth)
     y = cv2.sepFilter2D(np.ascontiguousarray(position[..., 1]), cv2.CV_32F, smooth, derivative)
-    return np.clip(-np.minimum(x, y) / peak, 0, 1)
+    return -np.minimum(x, y) / peak
 
 
 def _flooded(seeds: np.ndarray, nucleus: np.ndarray, energy: np.ndarray) -> np.ndarray:
@@ -229,7 +229,8 @@ def _flooded(seeds: np.ndarray, nucleus: np.ndarray, energy: np.ndarray) -> np.n
     """
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     labels = np.where(nucleus, seeds, 0).astype(np.float32)  # OpenCV dilates no int32; exact up to 2^24
-    height = np.minimum((energy * _LEVELS).astype(np.uint8), _LEVELS - 1)
+    lowest, highest = _FLOODED
+    height = np.clip((energy - lowest) / (highest - lowest) * _LEVELS, 0, _LEVELS - 1).astype(np.uint8)
     for level in range(_LEVELS):
         open_ground = nucleus & (height <= level) & (labels == 0)
         while open_ground.any():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from guided_diffusion.histology import segmentation, toy
+from guided_diffusion.histology import annotations, segmentation, toy
 from guided_diffusion.histology.instance_metrics import measure
 from guided_diffusion.histology.segmentation import Segmenter, hv_target, instances, load_segmenter
 from guided_diffusion.histology.segmenter_net import load_imagenet_weights, seeded_net
@@ -73,6 +73,14 @@ def test_perfect_maps_of_drawn_tissue_give_the_nuclei_back():
     slide = toy.draw_slide(seed=0)
     found = instances((slide.inst_map > 0).astype(np.float32), hv_target(slide.inst_map))
     assert measure(slide.inst_map, found)["f1@0.5"] > 0.95
+
+
+def test_perfect_maps_of_a_real_slide_give_its_nuclei_back(monuseg):
+    slide = next(s for s in annotations.find_slides(monuseg / "raw") if s.split == annotations.TEST_SPLIT)
+    _, inst_map = annotations.read_slide(slide)
+    found = instances((inst_map > 0).astype(np.float32), hv_target(inst_map))
+    figures = measure(inst_map, found)
+    assert figures["f1@0.9"] > 0.99 and figures["aji"] > 0.99
 
 
 def test_instances_are_whole_large_enough_and_without_holes():

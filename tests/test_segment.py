@@ -1,0 +1,138 @@
+"""The command that segments images and measures: its files, its figures, and the mistakes that it names."""
+
+import json
+
+import numpy as np
+import pytest
+import torch as th
+from conftest import write_patches
+from PIL import Image
+
+from guided_diffusion.histology import instance_metrics
+from guided_diffusion.histology.segmentation import as_content, load_segmenter
+from guided_diffusion.histology.segmenter_net import seeded_net
+from scripts import segment
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A network of chance weights, which says nucleus in many places."""
+    net = seeded_net()
+    with th.no_grad():
+        net.head.weight[:4] *= 30
+    th.save(as_content(net, ["slide-0"]), tmp_path / "segmenter.pt")
+    return tmp_path / "segmenter.pt"
+
+
+@pytest.fixture
+def split(tmp_path):
+    """Three patches of slide-1 and slide-2."""
+    return write_patches(tmp_path / "data" / "MoNuSegTestData", count=3, size=64, first=6)
+
+
+def run(model, split, out, *flags, truth=True):
+    masks = ["--truth", str(split / "inst_masks")] if truth else []
+    segment.main([str(model), str(split / "images"), "--out", str(out), "--device", "cpu", *masks, *flags])
+
+
+def read(path):
+    with Image.open(path) as image:
+        return image.mode, np.asarray(image)
+
+
+def test_masks_pictures_and_figures(model, split, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(model, split, out)
+    stems = ["slide-1_002", "slide-1_003", "slide-2_000"]
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.*")) == [
+        *(f"inst_masks/{stem}.tif" for stem in stems),
+        "metrics.json",
+        *(f"overlays/{stem}.png" for stem in stems),
+    ]
+    figures = json.loads((out / "metrics.json").read_text())
+    segmenter = load_segmenter(model, th.device("cpu"))
+    rows = []
+    for stem in stems:
+        _, image = read(split / "images" / f"{stem}.png")
+        _, truth = read(split / "inst_masks" / f"{stem}.tif")
+        mode, found = read(out / "inst_masks" / f"{stem}.tif")
+        assert mode == "I;16" and found.dtype == np.uint16
+        assert np.array_equal(found, segmenter.segment(image)) and found.any()
+        rows.append(instance_metrics.measure(truth, found))
+        mode, overlay = read(out / "overlays" / f"{stem}.png")
+        assert mode == "RGB" and overlay.shape == image.shape
+        assert {segment.FOUND, segment.TRUE} <= {tuple(pixel) for pixel in overlay.reshape(-1, 3)}
+    assert list(figures["images"].values()) == rows
+    assert figures["average"] == instance_metrics.summarise(rows, ["slide-1", "slide-1", "slide-2"])
+    printed = capsys.readouterr().out
+    assert "3 images" in printed and f"{figures['average']['aji']['mean']:.3f}" in printed
+
+
+def test_without_truth_there_are_no_figures(model, split, tmp_path):
+    run(model, split, tmp_path / "out", truth=False)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["inst_masks", "overlays"]
+
+
+def test_flips_and_centre(model, split, tmp_path):
+    run(model, split, tmp_path / "out", "--flips", "True", "--centre", "40")
+    _, image = read(split / "images" / "slide-2_000.png")
+    _, found = read(tmp_path / "out" / "inst_masks" / "slide-2_000.tif")
+    assert np.array_equal(found, load_segmenter(model, th.device("cpu"), flips=True).segment(image[12:52, 12:52]))
+
+
+def trained_slide(model, split):
+    for folder, suffix in (("images", ".png"), ("inst_masks", ".tif")):
+        (split / folder / f"slide-2_000{suffix}").rename(split / folder / f"slide-0_000{suffix}")
+
+
+def other_size(model, split):
+    Image.fromarray(np.ones((64, 60), np.int32)).save(split / "inst_masks" / "slide-2_000.tif")
+
+
+def float_mask(model, split):
+    Image.fromarray(np.ones((64, 64), np.float32)).save(split / "inst_masks" / "slide-2_000.tif")
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda model, split: (split / "inst_masks" / "slide-2_000.tif").unlink(), "slide-2_000.png has no mask"),
+        (lambda model, split: (split / "images" / "slide-2_000.png").unlink(), "slide-2_000.tif has no image"),
+        (lambda model, split: [path.unlink() for path in (split / "images").iterdir()], "holds no image"),
+        (other_size, "60 x 64 px but .*64 x 64 px"),
+        (float_mask, "whole numbers, this holds float32"),
+        (trained_slide, "trained on slide slide-0 of --truth"),
+        (lambda model, split: model.write_bytes(b"x"), "is broken"),
+        (lambda model, split: th.save({"state_dict": {}}, model), "another kind"),
+        (lambda model, split: model.unlink(), "there is no file"),
+        (lambda model, split: (split / "images" / "slide-2_000.png").write_bytes(b"x"), "slide-2_000.png"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(model, split, tmp_path, damage, what):
+    damage(model, split)
+    with pytest.raises((ValueError, FileNotFoundError), match=what):
+        run(model, split, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trained_slide_may_be_segmented_without_truth(model, split, tmp_path):
+    trained_slide(model, split)
+    run(model, split, tmp_path / "out", truth=False)
+    assert (tmp_path / "out" / "inst_masks" / "slide-0_000.tif").exists()
+
+
+def test_input_is_never_written_over(model, split, tmp_path):
+    before = {p: p.read_bytes() for p in split.rglob("*.*")}
+    for out in (split, split / "images", split / "inst_masks"):
+        with pytest.raises(ValueError, match="would write among"):
+            run(model, split, out)
+    with pytest.raises(ValueError, match="is a file"):
+        run(model, split, model)
+    assert {p: p.read_bytes() for p in split.rglob("*.*")} == before
+
+
+def test_flags_out_of_range_are_named(model, split, tmp_path):
+    with pytest.raises(ValueError, match="--centre -1"):
+        run(model, split, tmp_path / "out", "--centre", "-1")
+    with pytest.raises(ValueError, match="--device cuda:9"):
+        segment.main([str(model), str(split / "images"), "--out", str(tmp_path / "out"), "--device", "cuda:9"])

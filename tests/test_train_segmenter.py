@@ -1,0 +1,189 @@
+"""The command that trains a segmenter: what it writes, how it goes on, and the mistakes that it names."""
+
+import json
+
+import numpy as np
+import pytest
+import torch as th
+from conftest import write_patches
+from PIL import Image
+
+from guided_diffusion.histology.segmentation import load_segmenter
+from scripts import train_segmenter
+
+QUICK = "--steps 4 --batch_size 2 --crop 32 --eval_interval 2 --pretrained False --device cpu".split()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Five training slides of four patches each, and two test slides."""
+    write_patches(tmp_path / "data" / "MoNuSegTrainingData", count=20)
+    write_patches(tmp_path / "data" / "MoNuSegTestData", count=8, first=100)
+    return tmp_path / "data"
+
+
+def train(data, out, *flags):
+    train_segmenter.main([str(data), "--out", str(out), *QUICK, *flags])
+
+
+def weights(out):
+    return load_segmenter(out, th.device("cpu")).net.state_dict()
+
+
+def test_a_run_writes_a_segmenter_and_its_story(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    train(data, out, "--val_share", "0.4")
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "result.json", "segmenter.pt"]
+    config, result = (json.loads((out / name).read_text()) for name in ("config.json", "result.json"))
+    assert (config["steps"], config["crop"], config["seed"], config["images_trained_on"]) == (4, 32, 0, 12)
+    assert len(config["slides_held_out"]) == 2 and len(config["slides_trained_on"]) == 3
+    assert (result["steps"], [row["step"] for row in result["history"]]) == (4, [2, 4])
+    assert {"f1@0.5", "aji", "dice", "loss"} <= result["validation"].keys()
+    assert load_segmenter(out, th.device("cpu")).slides == set(config["slides_trained_on"])
+    assert "4 steps" in capsys.readouterr().out
+
+
+def test_the_same_command_again_does_nothing(data, tmp_path, capsys):
+    train(data, tmp_path / "out")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    train(data, tmp_path / "out")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+    assert "finished before" in capsys.readouterr().out
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_and_equals_one_that_was_not(data, tmp_path, monkeypatch):
+    train(data, tmp_path / "whole")
+    usual = train_segmenter.report
+
+    def kill(row):
+        if row["step"] == 4:
+            raise Killed
+
+    monkeypatch.setattr(train_segmenter, "report", kill)
+    with pytest.raises(Killed):
+        train(data, tmp_path / "parts")
+    assert (tmp_path / "parts" / "checkpoint.pt").exists()
+    monkeypatch.setattr(train_segmenter, "report", usual)
+    train(data, tmp_path / "parts")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(th.equal(whole[name], parts[name]) for name in whole)
+    assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+
+
+def test_synthetic_patches_are_trained_on_but_not_those_of_held_out_slides(data, tmp_path, capsys):
+    train(data, tmp_path / "plain")
+    (held,) = json.loads((tmp_path / "plain" / "config.json").read_text())["slides_held_out"]
+    other = "slide-0" if held != "slide-0" else "slide-1"
+    folder = data / "MoNuSegTrainingData"
+    rows = ["stem,source,structure,appearance"]
+    for k, (structure, appearance) in enumerate([(other, other), (held, other), (other, held)]):
+        for name, suffix in (("images", ".png"), ("inst_masks", ".tif")):
+            (folder / name / f"syn_{k:03d}{suffix}").write_bytes((folder / name / f"slide-0_000{suffix}").read_bytes())
+        rows.append(f"syn_{k:03d},run,{structure}_001,{appearance}_002")
+    (data / "manifest.csv").write_text("\n".join(rows) + "\n")
+    train(data, tmp_path / "mixed")
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())
+    assert (config["synthetic_trained_on"], config["synthetic_left_out"]) == (1, 2)
+    assert config["slides_held_out"] == [held] and held not in config["slides_trained_on"]
+    assert "2 synthetic images made from held-out slides are left out" in capsys.readouterr().out
+
+
+def test_too_few_slides_to_hold_one_out_are_told(tmp_path, capsys):
+    write_patches(tmp_path / "data" / "MoNuSegTrainingData", count=8)
+    train(tmp_path / "data", tmp_path / "out")
+    assert "no slide is held out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["validation"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ("--steps 0", "--steps 0"),
+        ("--minutes 0", "--minutes 0"),
+        ("--minutes nan", "--minutes nan"),
+        ("--crop 40", "--crop 40 must be a multiple of 16"),
+        ("--crop 48", "--crop 48 is larger than slide"),
+        ("--lr -1", "--lr -1"),
+        ("--batch_size 1", "--batch_size 1"),
+        ("--precision fp8", "unknown --precision fp8"),
+        ("--val_share 1", "--val_share 1.0"),
+        ("--val_share 0.95", "leaves no training slide"),
+        ("--device cuda:7", "--device cuda:7"),
+        ("--no_such_flag 1", "no_such_flag"),
+    ],
+)
+def test_flags_out_of_range_are_named(data, tmp_path, flags, what):
+    with pytest.raises(ValueError, match=what):
+        train(data, tmp_path / "out", *flags.split())
+    assert not (tmp_path / "out").exists()
+
+
+def remove(path):
+    return lambda data: (data / "MoNuSegTrainingData" / path).unlink()
+
+
+def resize_mask(data):
+    Image.fromarray(np.ones((30, 32), np.int32)).save(data / "MoNuSegTrainingData" / "inst_masks" / "slide-1_002.tif")
+
+
+def float_mask(data):
+    Image.fromarray(np.ones((32, 32), np.float32)).save(data / "MoNuSegTrainingData" / "inst_masks" / "slide-1_002.tif")
+
+
+def no_nuclei(data):
+    for path in (data / "MoNuSegTrainingData" / "inst_masks").iterdir():
+        Image.fromarray(np.zeros((32, 32), np.int32)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (remove("inst_masks/slide-1_002.tif"), "slide-1_002.png has no mask"),
+        (remove("images/slide-1_002.png"), "slide-1_002.tif has no image"),
+        (resize_mask, "32 x 30 px but .*32 x 32 px"),
+        (float_mask, "whole numbers, this holds float32"),
+        (no_nuclei, "shows no nucleus"),
+        (lambda data: write_patches(data / "MoNuSegTestData", count=4), "slide slide-0 of .* is trained on"),
+        (lambda data: (data / "MoNuSegTrainingData").rename(data / "other"), "has no MoNuSegTrainingData"),
+    ],
+)
+def test_data_that_cannot_be_used_are_named(data, tmp_path, damage, what):
+    damage(data)
+    with pytest.raises((ValueError, FileNotFoundError), match=what):
+        train(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_run_is_refused(data, tmp_path):
+    out = tmp_path / "out"
+    train(data, out)
+    with pytest.raises(ValueError, match=r"begun with lr 0\.002, this run has 0\.1"):
+        train(data, out, "--lr", "0.1")
+    (out / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds segmenter\.pt of an unknown run"):
+        train(data, out)
+    with pytest.raises(ValueError, match="is a file"):
+        train(data, out / "segmenter.pt")
+    with pytest.raises(ValueError, match="is DATA itself"):
+        train(data, data)
+
+
+def test_a_broken_checkpoint_is_refused(data, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def stop(row):
+        if row["step"] == 4:
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train_segmenter, "report", stop)
+        train(data, tmp_path / "out")
+    path = tmp_path / "out" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is broken"):
+        train(data, tmp_path / "out")
