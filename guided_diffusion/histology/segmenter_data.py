@@ -263,7 +263,10 @@ def _synthetic_sources(path: Path) -> dict[str, frozenset[str]]:
     if rows and not {"stem", "source"} <= rows[0].keys():
         raise ValueError(f"{path} has no columns stem and source: give a folder of scripts/assemble_set.py")
     return {
-        row["stem"]: frozenset(slide_of(Path(row.get(name) or "").stem) for name in ("structure", "appearance"))
+        row["stem"]: frozenset(
+            slide_of(Path(row.get(name) or "").stem) or row.get(slide) or ""
+            for name, slide in (("structure", "structure_slide"), ("appearance", "slide"))
+        )
         for row in rows
         if row["source"] != "real"
     }

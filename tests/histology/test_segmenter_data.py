@@ -70,10 +70,10 @@ def test_pairs_know_their_slides(data_dir):
 
 def test_a_manifest_tells_the_synthetic_ones(data_dir):
     (data_dir / "manifest.csv").write_text(
-        "stem,source,structure,appearance\n"
-        "slide-0_000,real,,\n"
-        "slide-0_001,run,data/images/TCGA-1_004.png,TCGA_2_017\n"
-        "slide-0_002,run,,TCGA_2_017\n"
+        "stem,source,structure,appearance,slide\n"
+        "slide-0_000,real,,,\n"
+        "slide-0_001,synthetic,data/images/TCGA-1_004.png,TCGA_2_017.png,other\n"
+        "slide-0_002,synthetic,,,TCGA_2\n"
     )
     pairs = segmenter_data.training_pairs(data_dir)
     assert [p.stem for p in pairs if p.synthetic] == ["slide-0_001", "slide-0_002"]
