@@ -1,0 +1,295 @@
+"""
+Folders made of other folders' files: the samples that a filter keeps, and training sets of real and synthetic patches.
+
+Owns names, links and manifests of both. Knows nothing of how samples are scored.
+"""
+
+import csv
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+from PIL import Image
+
+from .annotations import TEST_SPLIT, TRAIN_SPLIT
+from .cluster_folders import Patch
+from .patches import SUFFIXES
+from .runs import MANIFEST, Run, Sample, slide_of
+
+SET_FIELDS = (
+    *("file", "stem", "source", "slide", "structure", "structure_slide", "appearance"),
+    *("s", "checkpoint", "seed", "score", "weight", "sample"),
+)
+KEPT_FIELDS = ("run", "sample", "score", "weight")  # beside those of a results folder's manifest
+FIRST_NUMBER = 100_000  # of synthetic patches' running numbers; a slide's own are far below
+
+
+# ---- writing ----
+
+
+def table(fields: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """:return: a CSV with a header; a field that a row lacks is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """
+    Make a folder aside and put it in the place of what is there, which must be a folder or nothing.
+
+    :param fill: is given the folder aside, in the same parent, so that relative links in it stay right.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside, before = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    try:
+        aside.mkdir()
+        fill(aside)
+        if path.exists():
+            os.replace(path, before)
+        os.replace(aside, path)
+    finally:
+        for folder in (aside, before):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def put(source: Path, target: Path, copy: bool = False) -> None:
+    """Place a file: a relative link to what `source` is in the end, or a copy of it."""
+    if copy:
+        shutil.copyfile(source, target)
+    else:
+        target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
+
+
+def check_apart(out: Path, inputs: Sequence[Path], replaced: Path) -> None:
+    """
+    Refuse an output that lies in an input, and one that would replace an input.
+
+    :param out: where files are to be written; replaced: the folder in it, or itself, that is written anew.
+    :raises ValueError: naming the two.
+    """
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, or a link that leads nowhere: give a folder")
+    for folder in inputs:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--out {out} lies in the input {folder}: give a folder outside")
+        if folder.resolve().is_relative_to(replaced.resolve()):
+            raise ValueError(f"--out {out} would replace the input {folder}: give another folder")
+
+
+# ---- the samples that are kept ----
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A sample that is kept: its run, its score and weight."""
+
+    run: Run
+    sample: Sample
+    score: float
+    weight: float
+
+
+def write_kept(
+    folder: Path, kept: Sequence[Kept], folders: Sequence[str], fields: Sequence[str], several: bool = False
+) -> None:
+    """
+    Fill a results folder with links to the files of samples, and a manifest of them.
+
+    :param folder: exists.
+    :param folders: the names of a results folder's folders; files of a sample that are missing there are left out.
+    :param fields: of a results folder's manifest.
+    :param several: name samples RUN__STEM, so that those of several runs differ; else STEM.
+    """
+    for name in folders:
+        (folder / name).mkdir()
+    rows = []
+    for index, item in enumerate(kept):
+        stem = f"{item.run.name}__{item.sample.stem}" if several else item.sample.stem
+        for name in folders:
+            source = item.run.path / name / f"{item.sample.stem}{'.tif' if name == 'inst_masks' else '.png'}"
+            if source.exists():
+                put(source, folder / name / f"{stem}{source.suffix}")
+        run = {"run": item.run.name, "sample": item.sample.stem, "score": item.score, "weight": item.weight}
+        rows.append({**item.sample.row, "index": index, "stem": stem, **run})
+    write_whole(folder / MANIFEST, table([*fields, *KEPT_FIELDS], rows))
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether a folder is what write_kept fills, by the manifest that comes last."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return False
+    with open(manifest, encoding="utf-8", errors="replace") as file:
+        return file.readline().rstrip("\n").endswith(",".join(KEPT_FIELDS))
+
+
+# ---- the training set ----
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """
+    A synthetic patch of a set.
+
+    :param stem: its name there, SLIDE_NUMBER with the slide of its appearance.
+    """
+
+    stem: str
+    sample: Sample
+
+    @property
+    def row(self) -> dict[str, object]:
+        """Its row of the set's manifest."""
+        origin = self.sample.row
+        structure = origin.get("structure", "")
+        return {
+            **{name: origin.get(name, "") for name in ("appearance", "s", "checkpoint", "seed", "score", "weight")},
+            "file": f"{TRAIN_SPLIT}/images/{self.stem}.png",
+            "stem": self.stem,
+            "source": "synthetic",
+            "slide": slide_of(self.stem),
+            "structure": structure,
+            "structure_slide": slide_of(PurePath(structure).stem),
+            "sample": self.sample.sample.resolve().as_posix(),
+        }
+
+
+def draw(samples: Sequence[Sample], count: int, weighted: bool, seed: int) -> list[Sample]:
+    """
+    Draw samples without replacement.
+
+    :param weighted: by the weights in their rows, which a filter left there; else uniformly.
+    :return: `count` samples, in their order.
+    :raises ValueError: where there are fewer, or weights are missing.
+    """
+    chances, there = None, len(samples)
+    if weighted:
+        weights = np.array([_weight(sample) for sample in samples])
+        there = int((weights > 0).sum())
+        chances = weights / (weights.sum() or 1)
+    if count > there:
+        kind = f"{there} of a weight above 0 " if weighted else f"{there} "
+        raise ValueError(
+            f"--ratio asks for {count} synthetic patches, there are {there} {kind}in --synthetic: give less"
+        )
+    chosen = np.random.default_rng([seed, len(samples)]).choice(len(samples), count, replace=False, p=chances)
+    return [samples[i] for i in sorted(chosen)]
+
+
+def _weight(sample: Sample) -> float:
+    try:
+        weight = float(sample.row["weight"])
+    except (KeyError, ValueError):
+        weight = float("nan")
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"--weighted True: {sample.sample} has no weight: give the kept/ of scripts/filter_ood.py")
+    return weight
+
+
+def name_synthetic(samples: Sequence[Sample], real: Iterable[str]) -> list[Synthetic]:
+    """
+    Name samples SLIDE_NUMBER: SLIDE is that of the appearance, so that whoever holds a slide out holds them out with
+    it, and NUMBER is above those of real patches.
+
+    :param real: the stems of real patches, none of which comes again.
+    """
+    taken, number, named = set(real), FIRST_NUMBER, []
+    for sample in samples:
+        slide = slide_of(appearance_stem(sample, taken))
+        while f"{slide}_{number}" in taken:
+            number += 1
+        named.append(Synthetic(f"{slide}_{number}", sample))
+        number += 1
+    return named
+
+
+def appearance_stem(sample: Sample, real: set[str]) -> str:
+    """:return: the stem of the image that a sample took its appearance from, by its row, else by its own name."""
+    if sample.row.get("appearance"):
+        return PurePath(sample.row["appearance"]).stem
+    # Sampling names a second sample of STEM's appearance STEM_0, a third STEM_1.
+    first, _, number = sample.stem.rpartition("_")
+    return first if number.isdecimal() and sample.stem not in real and first in real else sample.stem
+
+
+def check_sizes(real: Patch, samples: Sequence[Synthetic]) -> None:
+    """:raises ValueError: where a sample, or its mask, is not of the size of the real patches, or cannot be read."""
+    size = _size(real.image)
+    for item in samples:
+        for path in (item.sample.sample, item.sample.inst_mask):
+            if _size(path) != size:
+                found = " x ".join(map(str, _size(path)))
+                raise ValueError(
+                    f"{path} is {found} px, the real patches {size[0]} x {size[1]}: they must be of one size"
+                )
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError):
+        raise ValueError(f"{path} is not an image that can be read: replace it or remove it") from None
+
+
+def write_set(
+    folder: Path,
+    data: Path,
+    real: Sequence[Patch],
+    synthetic: Sequence[Synthetic],
+    copy: bool,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
+    """
+    Fill a data folder: all real training patches, the synthetic ones beside them, the test split, a manifest.
+
+    :param folder: exists. :param data: the real data folder, whose test split is linked or copied as it is.
+    :param real: its training patches, each with an instance mask; a missing binary one is made of it.
+    :param progress: is told of each patch.
+    """
+    train = folder / TRAIN_SPLIT
+    for name in SUFFIXES:
+        (train / name).mkdir(parents=True)
+    rows = []
+    for patch in real:
+        for name, source in patch.files.items():
+            put(source, train / name / source.name, copy)
+        if "bin_masks" not in patch.files:
+            _write_binary(patch.files["inst_masks"], train / "bin_masks" / f"{patch.stem}.png")
+        slide = slide_of(patch.stem)
+        own = dict(structure=patch.image.name, appearance=patch.image.name, slide=slide, structure_slide=slide)
+        rows.append({**own, "file": f"{TRAIN_SPLIT}/images/{patch.image.name}", "stem": patch.stem, "source": "real"})
+        progress()
+    for item in synthetic:
+        put(item.sample.sample, train / "images" / f"{item.stem}.png", copy)
+        put(item.sample.inst_mask, train / "inst_masks" / f"{item.stem}.tif", copy)
+        _write_binary(item.sample.inst_mask, train / "bin_masks" / f"{item.stem}.png")
+        rows.append(item.row)
+        progress()
+    if (data / TEST_SPLIT).is_dir() and copy:
+        shutil.copytree(data / TEST_SPLIT, folder / TEST_SPLIT)
+    elif (data / TEST_SPLIT).is_dir():
+        put(data / TEST_SPLIT, folder / TEST_SPLIT)
+    write_whole(folder / MANIFEST, table(SET_FIELDS, rows))
+
+
+def _write_binary(inst_mask: Path, target: Path) -> None:
+    with Image.open(inst_mask) as image:
+        Image.fromarray(np.where(np.asarray(image) > 0, 255, 0).astype(np.uint8)).save(target)

@@ -1,0 +1,315 @@
+"""
+How far a patch is from the real ones: PatchCore (Roth et al. 2022, "Towards Total Recall in Industrial Anomaly
+Detection", arXiv 2106.08265) on the two middle maps of a backbone, and what to keep by it.
+
+Owns local features, the coreset, distances, scores and the rules of keeping. Sees tensors and arrays: nothing of files.
+
+Beside the paper, each by what it brought on planted failures of MoNuSeg patches (README):
+- neighbourhoods of 15 x 15 cells at a stride of 4 (the reference: 9 at 4), where the paper has 3 x 3 at 1: the farthest
+  of 256 small spots says how rare a patch's rarest spot is, the farthest of 16 larger ones what a patch is like;
+- maps of more than 128 channels are averaged down to 128, as the paper does to 1024;
+- local features are whitened over the real patches: stain and organ are the directions of large variance, and would
+  drown what blur or noise changes;
+- the coreset begins at the vector farthest from the mean, not at random ones, so that order does not matter.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+
+NEIGHBOURHOOD, STRIDE = 15, 4  # cells of the finer map
+MAP_CHANNELS = 128
+MODES = ("threshold", "weights", "top_n")
+_PROJECTED = 128  # dimensions in which the coreset is chosen
+_CANDIDATES = 4096
+_ROWS, _COLUMNS = 4096, 4096  # of a block of distances: 64 MiB
+_FLAT = 1e-6  # directions of less than this share of the largest variance are left out
+_COARSE = 8  # the first 1 / 8 of the bank bounds distances from above
+
+
+def local_features(
+    maps: Sequence[th.Tensor], neighbourhood: int = NEIGHBOURHOOD, stride: int = STRIDE
+) -> tuple[th.Tensor, tuple[int, int]]:
+    """
+    Describe places of images by what is around them (section 3.1).
+
+    Coarser maps are brought to the finer one's grid, bilinearly; then each channel is averaged over windows, of which
+    only what lies within the map counts.
+
+    :param maps: [N x C x h x w] fp32 tensors, the finer first.
+    :param neighbourhood: side of a window in cells of the finer map, odd; stride: cells between windows.
+    :return: an [N x P x D] tensor, P = rows * columns places, D at most 128 a map; and (rows, columns).
+    :raises ValueError: for a window or stride that is no use.
+    """
+    check_windows(neighbourhood, stride)
+    grid = maps[0].shape[2:]
+    parts = []
+    for part in maps:
+        if part.shape[1] > MAP_CHANNELS:
+            flat = part.flatten(2).transpose(1, 2)
+            part = F.adaptive_avg_pool1d(flat, MAP_CHANNELS).transpose(1, 2).unflatten(2, part.shape[2:])
+        if part.shape[2:] != grid:
+            part = F.interpolate(part, size=grid, mode="bilinear", align_corners=False)
+        parts.append(part)
+    joint = F.avg_pool2d(th.cat(parts, 1), neighbourhood, stride, neighbourhood // 2, count_include_pad=False)
+    return joint.flatten(2).transpose(1, 2).contiguous(), (joint.shape[2], joint.shape[3])
+
+
+def check_windows(neighbourhood: int, stride: int) -> None:
+    """:raises ValueError: for a window or stride that local_features cannot use."""
+    if neighbourhood < 1 or neighbourhood % 2 == 0:
+        raise ValueError(f"--neighbourhood {neighbourhood}: give an odd number of cells, such as {NEIGHBOURHOOD}")
+    if stride < 1:
+        raise ValueError(f"--stride {stride}: give at least 1 cell")
+
+
+def projected(x: th.Tensor, seed: int) -> th.Tensor:
+    """
+    Bring vectors to 128 dimensions by a seeded Gaussian matrix, which nearly keeps distances (section 3.2).
+
+    :param x: an [N x D] tensor. :return: an [N x 128] one; x itself where D is at most 128.
+    """
+    if x.shape[1] <= _PROJECTED:
+        return x
+    generator = th.Generator().manual_seed(seed)
+    matrix = th.randn(x.shape[1], _PROJECTED, generator=generator) / _PROJECTED**0.5
+    return x @ matrix.to(x.device)
+
+
+def greedy_coreset(x: th.Tensor, count: int, progress: Callable[[int], None] = lambda chosen: None) -> th.Tensor:
+    """
+    Choose vectors that cover all (k-centre greedy, algorithm 1): first the farthest from the mean, then again and again
+    the one farthest from all chosen; of equals the first.
+
+    Exact, in rounds: the farthest 4096 are compared with each other, and the greedy choice runs among them for as long
+    as it stays above all the rest, whose distances only shrink; then the rest learns of the chosen by one product.
+
+    :param x: an [N x D] tensor. :param count: how many, 1 to N.
+    :param progress: is told how many were chosen with each round.
+    :return: a [count] int64 tensor of different indices, on the CPU, in the order of choice.
+    """
+    squares = x.square().sum(1)
+    nearest = (x - x.double().mean(0).to(x.dtype)).square().sum(1)
+    chosen = [int(np.argmax(nearest.cpu().numpy()))]
+    nearest.fill_(th.inf)
+    new = chosen
+    while True:
+        _shrink(nearest, x, squares, x[new])
+        nearest[new] = -1  # never again, though all that is left may be copies
+        progress(len(new))
+        if len(chosen) == count:
+            return th.tensor(chosen)
+        new = _greedy_round(nearest, x, count - len(chosen))
+        chosen = chosen + new
+
+
+def _greedy_round(nearest: th.Tensor, x: th.Tensor, wanted: int) -> list[int]:
+    """The next choices, at least one and at most `wanted`."""
+    size = min(_CANDIDATES, len(x))
+    top, index = nearest.topk(size)
+    bound = float(top[-1]) if size < len(x) else -1.0
+    index = index.sort().values  # so that of equals the first is found first
+    far = nearest[index].cpu().numpy().copy()
+    candidates = x[index]
+    squares = candidates.square().sum(1)
+    between = th.addmm(squares[None], candidates, candidates.T, alpha=-2).add_(squares[:, None]).cpu().numpy()
+    places: list[int] = []
+    while len(places) < wanted:
+        best = int(far.argmax())
+        if places and far[best] <= bound:
+            break
+        places.append(best)
+        np.minimum(far, between[best], out=far)
+        far[best] = -np.inf
+    return index.cpu().numpy()[places].tolist()
+
+
+def _shrink(nearest: th.Tensor, x: th.Tensor, squares: th.Tensor, centres: th.Tensor) -> None:
+    """Lower squared distances to the nearest chosen vector by those to new centres, in place."""
+    for start in range(0, len(x), _ROWS):
+        rows = slice(start, start + _ROWS)
+        found = squared_distances(x[rows], centres, squares[rows])
+        nearest[rows] = th.minimum(nearest[rows], found)
+
+
+def squared_distances(queries: th.Tensor, bank: th.Tensor, squares: th.Tensor | None = None) -> th.Tensor:
+    """
+    Squared Euclidean distance of each query to its nearest bank vector, exact but for rounding.
+
+    :param queries: a [Q x D] tensor; bank: an [M x D] tensor; squares: the queries' squared norms, if known.
+    :return: a [Q] tensor.
+    """
+    squares = queries.square().sum(1) if squares is None else squares
+    bank_squares = bank.square().sum(1)
+    nearest = th.empty(len(queries), dtype=queries.dtype, device=queries.device)
+    for start in range(0, len(queries), _ROWS):
+        rows = slice(start, start + _ROWS)
+        blocks = [
+            th.addmm(bank_squares[None, first : first + _COLUMNS], queries[rows], part.T, alpha=-2).amin(1)
+            for first, part in _parts(bank)
+        ]
+        nearest[rows] = th.stack(blocks).amin(0) + squares[rows]
+    return nearest.clamp_(min=0)
+
+
+def _parts(bank: th.Tensor) -> Iterator[tuple[int, th.Tensor]]:
+    return ((first, bank[first : first + _COLUMNS]) for first in range(0, len(bank), _COLUMNS))
+
+
+@dataclass(frozen=True)
+class PatchCore:
+    """
+    A memory of real patches.
+
+    :param mean: [D]; whiten: [D x K], what brings a local feature to unit variance in every direction.
+    :param bank: [M x K], whitened, in the order in which the coreset was chosen. All on one device.
+    """
+
+    mean: th.Tensor
+    whiten: th.Tensor
+    bank: th.Tensor
+
+    @classmethod
+    def fit(
+        cls,
+        features: th.Tensor,
+        fraction: float = 0.1,
+        max_bank: int = 50_000,
+        seed: int = 0,
+        progress: Callable[[int], None] = lambda chosen: None,
+    ) -> "PatchCore":
+        """
+        :param features: a [V x D] fp32 tensor of real patches' local features; overwritten.
+        :param fraction: the share that is kept, in (0, 1]; max_bank: never more than so many.
+        :param seed: of the projection to 128 dimensions.
+        """
+        mean = _mean(features)
+        centred = features.sub_(mean.to(features.dtype))
+        covariance = sum(part.double().T @ part.double() for part in centred.split(_ROWS)) / len(centred)
+        variances, directions = th.linalg.eigh(covariance)
+        used = variances > max(_FLAT * float(variances[-1]), 1e-30)
+        whiten = (directions[:, used] / variances[used].sqrt()).to(features.dtype)
+        x = centred @ whiten
+        count = bank_size(len(x), fraction, max_bank)
+        chosen = greedy_coreset(projected(x, seed), count, progress)
+        return cls(mean.to(features.dtype), whiten, x[chosen.to(x.device)])
+
+    def _whitened(self, features: th.Tensor) -> th.Tensor:
+        return (features - self.mean) @ self.whiten
+
+    def distances(self, features: th.Tensor) -> th.Tensor:
+        """:return: of [N x P x D] local features, the [N x P] distances to the nearest of the bank."""
+        x = self._whitened(features)
+        return squared_distances(x.flatten(0, 1), self.bank).sqrt().view(x.shape[:2])
+
+    def score(self, features: th.Tensor, reweight: bool = False, neighbours: int = 9) -> th.Tensor:
+        """
+        Score images: the largest distance of any place to its nearest bank vector; lower is more like the real ones.
+
+        Exact, though most places are compared with a part of the bank only: distances to that part are upper bounds,
+        and a place whose bound is below another's distance cannot be the largest.
+
+        :param features: an [N x P x D] tensor of local features.
+        :param reweight: multiply by 1 - softmax over the bank vectors around the nearest one (equation 7).
+        :param neighbours: how many those are, the nearest one among them.
+        :return: an [N] fp32 tensor.
+        """
+        x = self._whitened(features)
+        images, places, _ = x.shape
+        coarse = self.bank[: max(1, len(self.bank) // _COARSE)]
+        bounds = squared_distances(x.flatten(0, 1), coarse).view(images, places)
+        known = th.full_like(bounds, -1)
+        todo = th.zeros_like(bounds, dtype=th.bool)
+        todo.scatter_(1, bounds.topk(max(1, places // 16), dim=1).indices, True)
+        known[todo] = squared_distances(x[todo], self.bank)
+        todo = ~todo & (bounds > known.amax(1, keepdim=True))
+        if todo.any():
+            known[todo] = squared_distances(x[todo], self.bank)
+        farthest = x[th.arange(images, device=x.device), known.argmax(1)]
+        return th.cat([self._score_places(part, reweight, neighbours) for part in farthest.split(256)])
+
+    def _score_places(self, x: th.Tensor, reweight: bool, neighbours: int) -> th.Tensor:
+        """Distances of [N x K] vectors to their nearest, by differences and not by products: without cancellation."""
+        nearest = self.bank[self._closest(x, 1)[:, 0]]
+        score = (x - nearest).norm(dim=1)
+        if reweight:
+            around = self.bank[self._closest(nearest, min(neighbours, len(self.bank)))]
+            far = (x[:, None] - around).norm(dim=2)
+            score = score * (1 - (score - far.logsumexp(1)).exp())
+        return score
+
+    def _closest(self, x: th.Tensor, count: int) -> th.Tensor:
+        """Indices of the `count` nearest bank vectors of each, [N x count]."""
+        return (self.bank.square().sum(1) - 2 * x @ self.bank.T).topk(count, dim=1, largest=False).indices
+
+
+def _mean(features: th.Tensor) -> th.Tensor:
+    return sum(part.double().sum(0) for part in features.split(_ROWS)) / len(features)  # in fp64, without a copy in it
+
+
+def bank_size(vectors: int, fraction: float, max_bank: int) -> int:
+    """:return: how many of so many vectors the bank keeps: fraction * vectors, but at least 1 and at most max_bank."""
+    return max(1, min(int(vectors * fraction), max_bank))
+
+
+# ---- what to keep ----
+
+
+def weights(scores: np.ndarray, quantile: float) -> np.ndarray:
+    """
+    Turn scores into chances of being drawn: clipped at a quantile, scaled to [0, 1], 1 - s, divided by the sum.
+
+    :param scores: an [N] array; those at or above the quantile get weight 0, the least the largest.
+    :param quantile: in (0, 1]; 1 clips nothing.
+    :return: an [N] float64 array with sum 1; equal weights where all clipped scores are equal.
+    """
+    clipped = np.minimum(scores, np.quantile(scores, quantile)).astype(np.float64)
+    spread = clipped.max() - clipped.min()
+    weight = 1 - (clipped - clipped.min()) / spread if spread > 0 else np.ones(len(clipped))
+    return weight / weight.sum()
+
+
+def keep(mode: str, scores: np.ndarray, weight: np.ndarray, threshold: float, top_n: int | None) -> np.ndarray:
+    """
+    :param mode: threshold keeps scores up to it; weights keeps what has a weight above 0; top_n the lowest, of equals
+        the first.
+    :return: an [N] bool array.
+    """
+    if mode == "threshold":
+        return scores <= threshold
+    if mode == "weights":
+        return weight > 0
+    kept = np.zeros(len(scores), bool)
+    kept[np.argsort(scores, kind="stable")[:top_n]] = True
+    return kept
+
+
+def held_out_slides(slides: Sequence[str], share: float, seed: int) -> set[str]:
+    """
+    Choose slides whose patches the bank never sees.
+
+    :param slides: the slide of each real patch. :param share: of the slides to hold out; at least one is.
+    :return: names.
+    :raises ValueError: where fewer than one slide would be left on either side.
+    """
+    names = sorted(set(slides))
+    if len(names) < 2:
+        raise ValueError(
+            f"--real has patches of {len(names)} slide ({names[0]}): the threshold comes from slides held out, so give "
+            "at least 2"
+        )
+    count = max(1, round(share * len(names)))
+    if count >= len(names):
+        raise ValueError(f"--held_out {share} leaves no slide of {len(names)} to compare with: give less")
+    order = np.random.default_rng([seed, len(names)]).permutation(len(names))
+    return {names[i] for i in order[:count]}
+
+
+def auroc(real: np.ndarray, synthetic: np.ndarray) -> float:
+    """:return: the chance that a synthetic score exceeds a real one, ties counting half: 0.5 is indistinguishable."""
+    order = np.sort(real)
+    below = np.searchsorted(order, synthetic, "left") + np.searchsorted(order, synthetic, "right")
+    return float(below.mean() / (2 * len(real)))

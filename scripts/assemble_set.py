@@ -1,0 +1,99 @@
+"""
+Make a training set of real and synthetic patches.
+
+    python scripts/assemble_set.py --real DATA --synthetic KEPT... --out OUT --ratio R [--weighted True] [--copy True]
+
+OUT becomes a data folder: MoNuSegTrainingData/{images,bin_masks,inst_masks} with all of DATA's training patches and
+R times as many synthetic ones (--ratio all: all there are), MoNuSegTestData as it is in DATA, and manifest.csv, which
+says of every patch where it came from. KEPT is the kept/ of filter_ood.py, any other results folder, or a sweep.
+
+A synthetic patch is named SLIDE_NUMBER after the slide of its appearance, so that what holds slides out by name holds
+it out with them. Its structure may come from another slide: columns slide and structure_slide name both. Run again, it
+replaces OUT as a whole.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from guided_diffusion import cli
+from guided_diffusion.histology.annotations import TRAIN_SPLIT
+from guided_diffusion.histology.assembly import (
+    check_apart,
+    check_sizes,
+    draw,
+    name_synthetic,
+    replace_folder,
+    write_set,
+    write_whole,
+)
+from guided_diffusion.histology.cluster_folders import list_patches
+from guided_diffusion.histology.runs import find_runs
+from guided_diffusion.script_util import str2bool
+
+RECORD = "assemble.json"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    ratio = parse_ratio(args.ratio)
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} must not be negative")
+    check_apart(args.out, [args.real, *args.synthetic], args.out)
+    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / RECORD).is_file():
+        raise ValueError(f"--out {args.out} holds what this command did not make: give another folder")
+    real = [patch for patch in list_patches(args.real) if patch.split == TRAIN_SPLIT]
+    for patch in real:
+        if "inst_masks" not in patch.files:
+            raise ValueError(f"--real {args.real} has no {TRAIN_SPLIT}/inst_masks: give a folder of prepare_monuseg.py")
+    samples = [sample for run in find_runs(args.synthetic) for sample in run.samples]
+    count = len(samples) if ratio is None else round(ratio * len(real))
+    chosen = draw(samples, count, args.weighted, args.seed)
+    synthetic = name_synthetic(chosen, [patch.stem for patch in real])
+    check_sizes(real[0], synthetic)
+
+    settings = {name: getattr(args, name) for name in ("ratio", "weighted", "seed", "copy")}
+    with tqdm(desc="writing", total=len(real) + len(synthetic), unit="patch", leave=False, disable=None) as bar:
+
+        def fill(folder: Path) -> None:
+            write_set(folder, args.real, real, synthetic, args.copy, bar.update)
+            made = {"settings": settings, "real": len(real), "synthetic": len(synthetic)}
+            write_whole(folder / RECORD, json.dumps(made, indent=1) + "\n")
+
+        replace_folder(args.out, fill)
+    print(f"{args.out}: {len(real)} real and {len(synthetic)} synthetic training patches")
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", metavar="DATA", type=Path, required=True, help="data folder of real patches")
+    parser.add_argument("--synthetic", metavar="KEPT", nargs="+", type=Path, required=True, help="see above")
+    parser.add_argument("--out", metavar="OUT", type=Path, required=True, help="data folder to make")
+    parser.add_argument("--ratio", required=True, help="synthetic patches for each real one, such as 0.5, or all")
+    parser.add_argument("--weighted", type=str2bool, default=False, help="draw by the weights of filter_ood.py")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
+    parser.add_argument("--copy", type=str2bool, default=False, help="copy files instead of linking them")
+    return parser
+
+
+def parse_ratio(text: str) -> float | None:
+    """:return: the number in a --ratio, None for all."""
+    if text == "all":
+        return None
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = math.nan
+    if not 0 < ratio < math.inf:
+        raise ValueError(f"--ratio {text}: give a number above 0, such as 1 or 0.5, or all")
+    return ratio
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,309 @@
+"""
+Score synthetic patches by how far they are from real ones, and link those that look real.
+
+    python scripts/filter_ood.py --real DATA --synthetic RESULTS... --out OUT [--backbone efficientnet_lite0]
+        [--mode threshold|weights|top_n] [--tau 0.95] [--top_n N] [--quantile 0.95]
+
+PatchCore (Roth et al. 2022) is fitted on the patches of a part of DATA's training slides; the others, --held_out of
+them, say how high real patches score that the bank has not seen. Modes:
+
+    threshold   keep scores up to the --tau quantile of the held-out real patches' scores
+    weights     weight 1 - s of scores clipped at their --quantile and scaled to [0, 1]; keep what has a weight above 0
+    top_n       keep the --top_n lowest
+
+RESULTS is a results folder (samples/ and inst_masks/) or a sweep of them. OUT gets scores.csv (raw scores, comparable
+between runs with equal --real, --backbone and --seed), kept/ (a results folder of relative links, with a manifest),
+ood.png and, last, report.json. Run again, it replaces these and nothing else.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch as th
+from PIL import Image
+from tqdm import tqdm
+
+from guided_diffusion import cli, results
+from guided_diffusion.histology import ood
+from guided_diffusion.histology.annotations import TRAIN_SPLIT
+from guided_diffusion.histology.assembly import (
+    Kept,
+    check_apart,
+    is_kept,
+    replace_folder,
+    table,
+    write_kept,
+    write_whole,
+)
+from guided_diffusion.histology.backbones import Backbone, load_backbone
+from guided_diffusion.histology.features import digest, list_images, read_image
+from guided_diffusion.histology.ood_picture import SHOWN, Scored, draw_scores
+from guided_diffusion.histology.runs import find_runs, slide_of
+from guided_diffusion.script_util import str2bool
+from scripts.extract_features import PRECISIONS, find_device
+from scripts.sdm_backbone import load_sdm
+
+REPORT = "report.json"
+SCORE_FIELDS = ("path", "run", "stem", "score", "weight", "kept")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    check_flags(args)
+    real = find_real(args.real)
+    runs = find_runs(args.synthetic)
+    check_out(args)
+    slides = [slide_of(path.stem) for path in real]
+    held = ood.held_out_slides(slides, args.held_out, args.seed)
+    samples = [(run, sample) for run in runs for sample in run.samples]
+    files = [sample.sample for _, sample in samples]
+    if args.top_n is not None and args.top_n > len(files):
+        raise ValueError(f"--top_n {args.top_n} is more than the {len(files)} samples in --synthetic: give less")
+    check_images([*real, *files])
+    extractor = Extractor(args)
+
+    core, vectors = fit(extractor, [path for path, slide in zip(real, slides) if slide not in held], args)
+    held_files = [path for path, slide in zip(real, slides) if slide in held]
+    real_scores = score(extractor, core, held_files, args.reweight, "held-out real")
+    scores = score(extractor, core, files, args.reweight, "synthetic")
+    threshold = float(np.quantile(real_scores, args.tau))
+    weight = ood.weights(scores, args.quantile)
+    kept = ood.keep(args.mode, scores, weight, threshold, args.top_n)
+    judged = [Kept(*pair, float(s), float(w)) for pair, s, w in zip(samples, scores, weight)]
+
+    report = {
+        "settings": {name: text_of(value) for name, value in vars(args).items()},
+        "backbone": extractor.backbone.name,
+        "weight_hash": extractor.backbone.weight_hash,
+        "auroc": ood.auroc(real_scores, scores),
+        "threshold": threshold,
+        "kept": int(kept.sum()),
+        "kept_share": float(kept.mean()),
+        "synthetic": len(scores),
+        "bank": {"patches": len(real) - len(held_files), "vectors": vectors, "kept": len(core.bank)},
+        "held_out": {"patches": len(held_files), "slides": sorted(held), "scores": summary(real_scores)},
+        "runs": by_run([run.name for run, _ in samples], scores, kept, real_scores),
+    }
+    picture = draw(extractor, core, judged, real_scores, report)
+    write_out(args.out, judged, kept, picture, report, several=len(runs) > 1)
+    print(f"{args.out}: kept {kept.sum()} of {len(kept)}, threshold {threshold:.4g}, AUROC {report['auroc']:.3f}")
+    if not kept.any():
+        print("no sample looks real enough: kept/ is empty")
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", metavar="DATA", type=Path, required=True, help="data folder, or a folder of images")
+    parser.add_argument("--synthetic", metavar="RESULTS", nargs="+", type=Path, required=True, help="see above")
+    parser.add_argument("--out", metavar="OUT", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--backbone", default="efficientnet_lite0", help="see extract_features.py; all but stain")
+    parser.add_argument("--neighbourhood", type=int, default=ood.NEIGHBOURHOOD, help="cells a side (default 15)")
+    parser.add_argument("--stride", type=int, default=ood.STRIDE, help="cells between neighbourhoods (default 4)")
+    parser.add_argument("--fraction", type=float, default=0.1, help="share of real vectors in the bank (default 0.1)")
+    parser.add_argument("--max_bank", type=int, default=50_000, help="vectors in the bank at most (default 50000)")
+    parser.add_argument("--held_out", type=float, default=0.2, help="share of real slides held out (default 0.2)")
+    parser.add_argument("--mode", default="threshold", help=f"{', '.join(ood.MODES)}; see above (default threshold)")
+    parser.add_argument("--tau", type=float, default=0.95, help="quantile that is the threshold (default 0.95)")
+    parser.add_argument("--top_n", type=int, help="samples to keep with --mode top_n")
+    parser.add_argument("--quantile", type=float, default=0.95, help="scores are clipped at for weights (default 0.95)")
+    parser.add_argument("--reweight", type=str2bool, default=False, help="re-weight scores by equation 7 of the paper")
+    parser.add_argument("--seed", type=int, default=0, help="of the slides held out and the projection (default 0)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at once (default 32)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network's products")
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    if args.mode not in ood.MODES:
+        raise ValueError(f"unknown --mode {args.mode}: choose one of {', '.join(ood.MODES)}")
+    if (args.mode == "top_n") != (args.top_n is not None):
+        raise ValueError(
+            f"--mode {args.mode} with --top_n {args.top_n}: give --top_n N with --mode top_n, and only there"
+        )
+    for name in ("batch_size", "max_bank", "top_n"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    for name in ("fraction", "tau", "quantile"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be above 0 and at most 1")
+    if not 0 < args.held_out < 1:
+        raise ValueError(f"--held_out {args.held_out} must be between 0 and 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} must not be negative")
+    ood.check_windows(args.neighbourhood, args.stride)
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Refuse an --out among the inputs, or with a kept/ of somebody else."""
+    kept = args.out / "kept"
+    check_apart(args.out, [args.real, *args.synthetic], kept)
+    if os.path.lexists(kept) and not is_kept(kept):
+        raise ValueError(f"--out {args.out} holds a kept/ that is not of this command: give another folder")
+
+
+def find_real(folder: Path) -> list[Path]:
+    """:return: the training images of a data folder, or the images of a plain one, sorted."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--real {folder} is not a folder: give a data folder, or a folder of images")
+    images = folder / TRAIN_SPLIT / "images"
+    files = list_images(images if images.is_dir() else folder)
+    if not files:
+        raise ValueError(f"--real {folder} holds no image, nor {TRAIN_SPLIT}/images that does: give real patches")
+    return files
+
+
+def check_images(files: Sequence[Path]) -> None:
+    """Refuse files that cannot be read, and those of another size than the first: a bank compares like with like."""
+
+    def size(file: Path) -> tuple[int, int]:
+        digest(file)
+        with Image.open(file) as image:
+            return image.size
+
+    with ThreadPoolExecutor(2) as pool:
+        sizes = list(tqdm(pool.map(size, files), "checking", len(files), leave=False, disable=None))
+    for file, found in zip(files, sizes):
+        if found != sizes[0]:
+            first, other = (" x ".join(map(str, pair)) for pair in (sizes[0], found))
+            raise ValueError(f"{file} is {other} px, {files[0]} {first}: patches must be of one size")
+
+
+class Extractor:
+    """A backbone and how its maps become local features."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = find_device(args.device)
+        self.backbone: Backbone = load_backbone(
+            args.backbone, self.device, PRECISIONS[args.precision], {"sdm": load_sdm}
+        )
+        self.batch_size = args.batch_size
+        self.windows = (args.neighbourhood, args.stride)
+        self.grid = (0, 0)
+
+    def batches(self, files: Sequence[Path], what: str) -> Iterator[th.Tensor]:
+        """:return: [N x P x D] local features, batch by batch, the next one's images being read meanwhile."""
+        starts = range(0, len(files), self.batch_size)
+        bar = tqdm(desc=what, total=len(files), unit="image", disable=None if len(files) > 2 * SHOWN else True)
+        with ThreadPoolExecutor(2) as pool, bar:
+            waiting: deque = deque()
+            for start in [*starts, None]:
+                if start is not None:
+                    names = files[start : start + self.batch_size]
+                    waiting.append((names, [pool.submit(read_image, file) for file in names]))
+                while len(waiting) > (1 if start is not None else 0):
+                    names, images = waiting.popleft()
+                    yield self._features(names, np.stack([image.result() for image in images]))
+                    bar.update(len(names))
+
+    def _features(self, names: Sequence[Path], images: np.ndarray) -> th.Tensor:
+        features, self.grid = ood.local_features(self.backbone.maps(images), *self.windows)
+        bad = ~features.isfinite().flatten(1).all(1)
+        if bad.any():
+            name = names[int(bad.nonzero()[0])]
+            raise ValueError(f"the features of {name} are not finite: use --precision fp32, or another --backbone")
+        return features
+
+
+def fit(extractor: Extractor, files: list[Path], args: argparse.Namespace) -> tuple[ood.PatchCore, int]:
+    """:return: the bank, and how many vectors it was chosen from."""
+    room, filled = th.empty(0), 0
+    for batch in extractor.batches(files, "bank"):
+        if not filled:
+            room = th.empty(len(files), *batch.shape[1:], device=batch.device)
+        room[filled : filled + len(batch)] = batch
+        filled += len(batch)
+    vectors = room.flatten(0, 1)
+    total = ood.bank_size(len(vectors), args.fraction, args.max_bank)
+    with tqdm(desc="coreset", total=total, unit="vector", disable=None) as bar:
+        return ood.PatchCore.fit(vectors, args.fraction, args.max_bank, args.seed, bar.update), len(vectors)
+
+
+def score(extractor: Extractor, core: ood.PatchCore, files: list[Path], reweight: bool, what: str) -> np.ndarray:
+    """:return: an [N] float64 array of scores."""
+    parts = [core.score(batch, reweight).cpu() for batch in extractor.batches(files, what)]
+    return th.cat(parts).double().numpy()
+
+
+def draw(extractor: Extractor, core: ood.PatchCore, judged: list[Kept], real_scores: np.ndarray, report: dict) -> bytes:
+    """Draw ood.png."""
+    scores = np.array([item.score for item in judged])
+    order = np.argsort(scores, kind="stable")
+    ends = []
+    for chosen in (order[:SHOWN], order[::-1][:SHOWN]):
+        items = [judged[i] for i in chosen]
+        files = [item.sample.sample for item in items]
+        maps = th.cat([core.distances(batch).cpu() for batch in extractor.batches(files, "maps")])
+        maps = maps.view(len(items), *extractor.grid).numpy()
+        captions = [f"{item.run.name[-24:]}\n{item.sample.stem[-24:]}" for item in items]
+        scored = zip(map(read_image, files), maps, (item.score for item in items), captions)
+        ends.append([Scored(*parts) for parts in scored])
+    title = (
+        f"{len(scores)} synthetic patches, {report['backbone']}: AUROC against held-out real ones "
+        f"{report['auroc']:.3f}, kept {report['kept']} ({report['kept_share']:.0%})"
+    )
+    return draw_scores(real_scores, scores, report["threshold"], *ends, title)
+
+
+def write_out(out: Path, judged: list[Kept], kept: np.ndarray, picture: bytes, report: dict, several: bool) -> None:
+    """Write all files, the report last: where it lies, the others are of the same run."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / REPORT).unlink(missing_ok=True)
+    chosen = [item for item, keeps in zip(judged, kept) if keeps]
+    write = partial(write_kept, kept=chosen, folders=results.FOLDERS, fields=results.MANIFEST_FIELDS, several=several)
+    replace_folder(out / "kept", write)
+    rows = [
+        {
+            "path": Path(os.path.relpath(item.sample.sample.absolute(), out.absolute())).as_posix(),
+            "run": item.run.name,
+            "stem": item.sample.stem,
+            "score": item.score,
+            "weight": item.weight,
+            "kept": bool(keeps),
+        }
+        for item, keeps in zip(judged, kept)
+    ]
+    write_whole(out / "scores.csv", table(SCORE_FIELDS, rows))
+    write_whole(out / "ood.png", picture)
+    write_whole(out / REPORT, json.dumps(report, indent=1) + "\n")
+
+
+def by_run(names: list[str], scores: np.ndarray, kept: np.ndarray, real_scores: np.ndarray) -> dict[str, dict]:
+    """What report.json says of each run."""
+    rows = np.array(names)
+    return {
+        name: {
+            "synthetic": int((rows == name).sum()),
+            "kept": int(kept[rows == name].sum()),
+            "kept_share": float(kept[rows == name].mean()),
+            "auroc": ood.auroc(real_scores, scores[rows == name]),
+            "scores": summary(scores[rows == name]),
+        }
+        for name in dict.fromkeys(names)
+    }
+
+
+def summary(scores: np.ndarray) -> dict[str, float]:
+    """Quantiles of scores."""
+    return dict(zip(("min", "median", "max"), np.quantile(scores, (0, 0.5, 1)).tolist()))
+
+
+def text_of(value: object) -> object:
+    """A flag's value as JSON takes it."""
+    if isinstance(value, list):
+        return [text_of(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+if __name__ == "__main__":
+    cli.run(main)
