@@ -6,7 +6,7 @@
 #   bash scripts/experiment.sh RAW OUT [CONFIG]
 #
 # CONFIG (default experiment.conf beside this script) holds all settings. Writes OUT/results.csv, OUT/results.md, a table,
-# and OUT/results.png, F1 over the share, a line a variant; after each segmenter, of what is there by then.
+# and OUT/results.png, F1 over the share, a line a variant; after each share, of what is there by then.
 # TIME_LIMIT=540 stops after so many seconds; the same command goes on where it was, as it does after a kill.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
@@ -24,7 +24,7 @@ begin_stages "$out"
 cp -- "$config" "$out/config"
 python=${PYTHON:-python}
 
-# segmenter VARIANT DATA FLAGS...: train one on a data folder, test it, and draw the results that there are by now.
+# segmenter VARIANT DATA FLAGS...: train one on a data folder, and test it.
 segmenter() {
     local variant=$1 data=$2
     shift 2
@@ -32,7 +32,13 @@ segmenter() {
         --out "$here/$variant" --seed "$seed" "${SEGMENTER_FLAGS[@]}" "$@"
     stage "$name-$variant-test" "$here/$variant/test/metrics.json" "$python" "$ROOT/scripts/segment.py" \
         "$here/$variant/segmenter.pt" "$test/images" --truth "$test/inst_masks" --out "$here/$variant/test"
-    "$python" "$ROOT/scripts/experiment_results.py" "$out"
+}
+
+# mixed VARIANT SYNTHETIC: a segmenter on the real slides and synthetic patches.
+mixed() {
+    stage "$name-$1-set" "$here/$1-set/manifest.csv" "$python" "$ROOT/scripts/assemble_set.py" \
+        --real "$here/slides" --synthetic "$2" --out "$here/$1-set" --seed "$seed" --ratio all
+    segmenter "$1" "$here/$1-set" "${PLAIN_FLAGS[@]}"
 }
 
 stage patches "$out/patches/prepare.json" "$python" "$ROOT/scripts/prepare_monuseg.py" \
@@ -44,28 +50,27 @@ test=$out/test/MoNuSegTestData
 for seed in $SEEDS; do
     for fraction in $FRACTIONS; do
         name=f$fraction-s$seed here=$out/f$fraction-s$seed
-        stage "$name-real" "$here/real/MoNuSegTrainingData" "$python" "$ROOT/scripts/subset_slides.py" \
-            "$out/patches" "$here/real" --percent "$fraction" --seed "$seed"
-        segmenter real "$here/real" "${PLAIN_FLAGS[@]}"
-        segmenter colour "$here/real" "${COLOUR_FLAGS[@]}"
+        stage "$name-slides" "$here/slides/MoNuSegTrainingData" "$python" "$ROOT/scripts/subset_slides.py" \
+            "$out/patches" "$here/slides" --percent "$fraction" --seed "$seed"
+        segmenter real "$here/slides" "${PLAIN_FLAGS[@]}"
+        segmenter colour "$here/slides" "${COLOUR_FLAGS[@]}"
 
-        count=$(find "$here/real/MoNuSegTrainingData/images/" -name '*.png' | wc -l)
-        samples=$(((count * SAMPLES_PER_100_REAL + 99) / 100))
-        OPENAI_LOGDIR=$here/model stage "$name-model" "$here/model/ema_${EMA_RATE}_$(printf %06d "$DIFFUSION_STEPS").pt" \
-            "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "$here/real" "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" \
+        model=$here/model/ema_${EMA_RATE}_$(printf %06d "$DIFFUSION_STEPS").pt
+        OPENAI_LOGDIR=$here/model stage "$name-model" "$model" \
+            "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "$here/slides" "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" \
             --ema_rate "$EMA_RATE" --max_steps "$DIFFUSION_STEPS" --seed "$seed" --val_split none
         stage "$name-samples" "$here/samples/grid.png" "${LAUNCH[@]}" "$ROOT/image_sample.py" \
-            --model_path "$here/model/ema_${EMA_RATE}_$(printf %06d "$DIFFUSION_STEPS").pt" --data_dir "$here/real" \
-            --use_train True --results_path "$here/samples" --num_samples "$samples" --s "$S" --seed "$seed" \
-            "${SAMPLE_FLAGS[@]}"
-        stage "$name-filter" "$here/filtered/report.json" "$python" "$ROOT/scripts/filter_ood.py" --real "$here/real" \
-            --synthetic "$here/samples" --out "$here/filtered" --seed "$seed" "${FILTER_FLAGS[@]}"
-        stage "$name-with-filtered" "$here/with_filtered/manifest.csv" "$python" "$ROOT/scripts/assemble_set.py" \
-            --real "$here/real" --synthetic "$here/filtered/kept" --out "$here/with_filtered" --seed "$seed" --ratio all
-        stage "$name-with-all" "$here/with_all/manifest.csv" "$python" "$ROOT/scripts/assemble_set.py" \
-            --real "$here/real" --synthetic "$here/samples" --out "$here/with_all" --seed "$seed" --ratio all
-        segmenter filtered "$here/with_filtered" "${PLAIN_FLAGS[@]}"
-        segmenter unfiltered "$here/with_all" "${PLAIN_FLAGS[@]}"
+            --model_path "$model" --data_dir "$here/slides" --use_train True --results_path "$here/samples" \
+            --num_samples "$SAMPLES" --s "$S" --seed "$seed" "${SAMPLE_FLAGS[@]}"
+        stage "$name-filter" "$here/ood/report.json" "$python" "$ROOT/scripts/filter_ood.py" --real "$here/slides" \
+            --synthetic "$here/samples" --out "$here/ood" --seed "$seed" "${FILTER_FLAGS[@]}"
+        mixed unfiltered "$here/samples"
+        if compgen -G "$here/ood/kept/samples/*.png" >/dev/null; then
+            mixed filtered "$here/ood/kept"
+        else
+            echo "[$name] the filter kept no sample: nothing to train on besides the real ones"
+        fi
+        "$python" "$ROOT/scripts/experiment_results.py" "$out"
     done
 done
 echo "look at $out/results.png and $out/results.md"
