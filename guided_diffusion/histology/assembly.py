@@ -154,9 +154,8 @@ class Synthetic:
     stem: str
     sample: Sample
 
-    @property
-    def row(self) -> dict[str, object]:
-        """Its row of the set's manifest."""
+    def row(self, folder: Path) -> dict[str, object]:
+        """:return: its row of the manifest of the set in `folder`."""
         origin = self.sample.row
         structure = origin.get("structure", "")
         return {
@@ -167,7 +166,7 @@ class Synthetic:
             "slide": slide_of(self.stem),
             "structure": structure,
             "structure_slide": slide_of(PurePath(structure).stem),
-            "sample": self.sample.sample.resolve().as_posix(),
+            "sample": Path(os.path.relpath(self.sample.sample.resolve(), folder.resolve())).as_posix(),
         }
 
 
@@ -186,9 +185,7 @@ def draw(samples: Sequence[Sample], count: int, weighted: bool, seed: int) -> li
         chances = weights / (weights.sum() or 1)
     if count > there:
         kind = f"{there} of a weight above 0 " if weighted else f"{there} "
-        raise ValueError(
-            f"--ratio asks for {count} synthetic patches, there are {there} {kind}in --synthetic: give less"
-        )
+        raise ValueError(f"--ratio asks for {count} synthetic patches, there are {kind}in --synthetic: give less")
     chosen = np.random.default_rng([seed, len(samples)]).choice(len(samples), count, replace=False, p=chances)
     return [samples[i] for i in sorted(chosen)]
 
@@ -236,9 +233,7 @@ def check_sizes(real: Patch, samples: Sequence[Synthetic]) -> None:
         for path in (item.sample.sample, item.sample.inst_mask):
             if _size(path) != size:
                 found = " x ".join(map(str, _size(path)))
-                raise ValueError(
-                    f"{path} is {found} px, the real patches {size[0]} x {size[1]}: they must be of one size"
-                )
+                raise ValueError(f"{path} is {found} px, real patches {size[0]} x {size[1]}: they must be of one size")
 
 
 def _size(path: Path) -> tuple[int, int]:
@@ -281,7 +276,7 @@ def write_set(
         put(item.sample.sample, train / "images" / f"{item.stem}.png", copy)
         put(item.sample.inst_mask, train / "inst_masks" / f"{item.stem}.tif", copy)
         _write_binary(item.sample.inst_mask, train / "bin_masks" / f"{item.stem}.png")
-        rows.append(item.row)
+        rows.append(item.row(folder))
         progress()
     if (data / TEST_SPLIT).is_dir() and copy:
         shutil.copytree(data / TEST_SPLIT, folder / TEST_SPLIT)

@@ -1,0 +1,168 @@
+"""Drawing, naming and provenance of training sets by hand-made cases; folders that are replaced as a whole."""
+
+import csv
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from guided_diffusion.histology import assembly
+from guided_diffusion.histology.cluster_folders import Patch
+from guided_diffusion.histology.runs import Run, Sample, slide_of
+
+
+def sample(stem, folder="run", **row):
+    return Sample(stem, folder / f"samples/{stem}.png", folder / f"inst_masks/{stem}.tif", None, row)
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return [sample(f"a_{k:03d}", tmp_path, weight=str(w)) for k, w in enumerate((0, 0.5, 0.3, 0.2, 0))]
+
+
+def test_a_draw_is_seeded_and_without_replacement(samples):
+    drawn = assembly.draw(samples, 3, False, 0)
+    assert len({item.stem for item in drawn}) == 3 and drawn == sorted(drawn, key=lambda item: item.stem)
+    assert drawn == assembly.draw(samples, 3, False, 0)
+    assert len({tuple(item.stem for item in assembly.draw(samples, 2, False, seed)) for seed in range(20)}) > 3
+    assert assembly.draw(samples, 5, False, 3) == samples
+
+
+def test_a_weighted_draw_follows_the_weights(samples):
+    drawn = [assembly.draw(samples, 1, True, seed)[0].stem for seed in range(600)]
+    shares = [drawn.count(item.stem) / 600 for item in samples]
+    assert shares == pytest.approx([0, 0.5, 0.3, 0.2, 0], abs=0.06) and shares[0] == shares[4] == 0
+    assert [item.stem for item in assembly.draw(samples, 3, True, 0)] == ["a_001", "a_002", "a_003"]
+
+
+def test_more_than_there_are(samples, tmp_path):
+    with pytest.raises(ValueError, match="asks for 6 synthetic patches, there are 5 in"):
+        assembly.draw(samples, 6, False, 0)
+    with pytest.raises(ValueError, match="asks for 4 synthetic patches, there are 3 of a weight above 0"):
+        assembly.draw(samples, 4, True, 0)
+    for weight in ("", "nan", "-1", "inf", "x"):
+        with pytest.raises(ValueError, match="b_000.png has no weight"):
+            assembly.draw([*samples, sample("b_000", tmp_path, weight=weight)], 1, True, 0)
+
+
+def test_names_carry_the_slide_of_the_appearance_and_never_come_twice(tmp_path):
+    given = [
+        sample("x", tmp_path, appearance="d/slide-1_004.png", structure="d/slide-2_001.png"),
+        sample("run__slide-1_004_3", tmp_path, appearance="d/slide-1_004.png"),
+        sample("slide-2_007", tmp_path),
+        sample("slide-2_007_0", tmp_path),
+        sample("alone", tmp_path),
+    ]
+    named = assembly.name_synthetic(given, ["slide-2_007", "slide-1_100000", "slide-2_100003"])
+    assert [item.stem for item in named] == [
+        "slide-1_100001",
+        "slide-1_100002",
+        "slide-2_100004",
+        "slide-2_100005",
+        "alone_100006",
+    ]
+    assert [slide_of(item.stem) for item in named] == ["slide-1", "slide-1", "slide-2", "slide-2", "alone"]
+    row = named[0].row(tmp_path)
+    assert (row["slide"], row["structure_slide"], row["source"]) == ("slide-1", "slide-2", "synthetic")
+    assert row["sample"] == "samples/x.png"
+
+
+def write_sample(folder, stem, size=8, dtype=np.uint16):
+    for name in ("samples", "inst_masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size, size, 3), 7, np.uint8)).save(folder / "samples" / f"{stem}.png")
+    mask = np.zeros((size, size), dtype)
+    mask[1, 2] = 60_000
+    Image.fromarray(mask).save(folder / "inst_masks" / f"{stem}.tif")
+    return sample(stem, folder)
+
+
+def real_patch(folder, stem="slide-0_000", size=8):
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "inst_masks").mkdir(exist_ok=True)
+    files = {"images": folder / f"images/{stem}.png", "inst_masks": folder / f"inst_masks/{stem}.tif"}
+    Image.fromarray(np.zeros((size, size, 3), np.uint8)).save(files["images"])
+    Image.fromarray(np.eye(size, dtype=np.int32) * 70_000).save(files["inst_masks"])
+    return Patch("MoNuSegTrainingData", files)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_set(tmp_path, copy):
+    real = real_patch(tmp_path / "data/MoNuSegTrainingData")
+    (tmp_path / "data/MoNuSegTestData").mkdir()
+    (tmp_path / "data/MoNuSegTestData/file").write_text("test")
+    named = assembly.name_synthetic([write_sample(tmp_path / "run", "slide-0_001")], ["slide-0_000"])
+    out = tmp_path / "deep/er/out"
+    assembly.replace_folder(out, lambda folder: assembly.write_set(folder, tmp_path / "data", [real], named, copy))
+    train = out / "MoNuSegTrainingData"
+    for name, stem in (("70000", "slide-0_000"), ("60000", "slide-0_001")):
+        stem = stem if name == "70000" else named[0].stem
+        mask = np.asarray(Image.open(train / "inst_masks" / f"{stem}.tif"))
+        binary = np.asarray(Image.open(train / "bin_masks" / f"{stem}.png"))
+        assert mask.max() == int(name) and np.array_equal(binary, np.where(mask > 0, 255, 0))
+        assert (train / "images" / f"{stem}.png").is_symlink() != copy
+    assert (out / "MoNuSegTestData/file").read_text() == "test"
+    assert all(not os.path.isabs(os.readlink(path)) for path in out.rglob("*") if path.is_symlink())
+    rows = list(csv.DictReader((out / "manifest.csv").open()))
+    assert [row["source"] for row in rows] == ["real", "synthetic"]
+    assert all((out / row["file"]).is_file() for row in rows)
+    assert (out / rows[1]["sample"]).resolve() == (tmp_path / "run/samples/slide-0_001.png").resolve()
+
+
+def test_sizes_must_agree(tmp_path):
+    real = real_patch(tmp_path / "data")
+    small = assembly.name_synthetic([write_sample(tmp_path / "run", "a", size=4)], [])
+    with pytest.raises(ValueError, match=r"a.png is 4 x 4 px, real patches 8 x 8"):
+        assembly.check_sizes(real, small)
+    (tmp_path / "run/samples/a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="not an image"):
+        assembly.check_sizes(real, small)
+
+
+def test_kept_files_are_relative_links_that_survive_a_move(tmp_path):
+    one, two = (Run(name, tmp_path / "in" / name, [write_sample(tmp_path / "in" / name, "a_000")]) for name in "xy")
+    kept = [assembly.Kept(run, run.samples[0], score, 0.5) for run, score in ((one, 1.5), (two, 2.5))]
+    folder = tmp_path / "in" / "kept"
+    folders, fields = ("images", "labels", "samples", "inst_masks"), ("index", "stem", "s")
+    assert not assembly.is_kept(folder)
+    assembly.replace_folder(folder, lambda aside: assembly.write_kept(aside, kept, folders, fields, several=True))
+    assert assembly.is_kept(folder)
+    os.rename(tmp_path / "in", tmp_path / "moved")
+    moved = tmp_path / "moved" / "kept"
+    assert sorted(path.name for path in moved.glob("samples/*")) == ["x__a_000.png", "y__a_000.png"]
+    assert all(path.exists() for path in moved.rglob("*")) and not list(moved.glob("labels/*"))
+    rows = list(csv.DictReader((moved / "manifest.csv").open()))
+    assert [(row["stem"], row["run"], row["score"]) for row in rows] == [
+        ("x__a_000", "x", "1.5"),
+        ("y__a_000", "y", "2.5"),
+    ]
+
+
+def test_a_folder_is_replaced_whole_or_stays(tmp_path):
+    folder = tmp_path / "out"
+    assembly.replace_folder(folder, lambda aside: (aside / "old").write_text("1"))
+
+    def fail(aside):
+        (aside / "new").write_text("2")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        assembly.replace_folder(folder, fail)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    assembly.replace_folder(folder, lambda aside: (aside / "new").write_text("2"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_outputs_among_inputs_are_refused(tmp_path):
+    inner = tmp_path / "in" / "deep"
+    inner.mkdir(parents=True)
+    for out in (tmp_path / "in", inner / "out"):
+        with pytest.raises(ValueError, match="lies in the input"):
+            assembly.check_apart(out, [tmp_path / "in"], out)
+    with pytest.raises(ValueError, match="would replace the input"):
+        assembly.check_apart(tmp_path, [inner], tmp_path)
+    assembly.check_apart(tmp_path, [inner], tmp_path / "kept")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        assembly.check_apart(tmp_path / "file", [inner], tmp_path / "file")

@@ -1,0 +1,166 @@
+"""assemble_set.py: a data folder that training reads, where every patch came from, and what is refused."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_patches
+from PIL import Image
+from test_evaluate import write_run
+
+from guided_diffusion import cli
+from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.image_datasets import load_dataset
+from guided_diffusion.image_files import slide_of
+from scripts import assemble_set
+
+TRAIN = "MoNuSegTrainingData"
+
+
+@pytest.fixture
+def synthetic(tmp_path):
+    return write_run(tmp_path / "results", count=8)
+
+
+def assemble(data, synthetic, out, *flags):
+    arguments = ["--real", data, "--synthetic", synthetic, "--out", out, *(flags or ("--ratio", 0.5))]
+    assemble_set.main([*map(str, arguments)])
+    return list(csv.DictReader((out / "manifest.csv").open()))
+
+
+def snapshot(folder):
+    return {path.relative_to(folder).as_posix(): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_the_set_is_a_data_dir(data_dir, synthetic, tmp_path, capsys):
+    out = tmp_path / "set"
+    rows = assemble(data_dir, synthetic, out)
+    assert capsys.readouterr().out == f"{out}: 8 real and 4 synthetic training patches\n"
+    spec = ConditionSpec(num_classes=6, use_hv_map=True, use_col_map=True)
+    arguments = dict(data_dir=str(out), dataset_mode="monuseg", image_size=32, spec=spec)
+    loaded = load_dataset(**arguments)
+    assert len(loaded) == 12 and len(load_dataset(**arguments, is_train=False)) == 4
+    assert loaded[(0, 11)][0].shape == (3, 32, 32)
+    assert len(rows) == 12 and {row["stem"] for row in rows} == {item.stem for item in loaded.items}
+    made = [row for row in rows if row["source"] == "synthetic"]
+    for row in made:
+        assert slide_of(row["stem"]) == row["slide"] == slide_of(Path(row["appearance"]).stem)
+        assert row["structure"].endswith("_000.png") and row["s"] == "1.5" and row["seed"] == "0"
+        assert row["checkpoint"] == "run/ema_0.99_000100.pt" and row["score"] == ""
+        source = out / row["sample"]
+        assert np.array_equal(Image.open(out / row["file"]), Image.open(source))
+        mask = np.asarray(Image.open(out / TRAIN / "inst_masks" / f"{row['stem']}.tif"))
+        assert np.array_equal(mask, Image.open(source.parents[1] / "inst_masks" / f"{source.stem}.tif"))
+
+
+def test_the_real_files_are_the_real_files(data_dir, synthetic, tmp_path):
+    assemble(data_dir, synthetic, tmp_path / "set")
+    made, real = snapshot(tmp_path / "set"), snapshot(data_dir)
+    assert all(made[name] == content for name, content in real.items() if name.startswith(TRAIN))
+    assert (tmp_path / "set" / "MoNuSegTestData").resolve() == (data_dir / "MoNuSegTestData").resolve()
+
+
+@pytest.mark.parametrize(("ratio", "count"), [("1", 8), ("0.2", 2), ("all", 8)])
+def test_ratios(data_dir, synthetic, tmp_path, ratio, count):
+    rows = assemble(data_dir, synthetic, tmp_path / "set", "--ratio", ratio)
+    assert sum(row["source"] == "synthetic" for row in rows) == count
+
+
+def test_a_copy_stands_alone_and_runs_repeat(data_dir, synthetic, tmp_path):
+    flags = ("--ratio", 0.5, "--copy", True)
+    assemble(data_dir, synthetic, tmp_path / "set", "--ratio", 1)
+    assemble(data_dir, synthetic, tmp_path / "set", *flags)
+    first = snapshot(tmp_path / "set")
+    assemble(data_dir, synthetic, tmp_path / "set", *flags)
+    assert snapshot(tmp_path / "set") == first
+    assert not any(path.is_symlink() for path in (tmp_path / "set").rglob("*"))
+    shutil.rmtree(synthetic)
+    assert snapshot(tmp_path / "set") == first
+
+
+def broken_link(data, synthetic):
+    (synthetic / "samples/s0_000.png").unlink()
+    (synthetic / "samples/s0_000.png").symlink_to("nowhere.png")
+
+
+def broken_real(data, synthetic):
+    (data / TRAIN / "images/slide-0_000.png").unlink()
+    (data / TRAIN / "images/slide-0_000.png").symlink_to("nowhere.png")
+
+
+def no_samples(data, synthetic):
+    shutil.rmtree(synthetic / "samples")
+    (synthetic / "samples").mkdir()
+
+
+def no_mask(data, synthetic):
+    (synthetic / "inst_masks/s0_000.tif").unlink()
+
+
+def no_training(data, synthetic):
+    shutil.rmtree(data / TRAIN)
+
+
+def empty_training(data, synthetic):
+    for path in (data / TRAIN).rglob("*.*"):
+        path.unlink()
+
+
+def no_instances(data, synthetic):
+    shutil.rmtree(data / TRAIN / "inst_masks")
+
+
+def stranger(data, synthetic):
+    (data.parent / "set").mkdir()
+    (data.parent / "set" / "mine").touch()
+
+
+CASES = [
+    (None, "--ratio 0", "--ratio 0: give a number above 0"),
+    (None, "--ratio -1", "--ratio -1"),
+    (None, "--ratio nan", "--ratio nan"),
+    (None, "--ratio some", "--ratio some"),
+    (None, "--ratio 1.2", "asks for 10 synthetic patches, there are 8"),
+    (None, "--ratio 1 --weighted True", "has no weight"),
+    (None, "--ratio 1 --seed -1", "--seed -1"),
+    (None, "--ratio 1 --synthetic missing", "missing is not a folder"),
+    (None, "--ratio 1 --out data/set", "lies in the input"),
+    (None, "--ratio 1 --out results", "lies in the input"),
+    (None, "--ratio 1 --out .", "would replace the input"),
+    (broken_link, "--ratio 1", "s0_000.png is a link that leads nowhere"),
+    (broken_real, "--ratio 1", "slide-0_000.png is a link that leads nowhere"),
+    (no_samples, "--ratio 1", "holds no .png"),
+    (no_mask, "--ratio 1", "has no mask"),
+    (no_training, "--ratio 1", "has no MoNuSegTrainingData/images"),
+    (empty_training, "--ratio 1", "holds no image"),
+    (no_instances, "--ratio 1", "has no MoNuSegTrainingData/inst_masks"),
+    (stranger, "--ratio 1", "did not make"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "flags", "message"), CASES)
+def test_bad_input_leaves_no_trace(data_dir, synthetic, tmp_path, monkeypatch, spoil, flags, message):
+    monkeypatch.chdir(tmp_path)
+    if spoil:
+        spoil(data_dir, synthetic)
+    before = snapshot(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        assemble_set.main(["--real", "data", "--synthetic", "results", "--out", "set", *flags.split()])
+    assert "\n" not in str(caught.value) and snapshot(tmp_path) == before
+
+
+def test_patches_of_another_size_are_refused(data_dir, tmp_path):
+    write_patches(data_dir / "MoNuSegTestData", count=1, first=40)
+    with pytest.raises(ValueError, match="16 x 16 px, real patches 32 x 32"):
+        assemble(data_dir, write_run(tmp_path / "small", count=2, size=16), tmp_path / "set", "--ratio", 0.2)
+
+
+def test_one_line_and_exit_2(data_dir, synthetic, tmp_path, capsys):
+    flags = ["--real", str(data_dir), "--synthetic", str(synthetic), "--out", str(tmp_path / "set"), "--ratio", "0"]
+    with pytest.raises(SystemExit) as left:
+        cli.run(lambda: assemble_set.main(flags))
+    said = capsys.readouterr()
+    assert left.value.code == 2 and said.err.startswith("error: --ratio 0") and said.err.count("\n") == 1
+    assert not said.out and not (tmp_path / "set").exists()
