@@ -107,7 +107,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--synthetic", metavar="RESULTS", nargs="+", type=Path, required=True, help="see above")
     parser.add_argument("--out", metavar="OUT", type=Path, required=True, help="folder to write to")
     parser.add_argument("--backbone", default="efficientnet_lite0", help="see extract_features.py; all but stain")
-    parser.add_argument("--neighbourhood", type=int, default=ood.NEIGHBOURHOOD, help="cells a side (default 15)")
+    parser.add_argument("--neighbourhood", type=int, default=ood.NEIGHBOURHOOD, help="cells a side (default 21)")
     parser.add_argument("--stride", type=int, default=ood.STRIDE, help="cells between neighbourhoods (default 4)")
     parser.add_argument("--fraction", type=float, default=0.1, help="share of real vectors in the bank (default 0.1)")
     parser.add_argument("--max_bank", type=int, default=50_000, help="vectors in the bank at most (default 50000)")

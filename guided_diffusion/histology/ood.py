@@ -5,7 +5,7 @@ Detection", arXiv 2106.08265) on the two middle maps of a backbone, and what to 
 Owns local features, the coreset, distances, scores and the rules of keeping. Sees tensors and arrays: nothing of files.
 
 Beside the paper, each by what it brought on planted failures of MoNuSeg patches (README):
-- neighbourhoods of 15 x 15 cells at a stride of 4 (the reference: 9 at 4), where the paper has 3 x 3 at 1: the farthest
+- neighbourhoods of 21 x 21 cells at a stride of 4 (the reference: 9 at 4), where the paper has 3 x 3 at 1: the farthest
   of 256 small spots says how rare a patch's rarest spot is, the farthest of 16 larger ones what a patch is like;
 - maps of more than 128 channels are averaged down to 128, as the paper does to 1024;
 - local features are whitened over the real patches: stain and organ are the directions of large variance, and would
@@ -20,12 +20,12 @@ import numpy as np
 import torch as th
 import torch.nn.functional as F
 
-NEIGHBOURHOOD, STRIDE = 15, 4  # cells of the finer map
+NEIGHBOURHOOD, STRIDE = 21, 4  # cells of the finer map
 MAP_CHANNELS = 128
 MODES = ("threshold", "weights", "top_n")
 _PROJECTED = 128  # dimensions in which the coreset is chosen
 _CANDIDATES = 4096
-_ROWS, _COLUMNS = 4096, 4096  # of a block of distances: 64 MiB
+_ROWS, _COLUMNS = 1024, 4096  # of a block of distances: 16 MiB
 _FLAT = 1e-6  # directions of less than this share of the largest variance are left out
 _COARSE = 8  # the first 1 / 8 of the bank bounds distances from above
 
