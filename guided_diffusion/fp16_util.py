@@ -2,6 +2,7 @@
 master weights; layers cast them at use (see nn.Conv2d), so checkpoints are always fp32."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch as th
 from torch import nn
@@ -14,11 +15,26 @@ INITIAL_LOG_LOSS_SCALE = 20.0
 PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
 
 
+def has_bf16(device: th.device) -> bool:
+    """
+    Say whether a device computes in bfloat16 itself, as GPUs do from Ampere on, and CPUs with AVX-512 BF16, AMX or
+    Arm's extension of that name. Other CPUs imitate it, some 20 times slower than fp32.
+    """
+    if device.type == "cuda":
+        return th.cuda.is_bf16_supported(False)
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def compute_dtype(use_fp16: bool, device: th.device, precision: str = "") -> th.dtype:
     """
     The dtype to compute in.
 
-    :param use_fp16: the reference's flag; on a CPU, which has no fast fp16, it means bf16, with one warning.
+    :param use_fp16: the reference's flag; on a CPU, which has no fast fp16, it means bf16 where the CPU has that, and
+        fp32 elsewhere, with one warning.
     :param device: where the model runs.
     :param precision: a key of PRECISIONS, which wins; "" leaves it to use_fp16.
     :raises ValueError: where the precision is unknown, or the device has not got it.
@@ -28,14 +44,19 @@ def compute_dtype(use_fp16: bool, device: th.device, precision: str = "") -> th.
             raise ValueError(f"unknown --precision {precision}: choose one of {', '.join(PRECISIONS)}")
         if precision == "fp16" and device.type == "cpu":
             raise ValueError("--precision fp16 on a CPU, which has no fast fp16: give bf16 or fp32")
-        if precision == "bf16" and device.type == "cuda" and not th.cuda.is_bf16_supported(False):
-            raise ValueError("--precision bf16 on a GPU that has none: give fp16 or fp32")
+        if precision == "bf16" and not has_bf16(device):
+            if device.type == "cuda":
+                raise ValueError("--precision bf16 on a GPU that has none: give fp16 or fp32")
+            logger.warn("--precision bf16: this CPU has no bfloat16 units and imitates them, slowly; fp32 is faster")
         return PRECISIONS[precision]
     if not use_fp16:
         return th.float32
     if device.type == "cpu":
-        logger.warn("--use_fp16 True on a CPU: computing in bfloat16 instead, which needs no loss scale")
-        return th.bfloat16
+        if has_bf16(device):
+            logger.warn("--use_fp16 True on a CPU: computing in bfloat16 instead, which needs no loss scale")
+            return th.bfloat16
+        logger.warn("--use_fp16 True on a CPU without bfloat16 units: computing in fp32 instead")
+        return th.float32
     return th.float16
 
 

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from guided_diffusion import cli
+from guided_diffusion.fp16_util import has_bf16
 from guided_diffusion.guidance import GuidedModel
 from guided_diffusion.samplers import SAMPLERS, kept_conditions, make_schedule, sample
 from guided_diffusion.script_util import (
@@ -124,19 +125,21 @@ def main(argv: list[str] | None = None) -> None:
     name = str(plain).removeprefix("torch.")
     model = make_model(config, device, plain)
     last = make_model(config, device, plain, channels_last=True)
-    half = make_model(config, device, th.bfloat16)
-    half_last = make_model(config, device, th.bfloat16, channels_last=True)
     ways = [
         Way(f"plain {name}", make_plain(make_model(config, device, plain)), x, y, shared=False, cached=False),
         Way("our layers", model, x, y, shared=False, cached=False),
         Way("+ shared encoder", model, x, y, cached=False),
         Way("+ cached conditions", model, x, y),
         Way("+ channels_last", last, x, y),
-        Way("bfloat16", half, x, y),
-        Way("bfloat16, channels_last", half_last, x, y),
     ]
+    if has_bf16(device):
+        ways.append(Way("bfloat16", make_model(config, device, th.bfloat16), x, y))
+        half_last = make_model(config, device, th.bfloat16, channels_last=True)
+        ways.append(Way("bfloat16, channels_last", half_last, x, y))
+    else:
+        print("no bfloat16 rows: this CPU has no units for it")
     if args.compile:
-        for dtype in dict.fromkeys((plain, th.bfloat16)):
+        for dtype in dict.fromkeys((plain, *([th.bfloat16] if has_bf16(device) else []))):
             label = f"{str(dtype).removeprefix('torch.')}, channels_last, compiled"
             ways.append(Way(label, make_model(config, device, dtype, channels_last=True, compiled=True), x, y))
 

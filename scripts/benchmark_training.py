@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from guided_diffusion import cli, logger
 from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.fp16_util import has_bf16
 from guided_diffusion.histology.toy import draw_slide
 from guided_diffusion.image_datasets import load_dataset, stream
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logger.set_level(logger.ERROR)
     plain = th.float16 if th.cuda.is_available() else th.float32
-    name, bf16 = str(plain).removeprefix("torch."), th.bfloat16
+    name = str(plain).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:
         data_dir = write_patches(Path(folder), CONFIGS[args.config]["image_size"], max(64, args.batch))
         as_was = dict(channels_last=False, workers=0)
@@ -175,11 +176,15 @@ def main(argv: list[str] | None = None) -> None:
             Way("+ fused optimiser and averages", args, data_dir, plain, **as_was),
             Way("+ data in a worker", args, data_dir, plain, channels_last=False),
             Way("+ channels_last", args, data_dir, plain),
-            Way("bfloat16", args, data_dir, bf16, channels_last=False),
-            Way("bfloat16, channels_last", args, data_dir, bf16),
         ]
+        half = [th.bfloat16] if has_bf16(ways[0].device) else []
+        for dtype in half:
+            ways.append(Way("bfloat16", args, data_dir, dtype, channels_last=False))
+            ways.append(Way("bfloat16, channels_last", args, data_dir, dtype))
+        if not half:
+            print("no bfloat16 rows: this CPU has no units for it")
         if args.compile:
-            for dtype in dict.fromkeys((plain, bf16)):
+            for dtype in dict.fromkeys((plain, *half)):
                 label = f"{str(dtype).removeprefix('torch.')}, channels_last, compiled"
                 ways.append(Way(label, args, data_dir, dtype, compiled=True))
         for way in ways:

@@ -1,6 +1,7 @@
 """Mixed precision: gradients against fp32, the loss scale's rises and falls, and which dtype a flag means where."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch as th
@@ -241,12 +242,23 @@ def test_compute_dtype_on_a_gpu(log_file):
     assert "WARNING" not in log_file.read_text()
 
 
-def test_compute_dtype_on_a_cpu_is_bf16_with_one_warning(log_file):
-    assert compute_dtype(True, th.device("cpu")) == th.bfloat16
+@pytest.mark.parametrize(("flags", "dtype"), [("fma avx512_bf16 avx2", th.bfloat16), ("fma avx2", th.float32)])
+def test_fp16_on_a_cpu_is_what_it_is_fast_at_with_one_warning(log_file, monkeypatch, flags, dtype):
+    monkeypatch.setattr(Path, "read_text", lambda path: f"flags\t\t: {flags}\n")
+    assert compute_dtype(True, th.device("cpu")) == dtype
+    assert compute_dtype(False, th.device("cpu")) == th.float32
+    monkeypatch.undo()
     warnings = [line for line in log_file.read_text().splitlines() if "WARNING" in line]
     assert len(warnings) == 1
     assert "--use_fp16" in warnings[0]
     assert "bfloat16" in warnings[0]
+
+
+def test_bf16_where_it_is_imitated_is_slow_and_said_to_be(log_file, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path: "flags\t\t: fma avx2\n")
+    assert compute_dtype(False, th.device("cpu"), "bf16") == th.bfloat16
+    monkeypatch.undo()
+    assert "WARNING" in log_file.read_text() and "fp32 is faster" in log_file.read_text()
 
 
 def test_cast_convolutions_casts_nothing_else():

@@ -126,7 +126,7 @@ def test_dry_run_prints_the_configuration_and_writes_nothing(data_dir, logdir, c
     assert not logdir.exists()
 
 
-def test_fp16_on_a_cpu_is_bf16(data_dir, logdir, capsys):
+def test_fp16_on_a_cpu_is_told_of_once(data_dir, logdir, capsys):
     train(data_dir, "--max_steps", "1", "--use_fp16", "True", "--use_checkpoint", "True")
     assert capsys.readouterr().out.count("bfloat16") == 1
     assert all(value.dtype == th.float32 for value in weights(logdir / "model000001.pt").values())

@@ -1,0 +1,140 @@
+"""Stages that are skipped when done; the pipeline and the experiment, whole, on toy slides."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from guided_diffusion.image_files import list_items
+from scripts import make_toy_monuseg
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def bash(*command, **environment):
+    env = {**os.environ, "PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1", **environment}
+    env.pop("OPENAI_LOGDIR", None)
+    return subprocess.run(["bash", *map(str, command)], env=env, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture
+def stages(tmp_path):
+    """:return: a function that runs lines of bash after `begin_stages`."""
+
+    def run(*lines, **environment):
+        script = tmp_path / "script.sh"
+        head = [f"source {ROOT}/scripts/flags.sh", f"source {ROOT}/scripts/stages.sh", f"begin_stages {tmp_path}/out"]
+        script.write_text("\n".join([*head, *lines, "echo end"]) + "\n")
+        return bash(script, **environment)
+
+    return run
+
+
+def copies(tmp_path) -> str:
+    """A command that leaves its output and counts how often it ran."""
+    return f'bash -c "echo x >>{tmp_path}/runs; touch {tmp_path}/made" NAME'
+
+
+def times(tmp_path) -> int:
+    return len((tmp_path / "runs").read_text().splitlines())
+
+
+def test_a_stage_runs_once(stages, tmp_path):
+    line = f"stage one {tmp_path}/made {copies(tmp_path)}"
+    first, second = stages(line), stages(line)
+    assert first.returncode == second.returncode == 0 and times(tmp_path) == 1
+    assert first.stdout.startswith("[one] bash -c") and second.stdout == "end\n"
+
+
+@pytest.mark.parametrize("change", ["output gone", "other command"])
+def test_a_stage_runs_again_where_it_must(stages, tmp_path, change):
+    stages(f"stage one {tmp_path}/made {copies(tmp_path)}")
+    if change == "output gone":
+        (tmp_path / "made").unlink()
+    flag = "--more" if change == "other command" else ""
+    assert stages(f"stage one {tmp_path}/made {copies(tmp_path)} {flag}").returncode == 0 and times(tmp_path) == 2
+
+
+def test_a_stage_that_fails_ends_the_run_and_is_not_done(stages, tmp_path):
+    run = stages(f"stage one {tmp_path}/made bash -c 'touch {tmp_path}/made; exit 7'")
+    assert run.returncode == 7 and "end\n" not in run.stdout
+    assert stages(f"stage one {tmp_path}/made {copies(tmp_path)}").returncode == 0 and times(tmp_path) == 1
+
+
+def test_a_stage_without_its_output(stages, tmp_path):
+    run = stages(f"stage one {tmp_path}/made true")
+    assert run.returncode == 2 and re.search(r"error: stage one left no .*/made", run.stderr)
+
+
+def test_a_limit_stops_in_time_and_the_next_run_goes_on(stages, tmp_path):
+    slow = f"stage one {tmp_path}/made bash -c 'sleep 30; touch {tmp_path}/made'"
+    began = time.monotonic()
+    run = stages(slow, TIME_LIMIT="1")
+    assert run.returncode == 0 and "TIME_LIMIT=1 is over: the same command goes on" in run.stdout
+    assert time.monotonic() - began < 20 and "end\n" not in run.stdout
+    assert stages(f"stage one {tmp_path}/made {copies(tmp_path)}", TIME_LIMIT="60").stdout.endswith("end\n")
+    run = stages("true", TIME_LIMIT="soon")
+    assert run.returncode == 2 and "TIME_LIMIT=soon is not a number of seconds" in run.stderr
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "raw"
+    make_toy_monuseg.main([str(folder), "--train", "4", "--test", "2", "--size", "128"])
+    return folder
+
+
+@pytest.mark.slow
+def test_pipeline(slides, tmp_path):
+    out = tmp_path / "out"
+    run = bash(ROOT / "scripts" / "pipeline.sh", slides, out, "--toy")
+    assert run.returncode == 0, run.stderr[-3000:]
+    items = list_items(str(out / "set"), "monuseg")
+    real = list_items(str(out / "patches"), "monuseg")
+    with open(out / "set" / "manifest.csv", newline="") as file:
+        sources = [row["source"] for row in csv.DictReader(file)]
+    assert sources.count("real") == len(real) == 16 and sources.count("synthetic") == len(items) - 16 > 0
+    again = bash(ROOT / "scripts" / "pipeline.sh", slides, out, "--toy")
+    assert again.returncode == 0 and "[" not in again.stdout
+
+
+@pytest.mark.slow
+def test_experiment(slides, tmp_path):
+    config = tmp_path / "one.conf"
+    config.write_text((ROOT / "scripts" / "experiment_toy.conf").read_text().replace("100 50", "50"))
+    out = tmp_path / "out"
+    command = [ROOT / "scripts" / "experiment.sh", slides, out, config]
+    run = bash(*command)
+    assert run.returncode == 0, run.stderr[-3000:]
+    with open(out / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == ["real", "colour", "unfiltered", "filtered"]
+    assert all(0 <= float(row["aji"]) <= 1 and row["fraction"] == "50" for row in rows)
+    assert len(list_items(str(out / "f50-s0" / "filtered-set"), "monuseg")) == 8 + 5
+    assert json.loads((out / "f50-s0" / "real" / "test" / "metrics.json").read_text())["average"]
+    assert Image.open(out / "results.png").width > 600
+    again = bash(*command)
+    assert again.returncode == 0 and "[" not in again.stdout
+    config.write_text(config.read_text() + "S=2\n")
+    other = bash(*command)
+    assert other.returncode == 2 and "begun with another CONFIG" in other.stderr
+
+
+@pytest.mark.parametrize("script", ["pipeline.sh", "experiment.sh"])
+def test_mistakes(script, slides, tmp_path):
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        ([slides], f"usage: bash scripts/{script} RAW OUT"),
+        ([tmp_path / "none", tmp_path / "out"], "RAW .*/none is not a folder"),
+        ([slides, tmp_path / "file"], "OUT .*/file is a file"),
+    ):
+        run = bash(ROOT / "scripts" / script, *arguments)
+        assert run.returncode == 2 and re.search(message, run.stderr) and run.stderr.count("\n") == 1, run.stderr
+    assert not (tmp_path / "out").exists()
