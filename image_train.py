@@ -8,8 +8,9 @@ import torch as th
 
 from guided_diffusion import checkpoint, cli, dist_util, logger
 from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.data_stream import stream
 from guided_diffusion.fp16_util import compute_dtype
-from guided_diffusion.image_datasets import NucleiDataset, load_dataset, stream
+from guided_diffusion.image_datasets import NucleiDataset, load_dataset
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
     add_dict_to_argparser,

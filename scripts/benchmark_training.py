@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 
 from guided_diffusion import cli, logger
 from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.data_stream import stream
 from guided_diffusion.fp16_util import has_bf16
 from guided_diffusion.histology.toy import draw_slide
-from guided_diffusion.image_datasets import load_dataset, stream
+from guided_diffusion.image_datasets import load_dataset
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.train_options import TrainOptions
 from guided_diffusion.train_util import TrainLoop

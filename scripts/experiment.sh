@@ -6,7 +6,7 @@
 #   bash scripts/experiment.sh RAW OUT [CONFIG]
 #
 # CONFIG (default experiment.conf beside this script) holds all settings. Writes OUT/results.csv, OUT/results.md, a table,
-# and OUT/results.png, F1 over the share, a line a variant; after each share, of what is there by then.
+# and OUT/results.png, F1 over the share, a line a variant; after each share and seed, of what is there by then.
 # TIME_LIMIT=540 stops after so many seconds; the same command goes on where it was, as it does after a kill.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
@@ -47,8 +47,8 @@ stage test "$out/test/prepare.json" "$python" "$ROOT/scripts/prepare_monuseg.py"
 test=$out/test/MoNuSegTestData
 [[ -d $test ]] || die "RAW $raw has no test slides: the experiment needs some"
 
-for seed in $SEEDS; do
-    for fraction in $FRACTIONS; do
+for fraction in $FRACTIONS; do
+    for seed in $SEEDS; do
         name=f$fraction-s$seed here=$out/f$fraction-s$seed
         stage "$name-slides" "$here/slides/MoNuSegTrainingData" "$python" "$ROOT/scripts/subset_slides.py" \
             "$out/patches" "$here/slides" --percent "$fraction" --seed "$seed"

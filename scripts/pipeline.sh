@@ -15,7 +15,7 @@ for argument in "$@"; do
     [[ $argument != --toy ]] || toy=1
 done
 if [[ -n $toy ]]; then
-    : "${PRETRAIN_STEPS:=30}" "${FINETUNE_STEPS:=20}" "${ITERATIONS:=000010 000020}" "${S_VALUES:=1.3 1.5}"
+    : "${PRETRAIN_STEPS:=20}" "${FINETUNE_STEPS:=20}" "${ITERATIONS:=000010 000020}" "${S_VALUES:=1.3 1.5}"
     : "${NUM_SAMPLES:=8}" "${BATCH_SIZE:=8}" "${SAVE_INTERVAL:=10}" "${NUM_STEPS:=5}" "${RATIO:=0.1}"
     export NUM_SAMPLES BATCH_SIZE SAVE_INTERVAL NUM_STEPS
 fi
@@ -29,19 +29,19 @@ python=${PYTHON:-python}
 backbone=${BACKBONE:-efficientnet_lite0}
 patch_flags=(--patch_size 128 --stride 128)
 cluster_flags=(--reduce umap --cluster hdbscan)
-model_flags=()
+filter_flags=() model_flags=() train_flags=()
 rate=${EMA_RATE:-0.9999}
 if [[ -n $toy ]]; then
-    patch_flags=(--patch_size 64 --stride 64 --resize 32)
+    patch_flags=(--patch_size 64 --stride 64 --resize 16)
     cluster_flags=(--reduce pca --cluster kmeans --n_clusters 2)
-    rate=0.99
+    filter_flags=(--mode top_n --top_n 12) # nothing that such a model makes would pass
     model_flags=(
-        --image_size 32 --num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --attention_resolutions 8
-        --learn_sigma False --predict_xstart True
+        --image_size 16 --num_channels 32 --channel_mult 1,1 --num_res_blocks 1 --num_head_channels 16
+        --attention_resolutions 8 --learn_sigma False --predict_xstart True --num_workers 0
     )
+    rate=0.9
+    train_flags=(--lr 5e-4 --ema_rate "$rate" --val_interval 10 --use_checkpoint False --preview_samples 1)
 fi
-train_flags=()
-[[ -z $toy ]] || train_flags=(--lr 5e-4 --ema_rate "$rate" --val_interval 10 --use_checkpoint False)
 [[ -n $toy || -d $raw ]] || die "RAW $raw is not a folder: give the one the archives were unpacked in"
 begin_stages "$out"
 
@@ -90,7 +90,7 @@ for label in "${labels[@]}"; do
     sampled+=("$out/samples/$label")
 done
 stage filter "$out/filtered/report.json" "$python" "$ROOT/scripts/filter_ood.py" --real "$patches" \
-    --synthetic "${sampled[@]}" --out "$out/filtered" --backbone "$backbone"
+    --synthetic "${sampled[@]}" --out "$out/filtered" --backbone "$backbone" "${filter_flags[@]}"
 stage set "$out/set/manifest.csv" "$python" "$ROOT/scripts/assemble_set.py" --real "$patches" \
     --synthetic "$out/filtered/kept" --out "$out/set" --ratio "${RATIO:-1}"
 echo "labelled patches, real and synthetic: $out/set"

@@ -67,6 +67,14 @@ def write_patches(folder: Path, count: int = 8, size: int = 32, bin_masks: bool 
     return folder
 
 
+def assert_same_batch(batch, other):
+    """Of two batches of the loader: tensors and lists are equal."""
+    (x, cond), (other_x, other_cond) = batch, other
+    assert th.equal(x, other_x) and cond.keys() == other_cond.keys()
+    for name, part in cond.items():
+        assert th.equal(part, other_cond[name]) if th.is_tensor(part) else part == other_cond[name], name
+
+
 @pytest.fixture
 def data_dir(tmp_path) -> Path:
     """A MoNuSeg-layout data set: 8 training and 4 test patches of 32 px."""

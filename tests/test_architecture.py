@@ -27,6 +27,7 @@ RANKS = {
     "meters": 1,
     "fp16_util": 1,
     "spade": 1,
+    "data_stream": 1,
     "gaussian_diffusion": 1,
     "checkpoint": 1,
     "image_datasets": 2,

@@ -1,23 +1,19 @@
-"""Pairing, reading, and the order of the data."""
+"""Pairing, reading, appearances, and what a batch holds."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch as th
-from conftest import draw_patch, write_patches
+from conftest import assert_same_batch, draw_patch, write_patches
 from PIL import Image
 from scipy import ndimage
 
 from guided_diffusion import data_util, image_datasets
 from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.data_stream import stream
 from guided_diffusion.hv_maps import gen_instance_hv_map
-from guided_diffusion.image_datasets import (
-    StreamSampler,
-    load_data,
-    load_dataset,
-    stream,
-)
+from guided_diffusion.image_datasets import load_data, load_dataset
 
 SPEC = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
 TRAIN = "MoNuSegTrainingData"
@@ -143,7 +139,7 @@ def test_memory_is_bounded(data_dir, monkeypatch, held):
     own.prepare()
     assert len(own._hv_maps) == max(0, held - 8) and len(made) <= len(own._hv_maps) + 1
     for batch, other in zip(expected, stream(own, 4)):
-        assert_same(batch, other)
+        assert_same_batch(batch, other)
     assert own._cached_bytes == 8192 * held
 
 
@@ -259,70 +255,6 @@ def test_held_out_slides_are_not_trained_on(tmp_path):
 def test_two_slides_are_all_for_training(data_dir):
     assert len(dataset(data_dir, val_share=0.25, part="train")) == 8
     assert not len(dataset(data_dir, val_share=0.25, part="held_out"))
-
-
-# ---- order ----
-
-
-def keys(count, **options):
-    return list(itertools.islice(StreamSampler(7, **options), count))
-
-
-def test_each_epoch_is_its_own_permutation():
-    stream_keys = keys(21, seed=3)
-    epochs = [[index for epoch, index in stream_keys if epoch == e] for e in range(3)]
-    assert all(sorted(order) == list(range(7)) for order in epochs)
-    assert len({tuple(order) for order in epochs}) == 3
-    assert keys(21, seed=3) == stream_keys != keys(21, seed=4)
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_one_stream(world_size):
-    shares = [keys(6, rank=rank, world_size=world_size, seed=1) for rank in range(world_size)]
-    merged = [share[i] for i in range(6) for share in shares]
-    assert merged == keys(6 * world_size, seed=1)
-
-
-def test_a_stream_can_begin_anywhere():
-    assert keys(10, seed=1, start=9) == keys(19, seed=1)[9:]
-
-
-def test_in_order_when_deterministic():
-    assert [index for _, index in keys(9, shuffle=False)] == [0, 1, 2, 3, 4, 5, 6, 0, 1]
-
-
-def assert_same(batch, other):
-    (x, cond), (other_x, other_cond) = batch, other
-    assert th.equal(x, other_x) and cond.keys() == other_cond.keys()
-    for name, part in cond.items():
-        assert th.equal(part, other_cond[name]) if th.is_tensor(part) else part == other_cond[name], name
-
-
-@pytest.mark.parametrize("augment", [False, True])
-def test_workers_change_nothing(data_dir, augment):
-    """Not in more batches than there are rooms for in shared memory, either, all of them kept."""
-    alone, helped = (batches(data_dir, 13, num_workers=workers, augment=augment) for workers in (0, 2))
-    for batch, other in zip(alone, helped, strict=True):
-        assert_same(batch, other)
-
-
-def test_no_shared_memory(data_dir, monkeypatch):
-    def refuse(tensor):
-        raise RuntimeError("No space left on device")
-
-    monkeypatch.setattr(th.Tensor, "share_memory_", refuse)
-    with pytest.raises(ValueError, match="--num_workers 1: .*No space left on device.*give --num_workers 0"):
-        batches(data_dir, 1, num_workers=1)
-
-
-def test_a_set_smaller_than_twice_the_batch_goes_on_for_ever(data_dir):
-    assert len(batches(data_dir, 5, batch_size=8)) == 5
-
-
-@pytest.mark.parametrize("batch_size", [0, 9])
-def test_batch_must_fit_the_shard(data_dir, batch_size):
-    with pytest.raises(ValueError, match=f"--batch_size {batch_size} .*give 1 to 8"):
-        stream(dataset(data_dir), batch_size)
 
 
 # ---- mistakes ----

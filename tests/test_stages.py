@@ -87,7 +87,7 @@ def test_a_limit_stops_in_time_and_the_next_run_goes_on(stages, tmp_path):
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy") / "raw"
-    make_toy_monuseg.main([str(folder), "--train", "4", "--test", "2", "--size", "128"])
+    make_toy_monuseg.main([str(folder), "--train", "6", "--test", "2", "--size", "256"])
     return folder
 
 
@@ -100,7 +100,7 @@ def test_pipeline(slides, tmp_path):
     real = list_items(str(out / "patches"), "monuseg")
     with open(out / "set" / "manifest.csv", newline="") as file:
         sources = [row["source"] for row in csv.DictReader(file)]
-    assert sources.count("real") == len(real) == 16 and sources.count("synthetic") == len(items) - 16 > 0
+    assert sources.count("real") == len(real) == 96 and sources.count("synthetic") == len(items) - 96 == 10
     again = bash(ROOT / "scripts" / "pipeline.sh", slides, out, "--toy")
     assert again.returncode == 0 and "[" not in again.stdout
 
@@ -117,7 +117,7 @@ def test_experiment(slides, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["variant"] for row in rows] == ["real", "colour", "unfiltered", "filtered"]
     assert all(0 <= float(row["aji"]) <= 1 and row["fraction"] == "50" for row in rows)
-    assert len(list_items(str(out / "f50-s0" / "filtered-set"), "monuseg")) == 8 + 5
+    assert len(list_items(str(out / "f50-s0" / "filtered-set"), "monuseg")) == 48 + 5
     assert json.loads((out / "f50-s0" / "real" / "test" / "metrics.json").read_text())["average"]
     assert Image.open(out / "results.png").width > 600
     again = bash(*command)
