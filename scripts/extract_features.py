@@ -38,8 +38,8 @@ from guided_diffusion.histology.features import (
     load_features,
     same_slide_share,
     save_features,
-    slide_of,
 )
+from guided_diffusion.histology.runs import slide_of
 from scripts.sdm_backbone import load_sdm
 
 PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16}

@@ -34,12 +34,6 @@ CHUNK = 256  # images whose vectors are kept together until all are there
 ARRAYS = ("features", "paths", "stems", "backbone", "weight_hash")
 
 
-def slide_of(stem: str) -> str:
-    """:return: the slide a patch was cut from: NAME of NAME_000; a stem that ends otherwise is a slide of its own."""
-    name, _, number = stem.rpartition("_")
-    return name if name and number.isdecimal() else stem
-
-
 @dataclass(frozen=True)
 class Features:
     """

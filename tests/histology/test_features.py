@@ -217,10 +217,3 @@ def test_same_slide_share_equals_brute_force():
         far[i] = np.inf
         hits += slides[far.argmin()] == slides[i]
     assert features.same_slide_share(x, slides, chunk=7) == pytest.approx(hits / 60)
-
-
-@pytest.mark.parametrize(
-    "stem, slide", [("TCGA-1_003", "TCGA-1"), ("a_b_1000", "a_b"), ("whole", "whole"), ("_000", "_000")]
-)
-def test_slide_of(stem, slide):
-    assert features.slide_of(stem) == slide
