@@ -75,7 +75,7 @@ model_flags=(
 stage "training a small model for $steps steps, of about 0.6 s each on two cores" \
     env OPENAI_LOGDIR="$work/model" OPENAI_LOG_FORMAT=log,csv \
     "$python" "$root/image_train.py" --data_dir "$work/patches" "${model_flags[@]}" \
-    --lr 5e-4 --batch_size 16 --ema_rate 0.99 --drop_rate 0.1 --max_steps "$steps"
+    --lr 5e-4 --batch_size 8 --ema_rate 0.99 --drop_rate 0.1 --max_steps "$steps"
 
 # Structures and appearances that training has not seen, where the slides include test slides.
 use_train=True

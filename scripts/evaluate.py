@@ -28,6 +28,7 @@ from guided_diffusion.histology import evaluation_report, image_metrics, instanc
 from guided_diffusion.histology.backbones import Backbone, load_backbone
 from guided_diffusion.histology.evaluation import METRICS, Evaluator, Figures, PatchSet, StructureMetric
 from guided_diffusion.histology.segmentation import Segmenter, load_segmenter
+from scripts.extract_features import find_device
 from scripts.sdm_backbone import load_sdm
 
 PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16}
@@ -46,7 +47,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, default=0, help="measure at most so many patches a set; 0: all")
     parser.add_argument("--batch_size", type=int, default=32, help="patches a forward pass (default 32)")
     parser.add_argument("--precision", default="fp32", help="fp32 (default) or bf16")
-    parser.add_argument("--device", default="cuda" if th.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of subsets (default 0)")
     return parser
 
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     found = runs.find_runs(args.synthetic)
     if args.out.resolve() in {run.path.resolve() for run in found}:
         raise ValueError(f"--out {args.out} is a folder of --synthetic: give another")
-    device = th.device(args.device)
+    device = find_device(args.device)
     segmenter = None
     if "structure" in metrics:
         segmenter = load_segmenter(args.segmenter, device)

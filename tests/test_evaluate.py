@@ -197,6 +197,7 @@ MISTAKES = {
     "no segmenter": (nothing, ["--segmenter", "none.pt"], r"none.pt"),
     "backbone": (nothing, ["--backbone", "vgg"], r"vgg"),
     "precision": (nothing, ["--precision", "fp8"], r"--precision fp8: choose one of fp32, bf16"),
+    "device": (nothing, ["--device", "gpu"], r"--device gpu"),
     "batch": (nothing, ["--batch_size", "0"], r"--batch_size 0 must be at least 1"),
     "both": (nothing, ["--truth", "x", "--predicted", "x"], r"give either --real and --synthetic, or"),
     "half": (nothing, ["--truth", "x"], r"--predicted with --truth"),
