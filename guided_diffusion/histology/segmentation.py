@@ -26,8 +26,8 @@ _MARGIN = 64
 _NUCLEUS = 0.4  # probability from which a pixel is nucleus
 _DERIVATIVE = 13  # px, the kernel that differentiates the maps
 _STEEP = 0.0  # above it, a pixel is no seed: one of its positions falls
-_MIN_SEED = 10  # px
-_MIN_AREA = 30
+_MIN_SEED = 20  # px
+_MIN_AREA = 50
 _FLOODED, _LEVELS = (-0.2, 0.6), 16  # the range of steepness that is flooded, and in how many levels
 
 
@@ -108,7 +108,7 @@ def instances(probability: np.ndarray, position: np.ndarray) -> np.ndarray:
 
     :param probability: an [H x W] float32 array in [0, 1].
     :param position: an [H x W x 2] float32 array, x first.
-    :return: an [H x W] int32 map of 4-connected nuclei of at least 30 px, numbered from 1.
+    :return: an [H x W] int32 map of 4-connected nuclei of at least 50 px, numbered from 1.
     """
     nucleus = probability >= _NUCLEUS
     energy = _steepness(position)
