@@ -72,7 +72,7 @@ model_flags=(
     --noise_schedule cosine --learn_sigma False --predict_xstart True
     --num_classes 6 --use_hv_map True --use_col_map True
 )
-stage "training a small model for $steps steps, of 0.4 to 0.8 s each on two cores" \
+stage "training a small model for $steps steps, of about 0.8 s each on two cores" \
     env OPENAI_LOGDIR="$work/model" OPENAI_LOG_FORMAT=log,csv \
     "$python" "$root/image_train.py" --data_dir "$work/patches" "${model_flags[@]}" \
     --lr 1e-3 --batch_size 8 --ema_rate 0.99 --drop_rate 0.1 --max_steps "$steps"
