@@ -5,8 +5,8 @@
 #
 #   bash scripts/experiment.sh RAW OUT [CONFIG]
 #
-# CONFIG (default experiment.conf beside this script) holds all settings. Writes OUT/results.csv, OUT/results.md, a table,
-# and OUT/results.png, F1 over the share, a line a variant; after each share and seed, of what is there by then.
+# CONFIG (default experiment.conf beside this script) holds all settings. Writes OUT/results.csv, OUT/results.md, a
+# table, and OUT/results.png, F1 over the share, a line a variant; after each share and seed, of what is there by then.
 # TIME_LIMIT=540 stops after so many seconds; the same command goes on where it was, as it does after a kill.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
@@ -57,13 +57,13 @@ for fraction in $FRACTIONS; do
 
         model=$here/model/ema_${EMA_RATE}_$(printf %06d "$DIFFUSION_STEPS").pt
         OPENAI_LOGDIR=$here/model stage "$name-model" "$model" \
-            "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "$here/slides" "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" \
-            --ema_rate "$EMA_RATE" --max_steps "$DIFFUSION_STEPS" --seed "$seed" --val_split none
+            "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "$here/slides" \
+            "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" --ema_rate "$EMA_RATE" --max_steps "$DIFFUSION_STEPS" --seed "$seed" --val_split none
         stage "$name-samples" "$here/samples/grid.png" "${LAUNCH[@]}" "$ROOT/image_sample.py" \
             --model_path "$model" --data_dir "$here/slides" --use_train True --results_path "$here/samples" \
             --num_samples "$SAMPLES" --s "$S" --seed "$seed" "${SAMPLE_FLAGS[@]}"
-        stage "$name-filter" "$here/ood/report.json" "$python" "$ROOT/scripts/filter_ood.py" --real "$here/slides" \
-            --synthetic "$here/samples" --out "$here/ood" --seed "$seed" "${FILTER_FLAGS[@]}"
+        stage "$name-filter" "$here/ood/report.json" "$python" "$ROOT/scripts/filter_ood.py" \
+            --real "$here/slides" --synthetic "$here/samples" --out "$here/ood" --seed "$seed" "${FILTER_FLAGS[@]}"
         mixed unfiltered "$here/samples"
         if compgen -G "$here/ood/kept/samples/*.png" >/dev/null; then
             mixed filtered "$here/ood/kept"

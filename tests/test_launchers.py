@@ -461,8 +461,8 @@ def test_setup_needs_a_recent_python(launch, repo):
 def test_tests_run_in_the_venv(launch, repo):
     run = launch(repo / "scripts" / "test.sh", "tests/test_unet.py", "-k", "a b")
     assert run.code == 0 and setup_steps(run) == ["venv", "pip", "pytest"]
-    two = ["--numprocesses", "2", "--dist", "worksteal"]
-    assert run.calls[-1].argv == ["-m", "pytest", *two, "tests/test_unet.py", "-k", "a b"]
+    usual = ["--numprocesses", "2", "--dist", "worksteal", "-m", "not slow"]
+    assert run.calls[-1].argv == ["-m", "pytest", *usual, "tests/test_unet.py", "-k", "a b"]
     assert run.calls[-1].cwd == str(repo)
 
 
