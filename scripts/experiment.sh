@@ -58,7 +58,8 @@ for fraction in $FRACTIONS; do
         model=$here/model/ema_${EMA_RATE}_$(printf %06d "$DIFFUSION_STEPS").pt
         OPENAI_LOGDIR=$here/model stage "$name-model" "$model" \
             "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "$here/slides" \
-            "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" --ema_rate "$EMA_RATE" --max_steps "$DIFFUSION_STEPS" --seed "$seed" --val_split none
+            "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" --ema_rate "$EMA_RATE" \
+            --max_steps "$DIFFUSION_STEPS" --seed "$seed" --val_split none
         stage "$name-samples" "$here/samples/grid.png" "${LAUNCH[@]}" "$ROOT/image_sample.py" \
             --model_path "$model" --data_dir "$here/slides" --use_train True --results_path "$here/samples" \
             --num_samples "$SAMPLES" --s "$S" --seed "$seed" "${SAMPLE_FLAGS[@]}"
