@@ -67,8 +67,8 @@ def read_rows(out: Path) -> list[Row]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """:return: mean and half the width of its 95 % interval by Student's t; nan of a single value."""
-    if len(values) < 2:
+    """:return: mean and half the width of its 95 % interval by Student's t; nan of fewer than three values."""
+    if len(values) < 3:  # of two, t is 12.7: wider than anything worth knowing
         return float(np.mean(values)), float("nan")
     reach = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
     return float(np.mean(values)), float(reach)
@@ -136,9 +136,10 @@ def as_picture(rows: list[Row]) -> bytes:
         for place, values in zip(places, own.values()):
             axes.plot([place] * len(values), values, ".", color=line[0].get_color(), alpha=0.4)
     axes.set_xticks(range(len(fractions)), [f"{fraction:g} %" for fraction in fractions])
+    axes.set_xlim(-0.5, len(fractions) - 0.5)
     axes.set_xlabel("share of the training slides")
     axes.set_ylabel("F1 at IoU 0.5, test slides")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
     return buffer.getvalue()

@@ -46,6 +46,7 @@ def test_gains_are_paired_by_seed(out):
     mean, reach = results.interval([0.03, 0.05, 0.04])
     # Student's t of two degrees of freedom: 4.3027; the deviation is 0.01.
     assert mean == pytest.approx(0.04) and reach == pytest.approx(4.3027 * 0.01 / np.sqrt(3), rel=1e-4)
+    assert np.isnan(results.interval([0.03, 0.05])[1])
     table = results.as_markdown(rows).splitlines()
     assert table[2] == "| 100 % | real | 1 | 0.800 |  | 0.700 | 0.600 |"
     assert table[4].startswith("| 20 % | real + synthetic, filtered | 3 | 0.640 ± 0.237 | +0.040 ± 0.025 |")
