@@ -10,8 +10,15 @@ import pytest
 import torch as th
 from PIL import Image
 
-# Small tensors gain nothing from a second thread, and lose much where something else runs beside.
+# Small tensors gain nothing from a second thread, lose much where something else runs beside, and round otherwise.
 th.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Again before every test: libraries that limit threads for a while may leave another number behind."""
+    th.set_num_threads(1)
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
