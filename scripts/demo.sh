@@ -4,7 +4,7 @@
 #   bash scripts/demo.sh                        with toy slides, so without any download
 #   RAW=path/to/MoNuSeg bash scripts/demo.sh    with the real ones: the folder the archives were unpacked in
 #
-# From the environment, with the default: STEPS 360 (of training), DEMO_DIR (demo_output in the repository's root),
+# From the environment, with the default: STEPS 300 (of training), DEMO_DIR (demo_output in the repository's root),
 # PYTHON (see setup.sh). All is made anew each time, in DEMO_DIR/toy or DEMO_DIR/real.
 set -euo pipefail
 
@@ -16,7 +16,7 @@ die() {
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
 raw=${RAW:-}
-steps=${STEPS:-360}
+steps=${STEPS:-300}
 samples=12
 sampling_steps=25
 demo=${DEMO_DIR:-$root/demo_output}
@@ -72,7 +72,7 @@ model_flags=(
     --noise_schedule cosine --learn_sigma False --predict_xstart True
     --num_classes 6 --use_hv_map True --use_col_map True
 )
-stage "training a small model for $steps steps, of about 0.8 s each on two cores" \
+stage "training a small model for $steps steps, of up to 1 s each on two cores" \
     env OPENAI_LOGDIR="$work/model" OPENAI_LOG_FORMAT=log,csv \
     "$python" "$root/image_train.py" --data_dir "$work/patches" "${model_flags[@]}" \
     --lr 1e-3 --batch_size 8 --ema_rate 0.99 --drop_rate 0.1 --max_steps "$steps"
