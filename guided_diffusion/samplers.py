@@ -270,9 +270,15 @@ def sample_dpmpp_2m_sde(
     return x
 
 
+# Extrapolating over a step this many times longer than the one before would multiply the model's errors, as at the end
+# of the cosine schedule's own timesteps.
+_LONGEST_EXTRAPOLATION = 2
+
+
 def _second_order(x_start: th.Tensor, previous: th.Tensor | None, steps: np.ndarray, i: int) -> th.Tensor:
-    """x_0's prediction extrapolated to the middle of step i; first order at the first step and at the last."""
-    if previous is None or i == len(steps) - 1:
+    """x_0's prediction extrapolated to the middle of step i; first order at the first step, at the last, which is of
+    infinite length, and at others too long for it."""
+    if previous is None or steps[i] > _LONGEST_EXTRAPOLATION * steps[i - 1]:
         return x_start
     return th.lerp(previous, x_start, float(1 + 0.5 * steps[i] / steps[i - 1]))
 

@@ -20,6 +20,11 @@ def one_thread() -> None:
     th.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first: processes that share the work then end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
