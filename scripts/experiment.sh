@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Does it help? A segmenter trained on a share of the real slides; on those and synthetic patches made from them,
-# filtered and not; and on those with plain colour augmentation. Each share and seed has a diffusion model of its own,
-# which has seen that share's slides alone; all segmenters are tested on the same whole test slides.
+# filtered and not; with plain colour augmentation in place of those, and on top of them. Each share and seed has a
+# diffusion model of its own, which has seen that share's slides alone; all segmenters are tested on the same whole test
+# slides.
 #
 #   bash scripts/experiment.sh RAW OUT [CONFIG]
 #
 # CONFIG (default experiment.conf beside this script) holds all settings. Writes OUT/results.csv, OUT/results.md, a
 # table, and OUT/results.png, F1 over the share, a line a variant; after each share and seed, of what is there by then.
 # TIME_LIMIT=540 stops after so many seconds; the same command goes on where it was, as it does after a kill.
+# CELLS="f10-s0 f10-s1" does these shares and seeds alone, so that several GPUs or jobs can divide them; CELLS=none makes
+# the patches that all need, which comes first.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 source "$ROOT/scripts/stages.sh"
@@ -34,11 +37,10 @@ segmenter() {
         "$here/$variant/segmenter.pt" "$test/images" --truth "$test/inst_masks" --out "$here/$variant/test"
 }
 
-# mixed VARIANT SYNTHETIC: a segmenter on the real slides and synthetic patches.
-mixed() {
+# mix VARIANT SYNTHETIC: make $here/VARIANT-set of the real slides and synthetic patches.
+mix() {
     stage "$name-$1-set" "$here/$1-set/manifest.csv" "$python" "$ROOT/scripts/assemble_set.py" \
         --real "$here/slides" --synthetic "$2" --out "$here/$1-set" --seed "$seed" --ratio all
-    segmenter "$1" "$here/$1-set" "${PLAIN_FLAGS[@]}"
 }
 
 stage patches "$out/patches/prepare.json" "$python" "$ROOT/scripts/prepare_monuseg.py" \
@@ -50,6 +52,7 @@ test=$out/test/MoNuSegTestData
 for fraction in $FRACTIONS; do
     for seed in $SEEDS; do
         name=f$fraction-s$seed here=$out/f$fraction-s$seed
+        [[ " ${CELLS:-$name} " == *" $name "* ]] || continue
         stage "$name-slides" "$here/slides/MoNuSegTrainingData" "$python" "$ROOT/scripts/subset_slides.py" \
             "$out/patches" "$here/slides" --percent "$fraction" --seed "$seed"
         segmenter real "$here/slides" "${PLAIN_FLAGS[@]}"
@@ -65,9 +68,12 @@ for fraction in $FRACTIONS; do
             --num_samples "$SAMPLES" --s "$S" --seed "$seed" "${SAMPLE_FLAGS[@]}"
         stage "$name-filter" "$here/ood/report.json" "$python" "$ROOT/scripts/filter_ood.py" \
             --real "$here/slides" --synthetic "$here/samples" --out "$here/ood" --seed "$seed" "${FILTER_FLAGS[@]}"
-        mixed unfiltered "$here/samples"
+        mix unfiltered "$here/samples"
+        segmenter unfiltered "$here/unfiltered-set" "${PLAIN_FLAGS[@]}"
         if compgen -G "$here/ood/kept/samples/*.png" >/dev/null; then
-            mixed filtered "$here/ood/kept"
+            mix filtered "$here/ood/kept"
+            segmenter filtered "$here/filtered-set" "${PLAIN_FLAGS[@]}"
+            segmenter filtered-colour "$here/filtered-set" "${COLOUR_FLAGS[@]}"
         else
             echo "[$name] the filter kept no sample: nothing to train on besides the real ones"
         fi

@@ -29,6 +29,7 @@ VARIANTS = {
     "colour": "real, colour augmentation",
     "unfiltered": "real + synthetic",
     "filtered": "real + synthetic, filtered",
+    "filtered-colour": "real + synthetic, filtered, colour augmentation",
 }
 
 
@@ -130,7 +131,7 @@ def as_picture(rows: list[Row]) -> bytes:
         if not own:
             continue
         # Lines side by side, so that their bars do not cover each other.
-        places = [fractions.index(fraction) + 0.07 * (number - 1.5) for fraction in own]
+        places = [fractions.index(fraction) + 0.07 * (number - 2) for fraction in own]
         means, reaches = zip(*map(interval, own.values()))
         line = axes.errorbar(places, means, np.nan_to_num(reaches), marker="o", capsize=3, label=title)
         for place, values in zip(places, own.values()):
@@ -147,7 +148,7 @@ def as_picture(rows: list[Row]) -> bytes:
 
 def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")  # jobs that share OUT write it, too
     aside.write_bytes(data)
     os.replace(aside, path)
 

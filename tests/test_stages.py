@@ -115,13 +115,14 @@ def test_experiment(slides, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     with open(out / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["variant"] for row in rows] == ["real", "colour", "unfiltered", "filtered"]
+    assert [row["variant"] for row in rows] == ["real", "colour", "unfiltered", "filtered", "filtered-colour"]
     assert all(0 <= float(row["aji"]) <= 1 and row["fraction"] == "50" for row in rows)
     assert len(list_items(str(out / "f50-s0" / "filtered-set"), "monuseg")) == 48 + 5
     assert json.loads((out / "f50-s0" / "real" / "test" / "metrics.json").read_text())["average"]
     assert Image.open(out / "results.png").width > 600
-    again = bash(*command)
-    assert again.returncode == 0 and "[" not in again.stdout
+    for environment in ({}, {"CELLS": "none"}):
+        again = bash(*command, **environment)
+        assert again.returncode == 0 and "[" not in again.stdout
     config.write_text(config.read_text() + "S=2\n")
     other = bash(*command)
     assert other.returncode == 2 and "begun with another CONFIG" in other.stderr

@@ -203,7 +203,7 @@ class Crops(th.utils.data.Dataset):
         if self.colour:
             image = jitter_stains(image, rng)
         target = np.concatenate([(inst_map > 0)[..., None], hv_target(inst_map)], axis=2, dtype=np.float32)
-        return th.from_numpy(image), th.from_numpy(np.ascontiguousarray(target.transpose(2, 0, 1)))
+        return th.tensor(image), th.from_numpy(np.ascontiguousarray(target.transpose(2, 0, 1)))
 
     def _cut(self, example: Example, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """A window of random place and size, brought to the crop's size, turned and mirrored."""
