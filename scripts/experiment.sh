@@ -9,8 +9,8 @@
 # CONFIG (default experiment.conf beside this script) holds all settings. Writes OUT/results.csv, OUT/results.md, a
 # table, and OUT/results.png, F1 over the share, a line a variant; after each share and seed, of what is there by then.
 # TIME_LIMIT=540 stops after so many seconds; the same command goes on where it was, as it does after a kill.
-# CELLS="f10-s0 f10-s1" does these shares and seeds alone, so that several GPUs or jobs can divide them; CELLS=none makes
-# the patches that all need, which comes first.
+# CELLS="f10-s0 f10-s1" does these shares and seeds alone, so that several GPUs or jobs can divide them; CELLS=none
+# makes the patches that all need, which comes first.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 source "$ROOT/scripts/stages.sh"
