@@ -276,8 +276,8 @@ _LONGEST_EXTRAPOLATION = 2
 
 
 def _second_order(x_start: th.Tensor, previous: th.Tensor | None, steps: np.ndarray, i: int) -> th.Tensor:
-    """x_0's prediction extrapolated to the middle of step i; first order at the first step, at the last, which is of
-    infinite length, and at others too long for it."""
+    """x_0's prediction extrapolated to the middle of step i; first order at the first step and at those too long for
+    it, such as the last, which is infinite."""
     if previous is None or steps[i] > _LONGEST_EXTRAPOLATION * steps[i - 1]:
         return x_start
     return th.lerp(previous, x_start, float(1 + 0.5 * steps[i] / steps[i - 1]))

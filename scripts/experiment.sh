@@ -23,6 +23,15 @@ if [[ -f $out/config ]] && ! cmp -s "$config" "$out/config"; then
     die "OUT $out was begun with another CONFIG, kept there as config: give another OUT"
 fi
 source "$config"
+cells=()
+for fraction in $FRACTIONS; do
+    for seed in $SEEDS; do
+        cells+=("f$fraction-s$seed")
+    done
+done
+for cell in ${CELLS:-}; do
+    [[ " none ${cells[*]} " == *" $cell "* ]] || die "CELLS names $cell: choose of ${cells[*]}, or none"
+done
 begin_stages "$out"
 cp -- "$config" "$out/config"
 python=${PYTHON:-python}
@@ -49,35 +58,36 @@ stage test "$out/test/prepare.json" "$python" "$ROOT/scripts/prepare_monuseg.py"
 test=$out/test/MoNuSegTestData
 [[ -d $test ]] || die "RAW $raw has no test slides: the experiment needs some"
 
-for fraction in $FRACTIONS; do
-    for seed in $SEEDS; do
-        name=f$fraction-s$seed here=$out/f$fraction-s$seed
-        [[ " ${CELLS:-$name} " == *" $name "* ]] || continue
-        stage "$name-slides" "$here/slides/MoNuSegTrainingData" "$python" "$ROOT/scripts/subset_slides.py" \
-            "$out/patches" "$here/slides" --percent "$fraction" --seed "$seed"
-        segmenter real "$here/slides" "${PLAIN_FLAGS[@]}"
-        segmenter colour "$here/slides" "${COLOUR_FLAGS[@]}"
+for name in ${CELLS:-${cells[@]}}; do
+    [[ $name != none ]] || continue
+    here=$out/$name fraction=${name#f} seed=${name##*-s}
+    fraction=${fraction%-s*}
+    stage "$name-slides" "$here/slides/MoNuSegTrainingData" "$python" "$ROOT/scripts/subset_slides.py" \
+        "$out/patches" "$here/slides" --percent "$fraction" --seed "$seed"
+    segmenter real "$here/slides" "${PLAIN_FLAGS[@]}"
+    segmenter colour "$here/slides" "${COLOUR_FLAGS[@]}"
 
-        model=$here/model/ema_${EMA_RATE}_$(printf %06d "$DIFFUSION_STEPS").pt
-        OPENAI_LOGDIR=$here/model stage "$name-model" "$model" \
-            "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "$here/slides" \
-            "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" --ema_rate "$EMA_RATE" \
-            --max_steps "$DIFFUSION_STEPS" --seed "$seed" --val_split none
-        stage "$name-samples" "$here/samples/grid.png" "${LAUNCH[@]}" "$ROOT/image_sample.py" \
-            --model_path "$model" --data_dir "$here/slides" --use_train True --results_path "$here/samples" \
-            --num_samples "$SAMPLES" --s "$S" --seed "$seed" "${SAMPLE_FLAGS[@]}"
-        stage "$name-filter" "$here/ood/report.json" "$python" "$ROOT/scripts/filter_ood.py" \
-            --real "$here/slides" --synthetic "$here/samples" --out "$here/ood" --seed "$seed" "${FILTER_FLAGS[@]}"
-        mix unfiltered "$here/samples"
-        segmenter unfiltered "$here/unfiltered-set" "${PLAIN_FLAGS[@]}"
-        if compgen -G "$here/ood/kept/samples/*.png" >/dev/null; then
-            mix filtered "$here/ood/kept"
-            segmenter filtered "$here/filtered-set" "${PLAIN_FLAGS[@]}"
-            segmenter filtered-colour "$here/filtered-set" "${COLOUR_FLAGS[@]}"
-        else
-            echo "[$name] the filter kept no sample: nothing to train on besides the real ones"
-        fi
-        "$python" "$ROOT/scripts/experiment_results.py" "$out"
-    done
+    model=$here/model/ema_${EMA_RATE}_$(printf %06d "$DIFFUSION_STEPS").pt
+    OPENAI_LOGDIR=$here/model stage "$name-model" "$model" \
+        "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "$here/slides" \
+        "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" --ema_rate "$EMA_RATE" \
+        --max_steps "$DIFFUSION_STEPS" --seed "$seed" --val_split none
+    stage "$name-samples" "$here/samples/grid.png" "${LAUNCH[@]}" "$ROOT/image_sample.py" \
+        --model_path "$model" --data_dir "$here/slides" --use_train True --results_path "$here/samples" \
+        --num_samples "$SAMPLES" --s "$S" --seed "$seed" "${SAMPLE_FLAGS[@]}"
+    stage "$name-filter" "$here/ood/report.json" "$python" "$ROOT/scripts/filter_ood.py" \
+        --real "$here/slides" --synthetic "$here/samples" --out "$here/ood" --seed "$seed" "${FILTER_FLAGS[@]}"
+    mix unfiltered "$here/samples"
+    segmenter unfiltered "$here/unfiltered-set" "${PLAIN_FLAGS[@]}"
+    if compgen -G "$here/ood/kept/samples/*.png" >/dev/null; then
+        mix filtered "$here/ood/kept"
+        segmenter filtered "$here/filtered-set" "${PLAIN_FLAGS[@]}"
+        segmenter filtered-colour "$here/filtered-set" "${COLOUR_FLAGS[@]}"
+    else
+        echo "[$name] the filter kept no sample: nothing to train on besides the real ones"
+    fi
+    "$python" "$ROOT/scripts/experiment_results.py" "$out"
 done
-echo "look at $out/results.png and $out/results.md"
+if [[ -f $out/results.md ]]; then
+    echo "look at $out/results.png and $out/results.md"
+fi

@@ -222,6 +222,28 @@ def test_first_order_is_ddim(name):
     th.testing.assert_close(solve(name, one, count=100)[1], solve("ddim", one, count=100)[1])
 
 
+@pytest.mark.parametrize("ratio", [1.4, 1.9, 2.1, 5.0])
+def test_steps_too_long_to_extrapolate_are_of_first_order(ratio):
+    """The second step is `ratio` times as long as the first: beyond 2, only where it begins may matter."""
+    length = 0.8
+    lambdas = np.array([-1.0, -1.0 + length, -1.0 + length * (1 + ratio)])
+    alphas = 1 / np.sqrt(1 + np.exp(-2 * lambdas))
+    schedule = Schedule(np.arange(3)[::-1], np.append(alphas, 1.0), np.append(np.sqrt(1 - alphas**2), 0.0))
+    seen = []
+    for first in (0.0, 0.7):  # x_0 as it is predicted before the first step
+
+        def denoiser(x, schedule, i, first=first):
+            if i == 2:
+                seen.append(x)
+            return Denoised(th.full_like(x, (first, 0.2, 0.1)[i]))
+
+        # The first step leads to 0 from here, whatever is predicted: both come to the second from the same place.
+        start = th.zeros(4, dtype=th.float64)
+        start += alphas[1] * np.expm1(-length) * first / (schedule.sigmas[1] / schedule.sigmas[0])
+        SAMPLERS["dpmpp_2m"](denoiser, start, schedule, th.randn_like, lambda i, x_start: None)
+    assert th.allclose(*seen, atol=1e-12) == (ratio > 2)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_mean_and_variance_of_a_gaussian(name):
     _, end = solve(name, oracle_schedule(300, high=7.0))

@@ -107,12 +107,14 @@ def test_pipeline(slides, tmp_path):
 
 @pytest.mark.slow
 def test_experiment(slides, tmp_path):
-    config = tmp_path / "one.conf"
-    config.write_text((ROOT / "scripts" / "experiment_toy.conf").read_text().replace("100 50", "50"))
+    config = tmp_path / "toy.conf"
+    config.write_text((ROOT / "scripts" / "experiment_toy.conf").read_text())  # of 100 and 50 %
     out = tmp_path / "out"
     command = [ROOT / "scripts" / "experiment.sh", slides, out, config]
-    run = bash(*command)
-    assert run.returncode == 0, run.stderr[-3000:]
+    first = bash(*command, CELLS="none")
+    assert first.returncode == 0 and "look at" not in first.stdout and not list(out.glob("f*")), first.stderr[-3000:]
+    run = bash(*command, CELLS="f50-s0")
+    assert run.returncode == 0 and "[patches]" not in run.stdout and "results.png" in run.stdout, run.stderr[-3000:]
     with open(out / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["variant"] for row in rows] == ["real", "colour", "unfiltered", "filtered", "filtered-colour"]
@@ -120,12 +122,19 @@ def test_experiment(slides, tmp_path):
     assert len(list_items(str(out / "f50-s0" / "filtered-set"), "monuseg")) == 48 + 5
     assert json.loads((out / "f50-s0" / "real" / "test" / "metrics.json").read_text())["average"]
     assert Image.open(out / "results.png").width > 600
-    for environment in ({}, {"CELLS": "none"}):
-        again = bash(*command, **environment)
+    for cells in ("f50-s0", "none"):
+        again = bash(*command, CELLS=cells)
         assert again.returncode == 0 and "[" not in again.stdout
     config.write_text(config.read_text() + "S=2\n")
     other = bash(*command)
     assert other.returncode == 2 and "begun with another CONFIG" in other.stderr
+
+
+def test_an_unknown_cell_is_refused(slides, tmp_path):
+    config = ROOT / "scripts" / "experiment_toy.conf"
+    run = bash(ROOT / "scripts" / "experiment.sh", slides, tmp_path / "out", config, CELLS="f50-s0 f50-s1")
+    assert run.returncode == 2 and run.stderr == "error: CELLS names f50-s1: choose of f100-s0 f50-s0, or none\n"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("script", ["pipeline.sh", "experiment.sh"])

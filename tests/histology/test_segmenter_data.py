@@ -165,6 +165,16 @@ def test_target_is_that_of_the_turned_crop():
     assert len(seen) > 3
 
 
+@pytest.mark.filterwarnings("error")
+def test_crops_of_images_that_must_not_be_written_to():
+    image, inst_map = np.full((16, 16, 3), 200, np.uint8), np.zeros((16, 16), np.int32)
+    image.flags.writeable = False  # as Pillow gives them
+    crops = Crops([Example("A", image, inst_map)], 16, seed=0, colour=False)
+    for index in range(40):  # some of them neither turned nor resized
+        crops[index][0].zero_()
+    assert (image == 200).all()
+
+
 def test_large_images_are_drawn_from_more_often():
     large, small = np.ones((60, 60), np.int32), np.zeros((30, 30), np.int32)
     crops = Crops([Example(s, np.zeros((*m.shape, 3), np.uint8), m) for s, m in (("a", large), ("b", small))], 16, 0)
