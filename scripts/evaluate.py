@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.truth:
         compare_masks(args)
         return
-    train_items, held_out_items = real_items(args.real, args.limit)
+    every_train_item, every_held_out_item = real_items(args.real)
+    train_items, held_out_items = spread(every_train_item, args.limit), spread(every_held_out_item, args.limit)
     found = runs.find_runs(args.synthetic)
     if args.out.resolve() in {run.path.resolve() for run in found}:
         raise ValueError(f"--out {args.out} is a folder of --synthetic: give another")
@@ -73,8 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     held_out = real_set("real, held out", held_out_items, backbone, args.batch_size)
     sizes = {"real": train.images.shape[1:3]}
     sets = []
+    by_stem = {item.stem: item for item in [*every_train_item, *every_held_out_item]} if segmenter else {}
     for run in found:
-        sets.append(synthetic_set(run, backbone, args))
+        sets.append(synthetic_set(run, backbone, args, by_stem))
         sizes[run.name] = sets[-1].images.shape[1:3]
         if sizes[run.name] != sizes["real"]:
             raise ValueError(
@@ -117,7 +119,7 @@ def check(args: argparse.Namespace) -> list[str]:
 # ---- reading ----
 
 
-def real_items(data: Path, limit: int) -> tuple[list[image_files.Item], list[image_files.Item]]:
+def real_items(data: Path) -> tuple[list[image_files.Item], list[image_files.Item]]:
     """:return: the training and the test patches; :raises ValueError: where a slide is on both sides."""
     train, test = (image_files.list_items(str(data), "monuseg", is_train) for is_train in (True, False))
     both = {runs.slide_of(item.stem) for item in train} & {runs.slide_of(item.stem) for item in test}
@@ -126,7 +128,7 @@ def real_items(data: Path, limit: int) -> tuple[list[image_files.Item], list[ima
             f"--real {data} has slide {min(both)} among training and test patches: the floor would be none; "
             "move it to one side"
         )
-    return spread(train, limit), spread(test, limit)
+    return train, test
 
 
 def spread(items: Sequence, limit: int) -> list:
@@ -175,7 +177,10 @@ def real_set(name: str, items: list[image_files.Item], backbone: Backbone, batch
     return PatchSet(name, images, inst_maps, embed(name, images, backbone, batch_size), slides)
 
 
-def synthetic_set(run: runs.Run, backbone: Backbone, args: argparse.Namespace) -> PatchSet:
+def synthetic_set(
+    run: runs.Run, backbone: Backbone, args: argparse.Namespace, real: dict[str, image_files.Item]
+) -> PatchSet:
+    """:param real: stem -> real patch, among which the samples' originals are looked for."""
     samples = spread(run.samples, args.limit)
     pairs = [
         read_pair(str(sample.sample), str(sample.inst_mask))
@@ -187,30 +192,61 @@ def synthetic_set(run: runs.Run, backbone: Backbone, args: argparse.Namespace) -
         read = [image_files.read_image(str(sample.appearance), 3) for sample in samples]
         appearances = stacked(read, [sample.appearance for sample in samples])
     structures = [PurePath(sample.row.get("structure", sample.stem)).stem for sample in samples]
+    inst_maps = np.stack([inst_map for _, inst_map in pairs])
     return PatchSet(
         name=run.name,
         images=images,
-        inst_maps=np.stack([inst_map for _, inst_map in pairs]),
+        inst_maps=inst_maps,
         features=embed(run.name, images, backbone, args.batch_size),
         slides=[runs.slide_of(stem) for stem in structures],
         appearances=appearances,
         conditions=[f"{stem} {sample.row.get('appearance', sample.stem)}" for stem, sample in zip(structures, samples)],
+        originals=find_originals([real.get(stem) for stem in structures], inst_maps),
     )
+
+
+def find_originals(items: Sequence[image_files.Item | None], inst_maps: np.ndarray) -> np.ndarray | None:
+    """
+    Read the real patches whose nuclei samples should show.
+
+    :param items: a sample's real patch, None where there is none of its structure's name.
+    :param inst_maps: [N x H x W], the samples' nuclei.
+    :return: [N x H x W x 3] uint8; None unless every sample has one, and its mask is the sample's.
+    """
+    images = []
+    for item, inst_map in zip(items, inst_maps):
+        if item is None:
+            return None
+        image, own = read_pair(item.image, item.inst_mask)
+        if not np.array_equal(own > 0, inst_map > 0):
+            return None
+        images.append(image)
+    return np.stack(images)
 
 
 # ---- structure ----
 
 
 def structure_metric(segmenter: Segmenter) -> StructureMetric:
-    """:return: a metric of how well a segmenter finds the nuclei that patches should show."""
+    """
+    :return: a metric of how well a segmenter finds the nuclei that patches should show, f1 and aji, and those of the
+        real patches that have the same masks, where they are known: what perfect samples would reach.
+    """
 
-    def measure(patches: PatchSet) -> Figures:
-        images = tqdm(patches.images, f"{patches.name}: segmenting", leave=False, delay=2)
+    def agreement(name: str, images: np.ndarray, patches: PatchSet) -> Figures:
+        bar = tqdm(images, f"{name}: segmenting", leave=False, delay=2)
         rows = [
-            instance_metrics.measure(truth, segmenter.segment(image)) for image, truth in zip(images, patches.inst_maps)
+            instance_metrics.measure(truth, segmenter.segment(image)) for image, truth in zip(bar, patches.inst_maps)
         ]
         means = instance_metrics.summarise(rows, patches.slides)
         return {name: estimate(means[key]) for name, key in (("f1", "f1@0.5"), ("aji", "aji"))}
+
+    def measure(patches: PatchSet) -> Figures:
+        figures = agreement(patches.name, patches.images, patches)
+        if patches.originals is not None:
+            own = agreement(f"{patches.name}, originals", patches.originals, patches)
+            figures |= {f"{name}_originals": value for name, value in own.items()}
+        return figures
 
     return measure
 

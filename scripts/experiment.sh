@@ -72,9 +72,15 @@ for name in ${CELLS:-${cells[@]}}; do
         "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "$here/slides" \
         "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" --ema_rate "$EMA_RATE" \
         --max_steps "$DIFFUSION_STEPS" --seed "$seed" --val_split none
+    # Fewer samples than structures: some of every slide, where --num_samples alone would take the first slides'.
+    structures=("$here"/slides/MoNuSegTrainingData/images/*)
+    subsample=()
+    if ((SAMPLES > 0 && SAMPLES < ${#structures[@]})); then
+        subsample=(--subsample "0.$(printf %06d $(((2 * SAMPLES + 1) * 500000 / ${#structures[@]})))")
+    fi
     stage "$name-samples" "$here/samples/grid.png" "${LAUNCH[@]}" "$ROOT/image_sample.py" \
         --model_path "$model" --data_dir "$here/slides" --use_train True --results_path "$here/samples" \
-        --num_samples "$SAMPLES" --s "$S" --seed "$seed" "${SAMPLE_FLAGS[@]}"
+        --num_samples "$SAMPLES" "${subsample[@]}" --s "$S" --seed "$seed" "${SAMPLE_FLAGS[@]}"
     stage "$name-filter" "$here/ood/report.json" "$python" "$ROOT/scripts/filter_ood.py" \
         --real "$here/slides" --synthetic "$here/samples" --out "$here/ood" --seed "$seed" "${FILTER_FLAGS[@]}"
     mix unfiltered "$here/samples"

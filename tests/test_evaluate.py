@@ -112,6 +112,20 @@ def test_structure_by_a_segmenter(real, sweep, tmp_path):
         assert list(row) == ["f1", "aji"] and 0 <= row["f1"]["low"] <= row["f1"]["value"] <= row["f1"]["high"] <= 1
 
 
+def test_structure_of_the_real_patches_with_the_same_masks(real, tmp_path):
+    """Samples that are their structures' real patches agree with the masks just as those do, also under --limit."""
+    model = save_segmenter(tmp_path / "segmenter.pt", ["slide-0"])
+    results = write_run(tmp_path / "results", count=3)
+    training = real / "MoNuSegTrainingData"
+    for k in range(3):
+        shutil.copy(training / "images" / f"slide-{k}_000.png", results / "samples" / f"s{k}_000.png")
+        shutil.copy(training / "inst_masks" / f"slide-{k}_000.tif", results / "inst_masks" / f"s{k}_000.tif")
+    flags = "--metrics", "structure", "--segmenter", model, "--limit", 2
+    row = run(real, results, tmp_path / "out", *flags)["runs"]["results"]
+    assert list(row) == ["f1", "aji", "f1_originals", "aji_originals"]
+    assert row["f1_originals"] == row["f1"] and row["aji_originals"] == row["aji"]
+
+
 def test_a_segmenter_that_knows_the_floor_is_refused(real, sweep, tmp_path):
     model = save_segmenter(tmp_path / "segmenter.pt", ["slide-25"])
     with pytest.raises(ValueError, match="was trained on slide slide-25, which is to set"):

@@ -32,6 +32,7 @@ class PatchSet:
     :param slides: the slide that each one's structure comes from.
     :param appearances: of synthetic patches, the images whose colours they took, [N x H x W x 3] uint8.
     :param conditions: of synthetic patches, what tells one condition from another.
+    :param originals: of synthetic patches, the real ones that show these very nuclei, [N x H x W x 3] uint8.
     """
 
     name: str
@@ -41,6 +42,7 @@ class PatchSet:
     slides: Sequence[str]
     appearances: np.ndarray | None = None
     conditions: Sequence[str] | None = None
+    originals: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

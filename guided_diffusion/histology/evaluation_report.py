@@ -22,6 +22,8 @@ TITLES = {
     "colour_grey": ("colour distance, grey levels", "lower"),
     "f1": ("structure agreement, F1", "higher"),
     "aji": ("structure agreement, AJI", "higher"),
+    "f1_originals": ("F1 on real patches of these masks", ""),
+    "aji_originals": ("AJI on real patches of these masks", ""),
     "nearest_features": ("nearest training patch, features", ""),
     "nearest_pixels": ("nearest training patch, pixels", ""),
     "copies": ("share of copies", "lower"),
