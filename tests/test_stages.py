@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from guided_diffusion.histology.runs import slide_of
 from guided_diffusion.image_files import list_items
 from scripts import make_toy_monuseg
 
@@ -119,6 +120,10 @@ def test_experiment(slides, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["variant"] for row in rows] == ["real", "colour", "unfiltered", "filtered", "filtered-colour"]
     assert all(0 <= float(row["aji"]) <= 1 and row["fraction"] == "50" for row in rows)
+    with open(out / "f50-s0" / "samples" / "manifest.csv", newline="") as file:
+        structures = [Path(row["structure"]).stem for row in csv.DictReader(file)]
+    # Ten of 48 structures, yet of all three slides.
+    assert len(structures) == 10 and len({slide_of(stem) for stem in structures}) == 3
     assert len(list_items(str(out / "f50-s0" / "filtered-set"), "monuseg")) == 48 + 5
     assert json.loads((out / "f50-s0" / "real" / "test" / "metrics.json").read_text())["average"]
     assert Image.open(out / "results.png").width > 600
