@@ -40,7 +40,7 @@ python=${PYTHON:-python}
 segmenter() {
     local variant=$1 data=$2
     shift 2
-    stage "$name-$variant-train" "$here/$variant/result.json" "$python" "$ROOT/scripts/train_segmenter.py" "$data" \
+    resumed "$name-$variant-train" "$here/$variant/result.json" "$python" "$ROOT/scripts/train_segmenter.py" "$data" \
         --out "$here/$variant" --seed "$seed" "${SEGMENTER_FLAGS[@]}" "$@"
     stage "$name-$variant-test" "$here/$variant/test/metrics.json" "$python" "$ROOT/scripts/segment.py" \
         "$here/$variant/segmenter.pt" "$test/images" --truth "$test/inst_masks" --out "$here/$variant/test"
@@ -58,8 +58,10 @@ stage test "$out/test/prepare.json" "$python" "$ROOT/scripts/prepare_monuseg.py"
 test=$out/test/MoNuSegTestData
 [[ -d $test ]] || die "RAW $raw has no test slides: the experiment needs some"
 
+trunk=$before
 for name in ${CELLS:-${cells[@]}}; do
     [[ $name != none ]] || continue
+    before=$trunk
     here=$out/$name fraction=${name#f} seed=${name##*-s}
     fraction=${fraction%-s*}
     stage "$name-slides" "$here/slides/MoNuSegTrainingData" "$python" "$ROOT/scripts/subset_slides.py" \
@@ -68,7 +70,7 @@ for name in ${CELLS:-${cells[@]}}; do
     segmenter colour "$here/slides" "${COLOUR_FLAGS[@]}"
 
     model=$here/model/ema_${EMA_RATE}_$(printf %06d "$DIFFUSION_STEPS").pt
-    OPENAI_LOGDIR=$here/model stage "$name-model" "$model" \
+    OPENAI_LOGDIR=$here/model resumed "$name-model" "$model" \
         "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "$here/slides" \
         "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" --ema_rate "$EMA_RATE" \
         --max_steps "$DIFFUSION_STEPS" --seed "$seed" --val_split none
@@ -78,7 +80,7 @@ for name in ${CELLS:-${cells[@]}}; do
     if ((SAMPLES > 0 && SAMPLES < ${#structures[@]})); then
         subsample=(--subsample "0.$(printf %06d $(((2 * SAMPLES + 1) * 500000 / ${#structures[@]})))")
     fi
-    stage "$name-samples" "$here/samples/grid.png" "${LAUNCH[@]}" "$ROOT/image_sample.py" \
+    resumed "$name-samples" "$here/samples/grid.png" "${LAUNCH[@]}" "$ROOT/image_sample.py" \
         --model_path "$model" --data_dir "$here/slides" --use_train True --results_path "$here/samples" \
         --num_samples "$SAMPLES" "${subsample[@]}" --s "$S" --seed "$seed" "${SAMPLE_FLAGS[@]}"
     stage "$name-filter" "$here/ood/report.json" "$python" "$ROOT/scripts/filter_ood.py" \

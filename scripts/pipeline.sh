@@ -75,20 +75,22 @@ read -ra labels <<<"${CLUSTERS:-$(largest)}"
 pretrain_steps=${PRETRAIN_STEPS:-50000} finetune_steps=${FINETUNE_STEPS:-50000}
 export ITERATIONS=${ITERATIONS:-030000 040000 050000} S_VALUES=${S_VALUES:-1.3 1.4 1.5 1.6} EMA_RATE=$rate
 pretrained=$out/pretrain/ema_${rate}_$(printf %06d "$pretrain_steps").pt
-OPENAI_LOGDIR=$out/pretrain stage pretrain "$pretrained" bash "$ROOT/scripts/train.sh" "$patches" \
+trained_with="${IMAGE_SIZE:-} ${BATCH_SIZE:-} ${LR:-}"
+sampled_with="$ITERATIONS $S_VALUES $rate ${KIND:-} ${IMAGE_SIZE:-} ${NUM_SAMPLES:-} ${SAMPLER:-} ${NUM_STEPS:-}"
+settings=$trained_with OPENAI_LOGDIR=$out/pretrain resumed pretrain "$pretrained" bash "$ROOT/scripts/train.sh" "$patches" \
     --max_steps "$pretrain_steps" "${model_flags[@]}" "${train_flags[@]}"
+trunk=$before branches=() sampled=()
 for label in "${labels[@]}"; do
-    OPENAI_LOGDIR=$out/finetune stage "finetune-$label" "$out/finetune-clus$label/result.json" \
+    before=$trunk
+    settings=$trained_with OPENAI_LOGDIR=$out/finetune resumed "finetune-$label" "$out/finetune-clus$label/result.json" \
         bash "$ROOT/scripts/finetune.sh" "$clusters" "$pretrained" "$label" -- \
         --max_steps "$finetune_steps" "${model_flags[@]}" "${train_flags[@]}"
-done
-
-sampled=()
-for label in "${labels[@]}"; do
-    stage "samples-$label" "$out/samples/$label/sweep.png" bash "$ROOT/scripts/sample.sh" "$clusters/$label" \
+    settings=$sampled_with resumed "samples-$label" "$out/samples/$label/sweep.png" bash "$ROOT/scripts/sample.sh" "$clusters/$label" \
         "$out/finetune-clus$label" "$out/samples/$label" "${model_flags[@]}"
     sampled+=("$out/samples/$label")
+    branches+=("$before")
 done
+before=${branches[*]}
 stage filter "$out/filtered/report.json" "$python" "$ROOT/scripts/filter_ood.py" --real "$patches" \
     --synthetic "${sampled[@]}" --out "$out/filtered" --backbone "$backbone" "${filter_flags[@]}"
 stage set "$out/set/manifest.csv" "$python" "$ROOT/scripts/assemble_set.py" --real "$patches" \

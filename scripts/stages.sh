@@ -13,15 +13,22 @@ begin_stages() {
     mkdir -p "$stages"
 }
 
-# stage NAME OUTPUT COMMAND...: run a command unless it has been run as it stands, and its output is there.
+# What the stages before this one were run with, as a checksum: where that has changed, the stage is done anew. Stages
+# that do not need each other can each be given the same one.
+before=
+
+# stage NAME OUTPUT COMMAND...: run a command unless it has been run as it stands, after the same stages as now, and its
+# output is there. "settings" may hold what decides the output besides the command line.
 stage() {
-    local name=$1 output=$2 status=0 left
-    local record=$stages/$name
+    local name=$1 output=$2 status=0 left record=$stages/$1 what
     shift 2
-    if [[ -e $output && -f $record && $(<"$record") == "$*" ]]; then
+    what="$(without_launcher "$@") ${settings:-}"$'\n'"after $before"
+    before=$(cksum <<<"$what")
+    if [[ -e $output && -f $record && $(<"$record") == "$what" ]]; then
         return
     fi
     rm -f "$record"
+    echo "$what" >"$record.begun"
     echo "[$name] ${*/#"$ROOT/"/}"
     if [[ -z ${TIME_LIMIT:-} ]]; then
         "$@"
@@ -35,7 +42,31 @@ stage() {
         [[ -e $output ]] || ((SECONDS < TIME_LIMIT)) || out_of_time
     fi
     [[ -e $output ]] || die "stage $name left no $output"
-    echo "$*" >"$record"
+    mv -- "$record.begun" "$record"
+}
+
+# resumed NAME FOLDER/FILE COMMAND...: a stage whose command goes on from what it left in FOLDER. It must not where a
+# stage before it has changed.
+resumed() {
+    local folder=${2%/*} record
+    for record in "$stages/$1" "$stages/$1.begun"; do
+        if [[ -e $folder && -f $record && $(tail -n 1 "$record") != "after $before" ]]; then
+            die "stage $1 was begun before an earlier one changed: remove $folder, or give another OUT"
+        fi
+    done
+    stage "$@"
+}
+
+# without_launcher COMMAND...: the command from the project's script on, so that another count of processes, another
+# interpreter, or another place of the project is no other command.
+without_launcher() {
+    local i
+    for ((i = 1; i < $#; i++)); do
+        [[ ${!i} != "$ROOT"/*.@(py|sh) ]] || break
+    done
+    ((i < $#)) || i=1
+    local command=${*:i}
+    printf '%s\n' "${command/"$ROOT/"/}"
 }
 
 out_of_time() {

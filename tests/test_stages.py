@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -72,6 +73,54 @@ def test_a_stage_that_fails_ends_the_run_and_is_not_done(stages, tmp_path):
 def test_a_stage_without_its_output(stages, tmp_path):
     run = stages(f"stage one {tmp_path}/made true")
     assert run.returncode == 2 and re.search(r"error: stage one left no .*/made", run.stderr)
+
+
+def test_a_changed_stage_has_those_after_it_done_anew(stages, tmp_path):
+    def lines(flag):
+        return (
+            f"stage one {tmp_path}/first touch {tmp_path}/first {flag}",
+            f"stage two {tmp_path}/made {copies(tmp_path)}",
+        )
+
+    for flag in ("", "", f"{tmp_path}/other", f"{tmp_path}/other"):
+        assert stages(*lines(flag)).returncode == 0
+    assert times(tmp_path) == 2
+
+
+def test_stages_that_begin_at_the_same_one_do_not_see_each_other(stages, tmp_path):
+    two = "before=trunk", f"stage two {tmp_path}/made {copies(tmp_path)}"
+    stages("before=trunk", f"stage one {tmp_path}/first touch {tmp_path}/first", *two)
+    assert stages(*two).returncode == 0 and times(tmp_path) == 1
+
+
+def test_settings_of_the_environment_are_part_of_a_stage(stages, tmp_path):
+    line = f"stage one {tmp_path}/made {copies(tmp_path)}"
+    for settings in ("s=1", "s=1", "s=2"):
+        stages(f"settings={settings} {line}")
+    assert times(tmp_path) == 2
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_goes_on_from_its_files_is_refused_after_another_stage(stages, tmp_path, stopped):
+    """Also where it was stopped before its end; not where its folder is gone."""
+    folder = tmp_path / "run"
+    make = f"bash -c 'mkdir -p {folder}; {'exit 7' if stopped else f'touch {folder}/done'}'"
+    assert stages("before=a", f"resumed train {folder}/done {make}").returncode == (7 if stopped else 0)
+    run = stages("before=b", f"resumed train {folder}/done true")
+    assert run.returncode == 2 and run.stderr == (
+        f"error: stage train was begun before an earlier one changed: remove {folder}, or give another OUT\n"
+    )
+    folder.rmdir() if stopped else shutil.rmtree(folder)
+    again = f"bash -c 'mkdir -p {folder}; touch {folder}/done'"
+    assert stages("before=b", f"resumed train {folder}/done {again}").returncode == 0
+
+
+def test_the_launcher_is_no_part_of_a_stage(stages, tmp_path):
+    """Other counts of processes and interpreters go on from the same files."""
+    (tmp_path / "made").touch()
+    launchers = sys.executable, f"env A=1 {sys.executable}"
+    runs = [stages(f"stage one {tmp_path}/made {way} {ROOT}/scripts/subset_slides.py --help") for way in launchers]
+    assert runs[0].stdout.startswith("[one]") and runs[1].returncode == 0 and runs[1].stdout == "end\n"
 
 
 def test_a_limit_stops_in_time_and_the_next_run_goes_on(stages, tmp_path):
