@@ -50,12 +50,14 @@ if [[ ! -d $raw ]]; then
 fi
 patches=$out/patches features=$out/features.npz clusters=$out/patches/clusters
 stage patches "$patches/prepare.json" "$python" "$ROOT/scripts/prepare_monuseg.py" "$raw" "$patches" "${patch_flags[@]}"
+prepared=$before
 splits=("$patches/MoNuSegTrainingData")
 [[ ! -d $patches/MoNuSegTestData ]] || splits+=("$patches/MoNuSegTestData")
 stage features "$features" "$python" "$ROOT/scripts/extract_features.py" "${splits[@]}" \
     --root "$patches" --backbone "$backbone" --out "$features"
 stage clusters "$clusters/scores.json" "$python" "$ROOT/scripts/cluster_patches.py" "$patches" \
     --features "$features" --name clusters "${cluster_flags[@]}"
+clustered=$before
 
 # largest: the label of the cluster with the most training patches; noise, -1, is none.
 largest() {
@@ -77,9 +79,10 @@ export ITERATIONS=${ITERATIONS:-030000 040000 050000} S_VALUES=${S_VALUES:-1.3 1
 pretrained=$out/pretrain/ema_${rate}_$(printf %06d "$pretrain_steps").pt
 trained_with="${IMAGE_SIZE:-} ${BATCH_SIZE:-} ${LR:-}"
 sampled_with="$ITERATIONS $S_VALUES $rate ${KIND:-} ${IMAGE_SIZE:-} ${NUM_SAMPLES:-} ${SAMPLER:-} ${NUM_STEPS:-}"
+before=$prepared # pretraining needs no clusters
 settings=$trained_with OPENAI_LOGDIR=$out/pretrain resumed pretrain "$pretrained" bash "$ROOT/scripts/train.sh" "$patches" \
     --max_steps "$pretrain_steps" "${model_flags[@]}" "${train_flags[@]}"
-trunk=$before branches=() sampled=()
+trunk="$clustered $before" branches=() sampled=()
 for label in "${labels[@]}"; do
     before=$trunk
     settings=$trained_with OPENAI_LOGDIR=$out/finetune resumed "finetune-$label" "$out/finetune-clus$label/result.json" \

@@ -153,6 +153,12 @@ def test_pipeline(slides, tmp_path):
     assert sources.count("real") == len(real) == 96 and sources.count("synthetic") == len(items) - 96 == 10
     again = bash(ROOT / "scripts" / "pipeline.sh", slides, out, "--toy")
     assert again.returncode == 0 and "[" not in again.stdout
+    fewer = bash(ROOT / "scripts" / "pipeline.sh", slides, out, "--toy", RATIO="0.05")
+    assert fewer.returncode == 0 and re.findall(r"^\[.*?\]", fewer.stdout, re.M) == ["[set]"]
+    assert len(list_items(str(out / "set"), "monuseg")) == 96 + 5
+    other = bash(ROOT / "scripts" / "pipeline.sh", slides, out, "--toy", BACKBONE="stain")
+    assert other.returncode == 2 and re.findall(r"^\[.*?\]", other.stdout, re.M) == ["[features]", "[clusters]"]
+    assert re.search(r"error: stage finetune-\d was begun before an earlier one changed", other.stderr)
 
 
 @pytest.mark.slow
