@@ -50,6 +50,7 @@ def create_argparser() -> argparse.ArgumentParser:
         overwrite=False,
         dry_run=False,
         match_other_slide=False,
+        appearance_dir="",
         features="",
     )
     defaults = {**data_defaults(), **defaults, **ConditionSpec.flags(), **model_and_diffusion_defaults()}
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         is_train=args.use_train,
         image_size=args.image_size,
         features=load_features(args.features).of if args.features else None,
-        match_other_slide=args.match_other_slide,
+        **args_to_dict(args, ["match_other_slide", "appearance_dir"]),
         **args_to_dict(args, data_defaults().keys() - {"num_workers"}),
     )
     device = dist_util.dev()

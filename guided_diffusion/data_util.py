@@ -15,6 +15,8 @@ from scipy.spatial.distance import cdist
 NEAREST = 19  # the candidates of a match; the reference ranks 20 and takes the query itself out
 CAP_QUANTILE = 0.85  # differences above this quantile count as equally large
 LEGACY_SEED = 42  # of the reference's shuffles and subsamples
+# Haematoxylin, eosin and DAB as optical densities of red, green and blue (Ruifrok and Johnston 2001).
+STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
 OD_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 _MAX_COUNTED_ID = 1 << 20  # above it, counting by sorting takes less memory than a table of all ids
@@ -139,6 +141,64 @@ def match_app(descriptors: np.ndarray, seed: int, slides: Sequence[str] | None =
     deviation = descriptors.std(axis=0)
     z = (descriptors - descriptors.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
     return _draw_near(len(z), lambda rows: cdist(z[rows], z), seed, slides)
+
+
+def haematoxylin_histogram(image: np.ndarray) -> np.ndarray:
+    """
+    Count the pixels of an image by their amount of haematoxylin.
+
+    :param image: an [H x W x 3] uint8 array.
+    :return: a [64] int64 array: pixels with up to 0.025 units of optical density, up to 0.05, ..., and the rest.
+    """
+    density = -np.log10((np.arange(256) + 1) / 256)[image]
+    amount = density @ np.linalg.inv(STAINS)[:, 0]
+    return np.bincount(np.clip(amount.ravel() * 40, 0, 63).astype(np.int64), minlength=64)
+
+
+def nuclear_shares(histograms: np.ndarray, slides: Sequence[str]) -> np.ndarray:
+    """
+    Estimate what share of each image nuclei take, where there is no mask: what is above its slide's threshold.
+
+    :param histograms: an [N x 64] array of haematoxylin_histogram's.
+    :param slides: the slide of each image; Otsu's threshold is that of all pixels of a slide.
+    :return: an [N] array in [0, 1].
+    """
+    shares = np.empty(len(histograms))
+    names, codes = np.unique(np.asarray(slides), return_inverse=True)
+    for code in range(len(names)):
+        own = histograms[codes == code]
+        shares[codes == code] = own[:, _otsu(own.sum(axis=0)) :].sum(axis=1) / own.sum(axis=1)
+    return shares
+
+
+def _otsu(histogram: np.ndarray) -> int:
+    """:return: the first bin of the upper of two classes with the largest variance between them."""
+    bins = np.arange(len(histogram))
+    below, mass = np.cumsum(histogram)[:-1], np.cumsum(histogram * bins)[:-1]
+    above = histogram.sum() - below
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (mass / below - ((histogram * bins).sum() - mass) / above) ** 2
+    return 1 + int(np.argmax(np.nan_to_num(between, nan=-1.0)))
+
+
+def match_shares(shares: np.ndarray, candidates: np.ndarray, seed: int) -> np.ndarray:
+    """
+    Choose for each structure an image without mask by likeness of the share that nuclei take.
+
+    :param shares: an [N] array, of the structures; candidates: an [M] array, of the images.
+    :param seed: of the draw among the 19 nearest.
+    :return: an [N] int64 array of indices of candidates.
+    """
+    order = np.argsort(candidates, kind="stable")
+    ascending = candidates[order]
+    n_near = min(NEAREST, len(candidates))
+    rank = np.random.default_rng(seed).integers(n_near, size=len(shares))
+    chosen = np.empty(len(shares), np.int64)
+    for i, (share, place) in enumerate(zip(shares, np.searchsorted(ascending, shares))):
+        start = max(place - n_near, 0)  # the nearest all lie within so many places of where it would stand
+        near = np.argsort(abs(ascending[start : place + n_near] - share), kind="stable")
+        chosen[i] = order[start + near[rank[i]]]
+    return chosen
 
 
 def shuffled(n: int) -> np.ndarray:

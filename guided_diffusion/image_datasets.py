@@ -1,7 +1,7 @@
 """From files to samples: the data set, which image gives which structure its appearance, load_data. Knows the condition
 only as a ConditionSpec, and nothing of models."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from . import data_util, dist_util
 from .conditioning import ConditionSpec, as_rgb, as_signed, hv_planes
 from .data_stream import Key, stream
-from .image_files import Item, list_items, read_image, read_mask, slide_of, split_slides
-from .image_transforms import center_crop, random_crop, random_flip_turn
+from .image_files import Item, list_images, list_items, read_image, read_mask, slide_of, split_slides
+from .image_transforms import center_crop, jitter_stains, random_crop, random_flip_turn
 
 # Decoded files and HV maps are kept in memory up to this many bytes a process; MoNuSeg's patches take 0.6 GB.
 CACHE_BYTES = 2 << 30
@@ -37,7 +37,7 @@ class Sample:
 def read_sample(item: Item, spec: ConditionSpec, image_size: int) -> Sample:
     """
     Read an item's files; what is missing is derived: instances are the connected parts of the class mask, the class
-    mask is 255 (1 with class_cond) in every instance.
+    mask is 255 (1 with class_cond) in every instance, and an item without masks has no instance.
 
     :raises ValueError: where sizes differ or are below image_size, or a class id is out of range.
     """
@@ -57,6 +57,8 @@ def read_sample(item: Item, spec: ConditionSpec, image_size: int) -> Sample:
                     f"{image.shape[1]} x {image.shape[0]}: they must be of one size"
                 )
     class_map, inst_map = masks.get(item.class_mask), masks.get(item.inst_mask)
+    if class_map is inst_map is None:
+        inst_map = np.zeros(image.shape[:2], np.int32)
     if inst_map is None:
         inst_map = ndimage.label(class_map)[0].astype(np.int32)
     if class_map is None:
@@ -74,13 +76,16 @@ class NucleiDataset(Dataset):
     """
     Samples with their conditions. A key is (epoch, index); all randomness is a function of (seed, epoch, index).
 
-    Item i gives the structure; the appearance (image, colour map, path) comes from item appearance[i].
+    Item i gives the structure; the appearance (image, colour map, path) comes from source appearance[i]: one of the
+    items, or of the images without masks, which are counted after them.
 
     :param items: what list_items gives.
+    :param unmasked: what list_images gives.
     :param spec: the condition's layout.
     :param image_size: height and width of what is given out, in pixels; larger images are cropped.
     :param appearance: an [N] int array, or None for each item's own image.
     :param augment: crop at random places, flip and turn; else crop centrally.
+    :param stain_jitter: by how much the stains of an appearance vary, see jitter_stains; 0: not at all.
     :param preserve_nuclei_col: see ConditionSpec.encode.
     """
 
@@ -90,16 +95,20 @@ class NucleiDataset(Dataset):
         spec: ConditionSpec,
         image_size: int,
         *,
+        unmasked: Sequence[Item] = (),
         appearance: np.ndarray | None = None,
         augment: bool = False,
+        stain_jitter: float = 0.0,
         preserve_nuclei_col: bool = False,
         seed: int = 0,
     ) -> None:
         self.items = items
+        self.sources = [*items, *unmasked]
         self.spec = spec
         self.image_size = image_size
         self.appearance = np.arange(len(items)) if appearance is None else appearance
         self.augment = augment
+        self.stain_jitter = stain_jitter
         self.preserve_nuclei_col = preserve_nuclei_col
         self.seed = seed
         self._cache: dict[int, Sample] = {}
@@ -111,12 +120,12 @@ class NucleiDataset(Dataset):
 
     def appearance_of(self, index: int) -> str:
         """:return: the path of the image that gives an item its appearance."""
-        return self.items[int(self.appearance[index])].image
+        return self.sources[int(self.appearance[index])].image
 
     def read(self, index: int) -> Sample:
-        """:return: an item's arrays, from memory where they are still there."""
+        """:return: a source's arrays, from memory where they are still there."""
         if index not in self._cache:
-            sample = read_sample(self.items[index], self.spec, self.image_size)
+            sample = read_sample(self.sources[index], self.spec, self.image_size)
             if not self._takes(sample.nbytes):
                 return sample
             self._cache[index] = sample
@@ -133,6 +142,8 @@ class NucleiDataset(Dataset):
         """Make the HV maps of all items in memory, so that worker processes that are started later all have them."""
         if self.spec.use_hv_map and not self.augment:
             for index, sample in self._cache.items():
+                if index >= len(self.items):
+                    continue
                 self._hv_map(index, *center_crop((sample.inst_map,), self.image_size))
                 if index not in self._hv_maps:  # there is no more room
                     break
@@ -179,6 +190,8 @@ class NucleiDataset(Dataset):
         else:
             class_map, inst_map = self._cut((structure.class_map, structure.inst_map), rng)
             (image,) = self._cut((self.read(source).image,), rng)
+        if self.stain_jitter:
+            image = jitter_stains(image, self.stain_jitter, rng)
         out["image"][...] = image.transpose(2, 0, 1)
         hv_map = self._hv_map(index, inst_map)
         self.spec.encode(out["image"], class_map, inst_map, rng, self.preserve_nuclei_col, hv_map=hv_map, out=out)
@@ -225,12 +238,14 @@ def load_dataset(
     spec: ConditionSpec,
     is_train: bool = True,
     augment: bool = False,
+    stain_jitter: float = 0.0,
     preserve_nuclei_col: bool = False,
     subsample: float = 1.0,
     shuffle_masks: bool = False,
     match_struct: bool = False,
     match_app: bool = False,
     match_other_slide: bool = False,
+    appearance_dir: str = "",
     features: Callable[[list[str]], np.ndarray] | None = None,
     seed: int = 0,
     val_share: float = 0.0,
@@ -245,6 +260,8 @@ def load_dataset(
     :param match_struct: give it that of an item with similar nuclei.
     :param match_app: give it that of an item with a similar image: by `features`, else by its stain.
     :param match_other_slide: choose a similar item from other slides only.
+    :param appearance_dir: give it one of the images in this folder, which need no masks: any, or with match_struct one
+        that seems to hold as much of nuclei.
     :param features: gives an [N x D] array for N paths of images, or raises ValueError for the first it has none of.
     :param seed: of the choices above and of all samples; other parameters as NucleiDataset's.
     :param val_share: the share of the slides that are held out, see split_slides.
@@ -252,6 +269,11 @@ def load_dataset(
     """
     if match_struct and shuffle_masks:
         raise ValueError("--match_struct True with --shuffle_masks True: both choose the appearance; turn one off")
+    if appearance_dir and (match_app or match_other_slide or shuffle_masks):
+        raise ValueError(
+            f"--appearance_dir {appearance_dir} with --match_app, --match_other_slide or --shuffle_masks True, which "
+            "choose among the images of --data_dir: turn them off"
+        )
     if match_other_slide and not (match_struct or match_app):
         raise ValueError("--match_other_slide True needs --match_struct True or --match_app True: turn one on")
     items = list_items(data_dir, dataset_mode, is_train)
@@ -259,21 +281,38 @@ def load_dataset(
         items = [items[i] for i in sorted(data_util.subsample_indices(len(items), subsample))]
     if part:
         items = split_slides(items, val_share, seed)[part == "held_out"]
+    unmasked = list_images(appearance_dir) if appearance_dir else []
     dataset = NucleiDataset(
-        items, spec, image_size, augment=augment, preserve_nuclei_col=preserve_nuclei_col, seed=seed
+        items,
+        spec,
+        image_size,
+        unmasked=unmasked,
+        augment=augment,
+        stain_jitter=stain_jitter,
+        preserve_nuclei_col=preserve_nuclei_col,
+        seed=seed,
     )
     vectors = features([item.image for item in items]) if features is not None else None
 
-    def describe(sample: Sample) -> object:
+    def describe(index: int) -> object:
+        sample = dataset.read(index)
+        if index >= len(items):
+            return data_util.haematoxylin_histogram(as_rgb(sample.image)) if match_struct else None
         if match_struct:
-            return data_util.area_properties(sample.inst_map)
+            return np.mean(sample.inst_map > 0) if unmasked else data_util.area_properties(sample.inst_map)
         return data_util.stain_descriptor(as_rgb(sample.image)) if match_app and vectors is None else None
 
     described = _read_all(dataset, describe)
     if not items:
         return dataset
     slides = [slide_of(item.stem) for item in items] if match_other_slide else None
-    if match_struct:
+    if unmasked and match_struct:
+        histograms = np.array(described[len(items) :])
+        estimates = data_util.nuclear_shares(histograms, [slide_of(item.stem) for item in unmasked])
+        dataset.appearance = len(items) + data_util.match_shares(np.array(described[: len(items)]), estimates, seed)
+    elif unmasked:
+        dataset.appearance = len(items) + np.random.default_rng(seed).integers(len(unmasked), size=len(items))
+    elif match_struct:
         total_area, med_area = np.array(described).T
         dataset.appearance = data_util.match_struct(total_area, med_area, seed, slides)
     elif match_app:
@@ -283,19 +322,20 @@ def load_dataset(
     return dataset
 
 
-def _read_all(dataset: NucleiDataset, describe: Callable[[Sample], object]) -> list:
-    """Read every item once, each by one rank; :return: what `describe` says of each, on every rank. Collective."""
+def _read_all(dataset: NucleiDataset, describe: Callable[[int], object]) -> list:
+    """Read every source once, each by one rank; :return: what `describe` says of each, on every rank. Collective."""
     rank, world_size = dist_util.rank(), dist_util.world_size()
 
     def read_share() -> list:
-        share = range(rank, len(dataset), world_size)
+        share = range(rank, len(dataset.sources), world_size)
         with ThreadPoolExecutor(2) as pool:
-            described = pool.map(lambda index: describe(dataset.read(index)), share)
-            bar = dist_util.progress_bar(described, total=len(share), desc="reading", unit="image", delay=1)
+            bar = dist_util.progress_bar(
+                pool.map(describe, share), total=len(share), desc="reading", unit="image", delay=1
+            )
             return list(bar)
 
     shares = dist_util.all_gather(dist_util.agree(read_share))
-    return [shares[i % world_size][i // world_size] for i in range(len(dataset))]
+    return [shares[i % world_size][i // world_size] for i in range(len(dataset.sources))]
 
 
 def load_data(

@@ -82,6 +82,23 @@ def list_items(data_dir: str, dataset_mode: str, is_train: bool = True) -> list[
     return [Item(stem, images[stem], class_masks.get(stem), inst_masks.get(stem)) for stem in sorted(images)]
 
 
+def list_images(folder: str) -> list[Item]:
+    """
+    List images that have no masks.
+
+    :param folder: a folder, or blobfile URL, of images.
+    :return: the images as items without masks, sorted by stem.
+    :raises ValueError: where there is none.
+    :raises FileNotFoundError: where there is no such folder.
+    """
+    if not bf.isdir(folder):
+        raise FileNotFoundError(f"--appearance_dir {folder} is not a folder: give one of images")
+    images = _by_stem(folder)
+    if not images:
+        raise ValueError(f"--appearance_dir {folder} holds no image ({', '.join(EXTENSIONS)})")
+    return [Item(stem, images[stem], None, None) for stem in sorted(images)]
+
+
 def _check_complete(data_dir: str) -> None:
     """Refuse what an interrupted scripts/prepare_monuseg.py left, by the manifest that it begins with."""
     manifest = bf.join(data_dir, "prepare.json")

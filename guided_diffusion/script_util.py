@@ -64,6 +64,7 @@ def data_defaults() -> dict[str, Any]:
         data_dir="",
         dataset_mode="monuseg",
         augment=False,
+        stain_jitter=0.0,
         preserve_nuclei_col=False,
         subsample=1.0,
         shuffle_masks=False,
@@ -76,6 +77,10 @@ def data_defaults() -> dict[str, Any]:
 
 def check_data_flags(flags: dict[str, Any]) -> None:
     """:raises ValueError: where a number among data_defaults is out of range, whatever the data."""
+    if not 0 <= flags["stain_jitter"] < 1:
+        raise ValueError(f"--stain_jitter {flags['stain_jitter']} must be in [0, 1)")
+    if flags["stain_jitter"] and flags["in_channels"] != 3:
+        raise ValueError(f"--stain_jitter with --in_channels {flags['in_channels']}: only RGB images have stains")
     if not 0 <= flags["seed"] < 2**63:
         raise ValueError(f"--seed {flags['seed']} is out of range: give 0 to 2**63 - 1")
     if flags["num_workers"] < 0:

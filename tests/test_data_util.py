@@ -10,10 +10,14 @@ import pytest
 
 from guided_diffusion import data_util
 from guided_diffusion.data_util import (
+    STAINS,
     area_properties,
+    haematoxylin_histogram,
     match_app,
     match_scores,
+    match_shares,
     match_struct,
+    nuclear_shares,
     shape_properties,
     shuffled,
     stain_descriptor,
@@ -254,3 +258,45 @@ def test_shuffles_are_the_legacy_generators():
 def test_bad_subsample(fraction):
     with pytest.raises(ValueError, match=rf"--subsample {fraction}"):
         subsample_indices(10, fraction)
+
+
+# ---- images without masks ----
+
+
+def stained(amounts: np.ndarray) -> np.ndarray:
+    """An image of haematoxylin alone, from its amounts in units of optical density, [H x W]."""
+    return np.clip(np.rint(256 * 10 ** -(amounts[..., None] * STAINS[0]) - 1), 0, 255).astype(np.uint8)
+
+
+def test_the_histogram_counts_amounts_of_haematoxylin():
+    amounts = np.repeat([0.0, 0.33, 0.83, 9.0], 4).reshape(4, 4)
+    counts = haematoxylin_histogram(stained(amounts))
+    assert len(counts) == 64 and np.flatnonzero(counts).tolist() == [0, 13, 33, 63] and set(counts[counts > 0]) == {4}
+
+
+def test_shares_of_nuclei_by_the_threshold_of_their_slide():
+    """A pale slide's nuclei are paler than a dark one's background."""
+    rng = np.random.default_rng(0)
+    histograms, expected = [], []
+    for low, high in ((0.1, 0.4), (0.5, 1.1)):
+        for share in (0.0, 0.25, 0.5):
+            nuclei = np.arange(1024).reshape(32, 32) < share * 1024
+            amounts = np.where(nuclei, high, low) + rng.normal(0, 0.02, (32, 32))
+            histograms.append(haematoxylin_histogram(stained(amounts)))
+            expected.append(share)
+    shares = nuclear_shares(np.array(histograms), ["pale"] * 3 + ["dark"] * 3)
+    np.testing.assert_allclose(shares, expected, atol=0.01)
+    assert nuclear_shares(np.eye(64)[:1], ["of one grey"]).shape == (1,)
+
+
+@pytest.mark.parametrize("count", [1, 5, 200])
+def test_matched_shares_against_brute_force(count):
+    rng = np.random.default_rng(count)
+    shares, candidates = rng.random(300).round(2), rng.random(count).round(2)
+    chosen = match_shares(shares, candidates, 7)
+    np.testing.assert_array_equal(chosen, match_shares(shares, candidates, 7))
+    for share, index in zip(shares, chosen):
+        distances = np.sort(abs(candidates - share))
+        assert abs(candidates[index] - share) <= distances[min(19, count) - 1] + 1e-12
+    if count == 200:
+        assert len(set(chosen.tolist())) > 100 and len({match_shares(shares, candidates, s)[0] for s in range(40)}) > 5

@@ -101,6 +101,22 @@ def test_samples_by_definition(data_dir, preserve, appearance):
         assert type(cond["index"]) is int and type(cond["path"]) is type(cond["structure_path"]) is str
 
 
+@pytest.mark.parametrize("appearance", [0, 3])
+def test_jittered_stains(data_dir, appearance):
+    """The image and its colour map change together, anew in each epoch; masks do not, nor what is kept in memory."""
+    plain, own = dataset(data_dir, seed=5), dataset(data_dir, seed=5, stain_jitter=0.35)
+    plain.appearance[0] = own.appearance[0] = appearance
+    images = []
+    for epoch in (0, 1, 0):
+        (x, cond), (before, unchanged) = own[epoch, 0], plain[epoch, 0]
+        assert not th.equal(x, before) and th.equal(cond["label"], unchanged["label"])
+        assert th.equal(cond["instance"], unchanged["instance"])
+        colours = [sorted(map(tuple, part.flatten(1).T.tolist())) for part in (x, cond["col_map"])]
+        assert colours[0] == colours[1]
+        images.append(x)
+    assert th.equal(images[0], images[2]) and not th.equal(images[0], images[1])
+
+
 # ---- what is kept in memory ----
 
 
@@ -225,6 +241,34 @@ def test_appearance_by_features(data_dir):
 def test_other_slides_need_something_to_match_by(data_dir):
     with pytest.raises(ValueError, match="--match_other_slide True needs --match_struct True or --match_app True"):
         dataset(data_dir, match_other_slide=True)
+
+
+@pytest.mark.parametrize("match_struct", [False, True])
+def test_appearance_of_images_without_masks(data_dir, tmp_path, match_struct):
+    for k in range(30):
+        Image.fromarray(draw_patch(100 + k)[0]).save(tmp_path / f"other_{k:03d}.png")
+    options = dict(appearance_dir=str(tmp_path), match_struct=match_struct)
+    own, again = dataset(data_dir, **options), dataset(data_dir, **options)
+    np.testing.assert_array_equal(own.appearance, again.appearance)
+    assert len(own) == 8 and len(set(own.appearance)) > 3
+    for index in range(8):
+        x, cond = own[0, index]
+        number = int(own.appearance[index]) - 8
+        np.testing.assert_array_equal(((x + 1) * 127.5).round().permute(1, 2, 0), draw_patch(100 + number)[0])
+        assert cond["path"] == str(tmp_path / f"other_{number:03d}.png")
+        np.testing.assert_array_equal(cond["label"].permute(1, 2, 0), gen_instance_hv_map(draw_patch(index)[1]))
+    own.prepare()
+    if match_struct:
+        histograms = [data_util.haematoxylin_histogram(draw_patch(100 + k)[0]) for k in range(30)]
+        estimates = data_util.nuclear_shares(np.array(histograms), ["other"] * 30)
+        shares = np.array([(draw_patch(k)[1] > 0).mean() for k in range(8)])
+        np.testing.assert_array_equal(own.appearance, 8 + data_util.match_shares(shares, estimates, 0))
+
+
+@pytest.mark.parametrize("option", ["match_app", "match_other_slide", "shuffle_masks"])
+def test_images_without_masks_are_not_matched_otherwise(data_dir, option):
+    with pytest.raises(ValueError, match=f"--appearance_dir {data_dir} with --match_app, --match_other_slide or"):
+        dataset(data_dir, appearance_dir=str(data_dir), **{option: True})
 
 
 def test_matching_needs_a_second_image(tmp_path):

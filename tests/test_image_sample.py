@@ -415,6 +415,9 @@ MISTAKES = {
         ["--match_app", "True", "--match_struct", "True", "--features", "f"],
         "--features f needs",
     ),
+    "no appearances": (["--appearance_dir", "nowhere"], "--appearance_dir nowhere is not a folder"),
+    "no appearance": (["--appearance_dir", str(ROOT / "scripts")], "--appearance_dir .*/scripts holds no image"),
+    "jitter": (["--stain_jitter", "-0.1"], r"--stain_jitter -0.1 must be in \[0, 1\)"),
     "other slide": (["--match_other_slide", "True"], "--match_other_slide True needs --match_struct"),
 }
 
@@ -427,6 +430,21 @@ def test_mistakes_give_one_line_and_write_nothing(data_dir, model_path, tmp_path
     assert stop.value.code == 2 and not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(message, error), error
+
+
+def test_appearance_of_images_without_masks(data_dir, model_path, tmp_path):
+    """Jittered, too: images/ then has what the sample's colours were taken from."""
+    folder = tmp_path / "unannotated"
+    folder.mkdir()
+    Image.fromarray(draw_patch(50)[0]).save(folder / "other_000.png")
+    for jitter in ("0", "0.3"):
+        extra = ["--appearance_dir", str(folder), "--stain_jitter", jitter, "--num_samples", "2"]
+        out = run(data_dir, model_path, tmp_path / jitter, *extra)
+        rows = manifest(out)
+        assert {row["appearance"] for row in rows} == {str(folder / "other_000.png")}
+        assert [Path(row["structure"]).stem for row in rows] == ["slide-0_000", "slide-0_001"]
+        image = np.asarray(Image.open(out / "images" / f"{rows[0]['stem']}.png"))
+        assert np.array_equal(image, draw_patch(50)[0][8:24, 8:24]) == (jitter == "0")
 
 
 def test_appearance_by_features(data_dir, model_path, tmp_path):

@@ -291,6 +291,8 @@ MISTAKES = {
     "ema": (["--ema_rate", "1"], "--ema_rate 1"),
     "drop": (["--drop_rate", "2"], "--drop_rate 2"),
     "seed": (["--seed", "-1"], "--seed -1"),
+    "jitter": (["--stain_jitter", "1"], r"--stain_jitter 1.0 must be in \[0, 1\)"),
+    "grey jitter": (["--stain_jitter", "0.1", "--in_channels", "1"], "--stain_jitter with --in_channels 1"),
     "large seed": (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is out of range"),
     "workers": (["--num_workers", "-1"], "--num_workers -1"),
     "nan": (["--lr", "nan"], "--lr nan"),
