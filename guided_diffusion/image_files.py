@@ -56,12 +56,7 @@ def list_items(data_dir: str, dataset_mode: str, is_train: bool = True) -> list[
     """
     if dataset_mode not in LAYOUTS:
         raise ValueError(f"unknown --dataset_mode {dataset_mode!r}: choose one of {', '.join(LAYOUTS)}")
-    try:
-        found = bool(data_dir) and bf.isdir(data_dir)
-    except bf.Error as error:
-        raise ValueError(f"--data_dir {data_dir} cannot be read: {error}") from None
-    if not found:
-        raise FileNotFoundError(f"--data_dir {data_dir!r} is not a folder: give the one that holds the splits")
+    _require_folder("--data_dir", data_dir, "the one that holds the splits")
     _check_complete(data_dir)
     layout = LAYOUTS[dataset_mode]
     split = layout.train if is_train else layout.test
@@ -91,12 +86,20 @@ def list_images(folder: str) -> list[Item]:
     :raises ValueError: where there is none.
     :raises FileNotFoundError: where there is no such folder.
     """
-    if not bf.isdir(folder):
-        raise FileNotFoundError(f"--appearance_dir {folder} is not a folder: give one of images")
+    _require_folder("--appearance_dir", folder, "one of images")
     images = _by_stem(folder)
     if not images:
         raise ValueError(f"--appearance_dir {folder} holds no image ({', '.join(EXTENSIONS)})")
     return [Item(stem, images[stem], None, None) for stem in sorted(images)]
+
+
+def _require_folder(flag: str, folder: str, wanted: str) -> None:
+    try:
+        found = bool(folder) and bf.isdir(folder)
+    except bf.Error as error:
+        raise ValueError(f"{flag} {folder} cannot be read: {error}") from None
+    if not found:
+        raise FileNotFoundError(f"{flag} {folder!r} is not a folder: give {wanted}")
 
 
 def _check_complete(data_dir: str) -> None:

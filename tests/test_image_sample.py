@@ -415,7 +415,7 @@ MISTAKES = {
         ["--match_app", "True", "--match_struct", "True", "--features", "f"],
         "--features f needs",
     ),
-    "no appearances": (["--appearance_dir", "nowhere"], "--appearance_dir nowhere is not a folder"),
+    "no appearances": (["--appearance_dir", "nowhere"], "--appearance_dir 'nowhere' is not a folder: give one"),
     "no appearance": (["--appearance_dir", str(ROOT / "scripts")], "--appearance_dir .*/scripts holds no image"),
     "jitter": (["--stain_jitter", "-0.1"], r"--stain_jitter -0.1 must be in \[0, 1\)"),
     "other slide": (["--match_other_slide", "True"], "--match_other_slide True needs --match_struct"),
