@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     if dist_util.rank():
         logger.set_level(logger.ERROR)
     checkpoints = find_checkpoints(args.model_path)
-    check_results_path(args.results_path, args.data_dir)
+    check_results_path(args.results_path, args.data_dir, args.appearance_dir)
     run = {name: value for name, value in vars(args).items() if name not in HOW}
     if not args.overwrite:
         check_same_run(args.results_path, run)

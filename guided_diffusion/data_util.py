@@ -2,7 +2,7 @@
 Which images stand beside which structures: shape properties, stain descriptors, matching, shuffling, subsampling.
 
 Owns the choice of indices. Knows nothing of files, ranks or batches: it sees arrays of one value or one vector per
-image and answers with indices into the same set. Randomness comes from seeds in the arguments; NumPy's global
+image and answers with indices. Randomness comes from seeds in the arguments; NumPy's global
 generator is never touched.
 """
 
@@ -161,7 +161,7 @@ def nuclear_shares(histograms: np.ndarray, slides: Sequence[str]) -> np.ndarray:
 
     :param histograms: an [N x 64] array of haematoxylin_histogram's.
     :param slides: the slide of each image; Otsu's threshold is that of all pixels of a slide.
-    :return: an [N] array in [0, 1].
+    :return: an [N] array in [0, 1]; 0 on a slide of one amount alone.
     """
     shares = np.empty(len(histograms))
     names, codes = np.unique(np.asarray(slides), return_inverse=True)
@@ -172,13 +172,16 @@ def nuclear_shares(histograms: np.ndarray, slides: Sequence[str]) -> np.ndarray:
 
 
 def _otsu(histogram: np.ndarray) -> int:
-    """:return: the first bin of the upper of two classes with the largest variance between them."""
-    bins = np.arange(len(histogram))
-    below, mass = np.cumsum(histogram)[:-1], np.cumsum(histogram * bins)[:-1]
-    above = histogram.sum() - below
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (mass / below - ((histogram * bins).sum() - mass) / above) ** 2
-    return 1 + int(np.argmax(np.nan_to_num(between, nan=-1.0)))
+    """:return: the first bin of the upper of two classes with the largest variance between them; else how many bins."""
+    share = histogram / histogram.sum()
+    below, mass = np.cumsum(share)[:-1], np.cumsum(share * np.arange(len(share)))
+    above = 1 - below
+    split = (below > 0) & (np.cumsum(histogram)[:-1] < histogram.sum())
+    if not split.any():
+        return len(histogram)
+    # The squared distance of the classes' means, times both their shares.
+    between = (mass[-1] * below - mass[:-1]) ** 2 / np.where(split, below * above, 1)
+    return 1 + int(np.argmax(np.where(split, between, -1)))
 
 
 def match_shares(shares: np.ndarray, candidates: np.ndarray, seed: int) -> np.ndarray:
@@ -189,13 +192,16 @@ def match_shares(shares: np.ndarray, candidates: np.ndarray, seed: int) -> np.nd
     :param seed: of the draw among the 19 nearest.
     :return: an [N] int64 array of indices of candidates.
     """
+    rng = np.random.default_rng(seed)
     order = np.argsort(candidates, kind="stable")
     ascending = candidates[order]
     n_near = min(NEAREST, len(candidates))
-    rank = np.random.default_rng(seed).integers(n_near, size=len(shares))
+    rank = rng.integers(n_near, size=len(shares))
+    # Where each would stand: among equals, anywhere.
+    places = rng.integers(*(np.searchsorted(ascending, shares, side) for side in ("left", "right")), endpoint=True)
     chosen = np.empty(len(shares), np.int64)
-    for i, (share, place) in enumerate(zip(shares, np.searchsorted(ascending, shares))):
-        start = max(place - n_near, 0)  # the nearest all lie within so many places of where it would stand
+    for i, (share, place) in enumerate(zip(shares, places)):
+        start = max(place - n_near, 0)  # the nearest lie within so many places
         near = np.argsort(abs(ascending[start : place + n_near] - share), kind="stable")
         chosen[i] = order[start + near[rank[i]]]
     return chosen

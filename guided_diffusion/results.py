@@ -231,9 +231,9 @@ class BackgroundWriter:
             raise self._error
 
 
-def check_results_path(path: str, data_dir: str = "") -> None:
+def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "") -> None:
     """
-    :param data_dir: the data that are sampled from.
+    :param data_dir: the data that are sampled from; appearance_dir: the images without masks.
     :raises ValueError: where a results folder cannot be made at the path, or would mix with the data.
     """
     if not path:
@@ -244,6 +244,8 @@ def check_results_path(path: str, data_dir: str = "") -> None:
     split = results.relative_to(data).parts[:1] if data_dir and results.is_relative_to(data) else None
     if (split is not None and (data.joinpath(*split) / "images").is_dir()) or split == ():
         raise ValueError(f"--results_path {path} lies among the images of --data_dir {data_dir}: give another folder")
+    if appearance_dir and results.is_relative_to(Path(appearance_dir).resolve()):
+        raise ValueError(f"--results_path {path} lies in --appearance_dir {appearance_dir}: give another folder")
     nearest = Path(path)
     while not os.path.lexists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
@@ -274,7 +276,8 @@ def check_same_run(path: str, config: dict[str, Any]) -> None:
     except ValueError:
         raise ValueError(f"{file} does not parse: give another --results_path, or --overwrite True") from None
     for name in sorted({*before, *config}):
-        if before.get(name) != config.get(name):
+        # A flag that came after the run began was at its default, which changes nothing.
+        if before.get(name) != config.get(name) and (name in before or config[name]):
             raise ValueError(
                 f"--results_path {path} was begun with --{name} {before.get(name)}, this run has "
                 f"{config.get(name)}: give another folder, or --overwrite True to start anew"

@@ -230,7 +230,8 @@ def find_originals(items: Sequence[image_files.Item | None], inst_maps: np.ndarr
 def structure_metric(segmenter: Segmenter) -> StructureMetric:
     """
     :return: a metric of how well a segmenter finds the nuclei that patches should show, f1 and aji, and those of the
-        real patches that have the same masks, where they are known: what perfect samples would reach.
+        real patches that have the same masks, where they are known: what perfect samples would reach. Of a segmenter
+        that was trained on those patches, that is more than new samples can.
     """
 
     def agreement(name: str, images: np.ndarray, patches: PatchSet) -> Figures:

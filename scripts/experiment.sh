@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does it help? A segmenter trained on a share of the real slides; on those and synthetic patches made from them,
+# Does it help? A segmenter trained on a share of the real slides; on those and synthetic patches of their structures,
 # filtered and not; with plain colour augmentation in place of those, and on top of them. Each share and seed has a
 # diffusion model of its own, which has seen that share's slides alone; all segmenters are tested on the same whole test
 # slides.
@@ -16,7 +16,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 source "$ROOT/scripts/stages.sh"
 
 need 2 "bash scripts/experiment.sh RAW OUT [CONFIG]" "$@"
-raw=${1%/} out=${2%/} config=${3:-$ROOT/scripts/experiment.conf}
+raw=$(realpath -ms -- "$1") out=$(realpath -ms -- "$2") config=${3:-$ROOT/scripts/experiment.conf}
 need_file "$config" CONFIG
 [[ -d $raw ]] || die "RAW $raw is not a folder: give the one the archives were unpacked in"
 if [[ -f $out/config ]] && ! cmp -s "$config" "$out/config"; then
@@ -36,9 +36,9 @@ begin_stages "$out"
 cp -- "$config" "$out/config"
 python=${PYTHON:-python}
 
-# segmenter VARIANT DATA FLAGS...: train one on a data folder, and test it.
+# segmenter VARIANT DATA FLAGS...: train one on a data folder, and test it. No later stage needs it.
 segmenter() {
-    local variant=$1 data=$2
+    local variant=$1 data=$2 before=$before
     shift 2
     resumed "$name-$variant-train" "$here/$variant/result.json" "$python" "$ROOT/scripts/train_segmenter.py" "$data" \
         --out "$here/$variant" --seed "$seed" "${SEGMENTER_FLAGS[@]}" "$@"
@@ -85,9 +85,11 @@ for name in ${CELLS:-${cells[@]}}; do
         --num_samples "$SAMPLES" "${subsample[@]}" --s "$S" --seed "$seed" "${SAMPLE_FLAGS[@]}"
     stage "$name-filter" "$here/ood/report.json" "$python" "$ROOT/scripts/filter_ood.py" \
         --real "$here/slides" --synthetic "$here/samples" --out "$here/ood" --seed "$seed" "${FILTER_FLAGS[@]}"
+    filtered=$before
     mix unfiltered "$here/samples"
     segmenter unfiltered "$here/unfiltered-set" "${PLAIN_FLAGS[@]}"
     if compgen -G "$here/ood/kept/samples/*.png" >/dev/null; then
+        before=$filtered
         mix filtered "$here/ood/kept"
         segmenter filtered "$here/filtered-set" "${PLAIN_FLAGS[@]}"
         segmenter filtered-colour "$here/filtered-set" "${COLOUR_FLAGS[@]}"

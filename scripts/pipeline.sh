@@ -5,7 +5,8 @@
 #   bash scripts/pipeline.sh RAW OUT           RAW as scripts/prepare_monuseg.py reads it
 #   bash scripts/pipeline.sh RAW OUT --toy     in minutes on a CPU, with a tiny model; RAW is drawn where it is missing
 #
-# A stage whose output is whole is skipped; one that was stopped goes on. From the environment, with the default:
+# A stage whose output is whole is skipped; one that was stopped goes on. With other settings, a stage and those after it
+# are done anew, but for trainings and samples: what was made with other settings has to be removed by hand. From the environment, with the default:
 #   CLUSTERS: labels to fine-tune on, the largest one if empty; PRETRAIN_STEPS, FINETUNE_STEPS 50000;
 #   ITERATIONS "030000 040000 050000", S_VALUES "1.3 1.4 1.5 1.6": the sweep; RATIO 1: synthetic patches a real one;
 #   BACKBONE efficientnet_lite0. flags.sh and stages.sh list what else the environment sets.
@@ -24,13 +25,15 @@ source "$ROOT/scripts/stages.sh"
 
 need 2 "bash scripts/pipeline.sh RAW OUT [--toy]" "$@"
 (($# == 2 + ${toy:-0})) || die "usage: bash scripts/pipeline.sh RAW OUT [--toy]"
-raw=${1%/} out=${2%/}
+raw=$(realpath -ms -- "$1") out=$(realpath -ms -- "$2")
 python=${PYTHON:-python}
 backbone=${BACKBONE:-efficientnet_lite0}
 patch_flags=(--patch_size 128 --stride 128)
 cluster_flags=(--reduce umap --cluster hdbscan)
-filter_flags=() model_flags=() train_flags=()
+filter_flags=() model_flags=()
 rate=${EMA_RATE:-0.9999}
+[[ -z $toy ]] || rate=0.9
+train_flags=(--ema_rate "$rate")
 if [[ -n $toy ]]; then
     patch_flags=(--patch_size 64 --stride 64 --resize 16)
     cluster_flags=(--reduce pca --cluster kmeans --n_clusters 2)
@@ -39,8 +42,7 @@ if [[ -n $toy ]]; then
         --image_size 16 --num_channels 32 --channel_mult 1,1 --num_res_blocks 1 --num_head_channels 16
         --attention_resolutions 8 --learn_sigma False --predict_xstart True --num_workers 0
     )
-    rate=0.9
-    train_flags=(--lr 5e-4 --ema_rate "$rate" --val_interval 10 --use_checkpoint False --preview_samples 1)
+    train_flags+=(--lr 5e-4 --val_interval 10 --use_checkpoint False --preview_samples 1)
 fi
 [[ -n $toy || -d $raw ]] || die "RAW $raw is not a folder: give the one the archives were unpacked in"
 begin_stages "$out"
@@ -77,8 +79,9 @@ read -ra labels <<<"${CLUSTERS:-$(largest)}"
 pretrain_steps=${PRETRAIN_STEPS:-50000} finetune_steps=${FINETUNE_STEPS:-50000}
 export ITERATIONS=${ITERATIONS:-030000 040000 050000} S_VALUES=${S_VALUES:-1.3 1.4 1.5 1.6} EMA_RATE=$rate
 pretrained=$out/pretrain/ema_${rate}_$(printf %06d "$pretrain_steps").pt
-trained_with="${IMAGE_SIZE:-} ${BATCH_SIZE:-} ${LR:-}"
-sampled_with="$ITERATIONS $S_VALUES $rate ${KIND:-} ${IMAGE_SIZE:-} ${NUM_SAMPLES:-} ${SAMPLER:-} ${NUM_STEPS:-}"
+trained_with="IMAGE_SIZE=${IMAGE_SIZE:-} BATCH_SIZE=${BATCH_SIZE:-} LR=${LR:-}"
+sampled_with="ITERATIONS=$ITERATIONS S_VALUES=$S_VALUES EMA_RATE=$rate KIND=${KIND:-} IMAGE_SIZE=${IMAGE_SIZE:-}"
+sampled_with+=" SAMPLER=${SAMPLER:-} NUM_STEPS=${NUM_STEPS:-} NUM_SAMPLES=${NUM_SAMPLES:-}"
 before=$prepared # pretraining needs no clusters
 settings=$trained_with OPENAI_LOGDIR=$out/pretrain resumed pretrain "$pretrained" bash "$ROOT/scripts/train.sh" "$patches" \
     --max_steps "$pretrain_steps" "${model_flags[@]}" "${train_flags[@]}"

@@ -16,13 +16,15 @@ begin_stages() {
 # What the stages before this one were run with, as a checksum: where that has changed, the stage is done anew. Stages
 # that do not need each other can each be given the same one.
 before=
+# What decides the output of a stage besides its command line.
+settings=
 
 # stage NAME OUTPUT COMMAND...: run a command unless it has been run as it stands, after the same stages as now, and its
-# output is there. "settings" may hold what decides the output besides the command line.
+# output is there.
 stage() {
     local name=$1 output=$2 status=0 left record=$stages/$1 what
     shift 2
-    what="$(without_launcher "$@") ${settings:-}"$'\n'"after $before"
+    what="$(without_launcher "$@") $settings"$'\n'"after $before"
     before=$(cksum <<<"$what")
     if [[ -e $output && -f $record && $(<"$record") == "$what" ]]; then
         return
@@ -45,20 +47,28 @@ stage() {
     mv -- "$record.begun" "$record"
 }
 
-# resumed NAME FOLDER/FILE COMMAND...: a stage whose command goes on from what it left in FOLDER. It must not where a
-# stage before it has changed.
+# resumed NAME FOLDER/FILE COMMAND...: a stage whose command goes on from what it left in FOLDER. It must not with other
+# settings, nor where a stage before it has changed; more steps or samples are no other settings.
 resumed() {
-    local folder=${2%/*} record
+    local folder=${2%/*} record now
+    now="$(without_launcher "${@:3}") $settings"
     for record in "$stages/$1" "$stages/$1.begun"; do
-        if [[ -e $folder && -f $record && $(tail -n 1 "$record") != "after $before" ]]; then
+        [[ -e $folder && -f $record ]] || continue
+        if [[ $(tail -n 1 "$record") != "after $before" ]]; then
             die "stage $1 was begun before an earlier one changed: remove $folder, or give another OUT"
+        elif [[ $(head -n 1 "$record" | without_amounts) != "$(without_amounts <<<"$now")" ]]; then
+            die "stage $1 was begun with other settings: remove $folder, or give another OUT"
         fi
     done
     stage "$@"
 }
 
-# without_launcher COMMAND...: the command from the project's script on, so that another count of processes, another
-# interpreter, or another place of the project is no other command.
+without_amounts() {
+    sed -E 's/--max_steps [0-9]+|NUM_SAMPLES=[0-9]*//g'
+}
+
+# without_launcher COMMAND...: the command from the project's script on: another count of processes, another interpreter,
+# or another place of the project may go on from the same files.
 without_launcher() {
     local i
     for ((i = 1; i < $#; i++)); do

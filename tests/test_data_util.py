@@ -286,7 +286,13 @@ def test_shares_of_nuclei_by_the_threshold_of_their_slide():
             expected.append(share)
     shares = nuclear_shares(np.array(histograms), ["pale"] * 3 + ["dark"] * 3)
     np.testing.assert_allclose(shares, expected, atol=0.01)
-    assert nuclear_shares(np.eye(64)[:1], ["of one grey"]).shape == (1,)
+    many = np.array(histograms) * 10**7  # as many pixels as slides have, and more
+    np.testing.assert_array_equal(nuclear_shares(many, ["pale"] * 3 + ["dark"] * 3), shares)
+
+
+def test_a_slide_of_one_amount_has_no_nuclei():
+    assert nuclear_shares(np.eye(64)[[0, 7]] * 9, ["glass", "pale glass"]).tolist() == [0, 0]
+    assert nuclear_shares(np.eye(64)[[3, 7]] * 9, ["both", "both"]).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("count", [1, 5, 200])
@@ -298,5 +304,7 @@ def test_matched_shares_against_brute_force(count):
     for share, index in zip(shares, chosen):
         distances = np.sort(abs(candidates - share))
         assert abs(candidates[index] - share) <= distances[min(19, count) - 1] + 1e-12
+    equal = match_shares(np.zeros(300), np.zeros(count), 7)
+    assert len(set(equal.tolist())) > 0.7 * count
     if count == 200:
         assert len(set(chosen.tolist())) > 100 and len({match_shares(shares, candidates, s)[0] for s in range(40)}) > 5

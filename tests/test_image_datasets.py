@@ -258,6 +258,7 @@ def test_appearance_of_images_without_masks(data_dir, tmp_path, match_struct):
         assert cond["path"] == str(tmp_path / f"other_{number:03d}.png")
         np.testing.assert_array_equal(cond["label"].permute(1, 2, 0), gen_instance_hv_map(draw_patch(index)[1]))
     own.prepare()
+    assert sorted(own._hv_maps) == list(range(8))
     if match_struct:
         histograms = [data_util.haematoxylin_histogram(draw_patch(100 + k)[0]) for k in range(30)]
         estimates = data_util.nuclear_shares(np.array(histograms), ["other"] * 30)

@@ -166,6 +166,14 @@ def test_path_that_is_a_file(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_results_do_not_mix_with_appearances(tmp_path):
+    (tmp_path / "unannotated").mkdir()
+    check_results_path(str(tmp_path / "out"), appearance_dir=str(tmp_path / "unannotated"))
+    for path in (tmp_path / "unannotated", tmp_path / "unannotated" / "out"):
+        with pytest.raises(ValueError, match=r"--results_path .* lies in --appearance_dir"):
+            check_results_path(str(path), appearance_dir=str(tmp_path / "unannotated"))
+
+
 def test_another_run_is_refused_by_name(tmp_path):
     path = str(tmp_path / "out")
     check_same_run(path, {"s": "1.5"})
@@ -173,6 +181,9 @@ def test_another_run_is_refused_by_name(tmp_path):
     check_same_run(path, {"s": "1.5", "seed": 0})
     with pytest.raises(ValueError, match="begun with --s 1.5, this run has 1.6"):
         check_same_run(path, {"s": "1.6", "seed": 0})
+    check_same_run(path, {"s": "1.5", "seed": 0, "a_later_flag": ""})
+    with pytest.raises(ValueError, match="begun with --a_later_flag None, this run has on"):
+        check_same_run(path, {"s": "1.5", "seed": 0, "a_later_flag": "on"})
     Path(path, "run.json").write_text("{")
     with pytest.raises(ValueError, match="does not parse"):
         check_same_run(path, {})

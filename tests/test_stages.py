@@ -110,9 +110,22 @@ def test_what_goes_on_from_its_files_is_refused_after_another_stage(stages, tmp_
     assert run.returncode == 2 and run.stderr == (
         f"error: stage train was begun before an earlier one changed: remove {folder}, or give another OUT\n"
     )
+    if not stopped:  # a record, not what was begun
+        other = stages("before=a", f"settings=LR=2 resumed train {folder}/done {make}")
+        assert other.returncode == 2 and "stage train was begun with other settings: remove" in other.stderr
     folder.rmdir() if stopped else shutil.rmtree(folder)
     again = f"bash -c 'mkdir -p {folder}; touch {folder}/done'"
     assert stages("before=b", f"resumed train {folder}/done {again}").returncode == 0
+
+
+def test_what_goes_on_may_go_on_for_longer(stages, tmp_path):
+    (tmp_path / "run").mkdir()
+    for steps, samples in ((10, 4), (20, 4), (20, 8)):
+        output = tmp_path / "run" / f"{steps}-{samples}"
+        (tmp_path / "step.sh").write_text(f"echo x >>{tmp_path}/runs; touch {output}\n")
+        line = f"resumed train {output} bash {tmp_path}/step.sh --max_steps {steps}"
+        assert stages(f"settings=NUM_SAMPLES={samples} {line}").returncode == 0
+    assert times(tmp_path) == 3
 
 
 def test_the_launcher_is_no_part_of_a_stage(stages, tmp_path):
