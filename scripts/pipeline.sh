@@ -5,8 +5,9 @@
 #   bash scripts/pipeline.sh RAW OUT           RAW as scripts/prepare_monuseg.py reads it
 #   bash scripts/pipeline.sh RAW OUT --toy     in minutes on a CPU, with a tiny model; RAW is drawn where it is missing
 #
-# A stage whose output is whole is skipped; one that was stopped goes on. With other settings, a stage and those after it
-# are done anew, but for trainings and samples: what was made with other settings has to be removed by hand. From the environment, with the default:
+# A stage whose output is whole is skipped; one that was stopped goes on. With other settings a stage is done anew, and
+# so are those after it, but for trainings and samples: what the old settings made has to be removed by hand.
+# From the environment, with the default:
 #   CLUSTERS: labels to fine-tune on, the largest one if empty; PRETRAIN_STEPS, FINETUNE_STEPS 50000;
 #   ITERATIONS "030000 040000 050000", S_VALUES "1.3 1.4 1.5 1.6": the sweep; RATIO 1: synthetic patches a real one;
 #   BACKBONE efficientnet_lite0. flags.sh and stages.sh list what else the environment sets.
@@ -83,16 +84,18 @@ trained_with="IMAGE_SIZE=${IMAGE_SIZE:-} BATCH_SIZE=${BATCH_SIZE:-} LR=${LR:-}"
 sampled_with="ITERATIONS=$ITERATIONS S_VALUES=$S_VALUES EMA_RATE=$rate KIND=${KIND:-} IMAGE_SIZE=${IMAGE_SIZE:-}"
 sampled_with+=" SAMPLER=${SAMPLER:-} NUM_STEPS=${NUM_STEPS:-} NUM_SAMPLES=${NUM_SAMPLES:-}"
 before=$prepared # pretraining needs no clusters
-settings=$trained_with OPENAI_LOGDIR=$out/pretrain resumed pretrain "$pretrained" bash "$ROOT/scripts/train.sh" "$patches" \
+settings=$trained_with OPENAI_LOGDIR=$out/pretrain resumed pretrain "$pretrained" \
+    bash "$ROOT/scripts/train.sh" "$patches" \
     --max_steps "$pretrain_steps" "${model_flags[@]}" "${train_flags[@]}"
 trunk="$clustered $before" branches=() sampled=()
 for label in "${labels[@]}"; do
     before=$trunk
-    settings=$trained_with OPENAI_LOGDIR=$out/finetune resumed "finetune-$label" "$out/finetune-clus$label/result.json" \
+    tuned=$out/finetune-clus$label
+    settings=$trained_with OPENAI_LOGDIR=$out/finetune resumed "finetune-$label" "$tuned/result.json" \
         bash "$ROOT/scripts/finetune.sh" "$clusters" "$pretrained" "$label" -- \
         --max_steps "$finetune_steps" "${model_flags[@]}" "${train_flags[@]}"
-    settings=$sampled_with resumed "samples-$label" "$out/samples/$label/sweep.png" bash "$ROOT/scripts/sample.sh" "$clusters/$label" \
-        "$out/finetune-clus$label" "$out/samples/$label" "${model_flags[@]}"
+    settings=$sampled_with resumed "samples-$label" "$out/samples/$label/sweep.png" \
+        bash "$ROOT/scripts/sample.sh" "$clusters/$label" "$tuned" "$out/samples/$label" "${model_flags[@]}"
     sampled+=("$out/samples/$label")
     branches+=("$before")
 done

@@ -67,8 +67,8 @@ without_amounts() {
     sed -E 's/--max_steps [0-9]+|NUM_SAMPLES=[0-9]*//g'
 }
 
-# without_launcher COMMAND...: the command from the project's script on: another count of processes, another interpreter,
-# or another place of the project may go on from the same files.
+# without_launcher COMMAND...: the command from the project's script on: another count of processes, interpreter or
+# place of the project may go on from the same files.
 without_launcher() {
     local i
     for ((i = 1; i < $#; i++)); do
