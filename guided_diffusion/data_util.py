@@ -2,8 +2,7 @@
 Which images stand beside which structures: shape properties, stain descriptors, matching, shuffling, subsampling.
 
 Owns the choice of indices. Knows nothing of files, ranks or batches: it sees arrays of one value or one vector per
-image and answers with indices. Randomness comes from seeds in the arguments; NumPy's global
-generator is never touched.
+image and answers with indices. Randomness comes from seeds in the arguments; NumPy's global generator is never touched.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -126,6 +126,21 @@ def test_structure_of_the_real_patches_with_the_same_masks(real, tmp_path):
     assert row["f1_originals"] == row["f1"] and row["aji_originals"] == row["aji"]
 
 
+def test_a_sweeps_originals_are_segmented_once(real, tmp_path, monkeypatch):
+    model = save_segmenter(tmp_path / "segmenter.pt", ["slide-0"])
+    for s in ("1", "2"):
+        results = write_run(tmp_path / "sweep" / f"s{s}", count=3, s=s)
+        for k in range(3):
+            mask = real / "MoNuSegTrainingData" / "inst_masks" / f"slide-{k}_000.tif"
+            shutil.copy(mask, results / "inst_masks" / f"s{k}_000.tif")
+    calls = []
+    segment = segmentation.Segmenter.segment
+    monkeypatch.setattr(segmentation.Segmenter, "segment", lambda self, image: calls.append(1) or segment(self, image))
+    metrics = run(real, tmp_path / "sweep", tmp_path / "out", "--metrics", "structure", "--segmenter", model)
+    assert len(calls) == 8 + 2 * 3 + 3  # what is held out, the samples, and their originals
+    assert metrics["runs"]["s1"]["f1_originals"] == metrics["runs"]["s2"]["f1_originals"]
+
+
 def test_a_segmenter_that_knows_the_floor_is_refused(real, sweep, tmp_path):
     model = save_segmenter(tmp_path / "segmenter.pt", ["slide-25"])
     with pytest.raises(ValueError, match="was trained on slide slide-25, which is to set"):

@@ -76,14 +76,9 @@ def test_a_stage_without_its_output(stages, tmp_path):
 
 
 def test_a_changed_stage_has_those_after_it_done_anew(stages, tmp_path):
-    def lines(flag):
-        return (
-            f"stage one {tmp_path}/first touch {tmp_path}/first {flag}",
-            f"stage two {tmp_path}/made {copies(tmp_path)}",
-        )
-
+    second = f"stage two {tmp_path}/made {copies(tmp_path)}"
     for flag in ("", "", f"{tmp_path}/other", f"{tmp_path}/other"):
-        assert stages(*lines(flag)).returncode == 0
+        assert stages(f"stage one {tmp_path}/first touch {tmp_path}/first {flag}", second).returncode == 0
     assert times(tmp_path) == 2
 
 
