@@ -8,7 +8,7 @@ from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.histology.features import load_features
 from guided_diffusion.image_datasets import load_dataset
-from guided_diffusion.results import ResultFolder, check_results_path, check_same_run, save_run
+from guided_diffusion.results import check_results_path, check_same_run, remove_run, save_run
 from guided_diffusion.samplers import SAMPLERS, make_schedule
 from guided_diffusion.script_util import (
     add_dict_to_argparser,
@@ -71,7 +71,9 @@ def resolve(argv: list[str] | None) -> argparse.Namespace:
     if not args.model_path:
         return args
     config = checkpoint.load_config(find_checkpoints(args.model_path)[0]) or {}
-    known = {name: config[name] for name in checkpoint.MODEL_FIELDS if name in config and name in vars(args)}
+    # How colours were shuffled in training is part of what the condition means, though no weight depends on it.
+    fields = (*checkpoint.MODEL_FIELDS, "preserve_nuclei_col")
+    known = {name: config[name] for name in fields if name in config and name in vars(args)}
     for name, value in known.items():
         if type(value) is not type(parser.get_default(name)):
             raise ValueError(f"config.json beside {args.model_path} has --{name} {value!r}: restore it or remove it")
@@ -182,8 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         sweep.check_count()
     if dist_util.rank() == 0:
         if args.overwrite:
-            for folder in (ResultFolder(args.results_path), *sweep.folders.values()):
-                folder.remove()
+            remove_run(args.results_path)
         save_run(args.results_path, run)
     dist_util.barrier()
     if len(schedule) == diffusion.original_num_steps > 25:

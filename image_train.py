@@ -1,6 +1,7 @@
 """Train a semantic diffusion model: python, mpiexec -n N python or torchrun image_train.py --data_dir DATA ..."""
 
 import argparse
+import contextlib
 import functools
 import json
 
@@ -146,31 +147,32 @@ def main(argv: list[str] | None = None) -> None:
         start=checkpoint.samples_seen(args.resume_checkpoint, per_step),
         **args_to_dict(args, ["num_workers", "seed"]),
     )
-    loop = TrainLoop(
-        model=model,
-        diffusion=diffusion,
-        spec=spec,
-        data=data,
-        options=options,
-        schedule_sampler=schedule_sampler,
-        validation=Validation(held_out, spec, diffusion, args.batch_size, args.seed) if held_out else None,
-        resume_checkpoint=args.resume_checkpoint,
-        init_checkpoint="" if args.resume_checkpoint else args.init_checkpoint,
-        config=config,
-    )
-    rank = dist_util.rank()
-    dist_util.agree(lambda: logger.configure() if rank == 0 else None)
-    folder = dist_util.all_gather(logger.get_dir())[0]
-    if rank == 0:
-        checkpoint.save_config(folder, config)
-    else:
-        logger.configure(folder, rank=rank)
-    logger.log(f"condition: {', '.join(spec.channel_names)}; checkpoints and logs go to {logger.get_dir()}")
-    if loop.step:
-        logger.log(f"going on from {args.resume_checkpoint}")
-    loop.run_loop()
-    if rank == 0:
-        checkpoint.save_config(folder, {"images": len(dataset), **loop.result()}, checkpoint.RESULT_NAME)
+    with contextlib.closing(data):  # an error must not leave workers behind, which the end of the process waits for
+        loop = TrainLoop(
+            model=model,
+            diffusion=diffusion,
+            spec=spec,
+            data=data,
+            options=options,
+            schedule_sampler=schedule_sampler,
+            validation=Validation(held_out, spec, diffusion, args.batch_size, args.seed) if held_out else None,
+            resume_checkpoint=args.resume_checkpoint,
+            init_checkpoint="" if args.resume_checkpoint else args.init_checkpoint,
+            config=config,
+        )
+        rank = dist_util.rank()
+        dist_util.agree(lambda: logger.configure() if rank == 0 else None)
+        folder = dist_util.all_gather(logger.get_dir())[0]
+        if rank == 0:
+            checkpoint.save_config(folder, config)
+        else:
+            logger.configure(folder, rank=rank)
+        logger.log(f"condition: {', '.join(spec.channel_names)}; checkpoints and logs go to {logger.get_dir()}")
+        if loop.step:
+            logger.log(f"going on from {args.resume_checkpoint}")
+        loop.run_loop()
+        if rank == 0:
+            checkpoint.save_config(folder, {"images": len(dataset), **loop.result()}, checkpoint.RESULT_NAME)
     logger.close()
     dist_util.shutdown()
 

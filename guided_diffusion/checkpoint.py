@@ -120,11 +120,15 @@ def _files(folder: str) -> dict[str, int]:
     return {os.path.join(folder, name): int(match[1]) for name in names if (match := pattern.fullmatch(name))}
 
 
-def prune(folder: str, keep: int) -> None:
-    """Delete the files of all but the newest so many steps of a local folder; the model goes first, as it came last."""
-    kept = steps(folder)[-keep:]
+def prune(folder: str, keep: int, newest: int) -> None:
+    """
+    Delete the files of all but the newest so many steps of a local folder; the model goes first, as it came last.
+
+    :param newest: the step that was written last. Later ones are left from a run that went back, and deleted, too.
+    """
+    kept = [step for step in steps(folder) if step <= newest][-keep:]
     for path, step in _files(folder).items():
-        if kept and step < kept[0]:
+        if kept and not kept[0] <= step <= newest:
             os.unlink(path)
 
 
@@ -132,7 +136,8 @@ def remove_leftovers(folder: str) -> None:
     """Delete what a killed run had begun to write in a local folder."""
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         if name.endswith(f".pt{ASIDE}"):
-            os.unlink(os.path.join(folder, name))
+            with contextlib.suppress(FileNotFoundError):  # another rank was faster
+                os.unlink(os.path.join(folder, name))
 
 
 def is_whole(path: str) -> bool:
@@ -173,7 +178,7 @@ def find_newest(folder: str) -> str:
 def load_training_state(model_path: str) -> dict[str, Any]:
     """:return: what lies beside a model as state_name; {} where there is none, as with the reference's. Collective."""
     path = bf.join(bf.dirname(model_path) or ".", state_name(parse_step(model_path)))
-    return load(path) if bf.exists(path) else {}
+    return load(path) if exists(path) else {}
 
 
 def samples_seen(model_path: str, per_step: int) -> int:
@@ -189,6 +194,11 @@ def samples_seen(model_path: str, per_step: int) -> int:
 
 def _is_remote(path: str) -> bool:
     return "://" in path
+
+
+def exists(path: str) -> bool:
+    """:return: whether rank 0, which reads all checkpoints, has such a file. Collective."""
+    return dist_util.all_gather(dist_util.rank() == 0 and bf.exists(path) and not bf.isdir(path))[0]
 
 
 def load(path: str) -> dict[str, Any]:
@@ -244,7 +254,7 @@ def check_weights(model: nn.Module, path: str) -> None:
         if dist_util.rank() == 0:
             check_fit(model, _parse(path, path, mmap=True), path)
 
-    if _is_remote(path) or not os.path.isfile(path):
+    if _is_remote(path) or not exists(path):
         check_fit(model, load(path), path)
     else:
         dist_util.agree(check)

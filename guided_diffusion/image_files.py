@@ -1,5 +1,6 @@
 """Files of images and masks: which belong together, and how they are read. Knows nothing of conditions or batches."""
 
+import hashlib
 import io
 import os
 import warnings
@@ -209,9 +210,9 @@ def split_slides(items: list[Item], share: float, seed: int) -> tuple[list[Item]
     count = max(1, round(share * len(slides)))
     if count == len(slides):
         raise ValueError(f"--val_share {share} leaves no training slide of {len(slides)}: give less")
-    # The last number keeps this draw apart from others by the same seed.
-    chosen = np.random.default_rng([seed, len(slides), 0, 1]).permutation(len(slides))[:count]
-    held = {slides[i] for i in chosen}
+    # By lot, but by each slide's own: what fine-tuning on a part of the slides holds out, training on all did as well,
+    # as far as the part has such a slide.
+    held = set(sorted(slides, key=lambda slide: hashlib.sha256(f"{seed} {slide}".encode()).digest())[:count])
     parts = {True: [], False: []}
     for item in items:
         parts[slide_of(item.stem) in held].append(item)

@@ -1,6 +1,7 @@
 """Samplers of training timesteps. Know losses per timestep and nothing of what they are losses of."""
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -129,6 +130,8 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
         for t, loss in zip(ts, losses):
+            if not math.isfinite(loss):  # of a step that is not taken
+                continue
             # A ring: the mean over the history does not care which slot is the oldest.
             self._history[t, self._counts[t] % self._history.shape[1]] = loss
             self._counts[t] += 1

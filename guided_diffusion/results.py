@@ -292,6 +292,17 @@ def save_run(path: str, config: dict[str, Any]) -> None:
     os.replace(aside, Path(path) / RUN)
 
 
+def remove_run(path: str) -> None:
+    """Delete what an earlier run wrote in its results folder: its own samples, and a sweep's in the folders below."""
+    for manifest in Path(path).glob(f"*/{MANIFEST}"):
+        if not (manifest.parent / RUN).exists():  # else it is the folder of another run
+            folder = ResultFolder(manifest.parent)
+            folder.remove()
+            with contextlib.suppress(OSError):  # what holds other files stays
+                folder.path.rmdir()
+    ResultFolder(path).remove()
+
+
 def _squeeze(image: np.ndarray) -> np.ndarray:
     return image[..., 0] if image.shape[2] == 1 else image
 

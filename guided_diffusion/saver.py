@@ -81,7 +81,7 @@ class Saver:
             for name, state in states.items():
                 checkpoint.save(state, self.folder, name)
             if self.keep is not None and "://" not in self.folder:
-                checkpoint.prune(self.folder, self.keep)
+                checkpoint.prune(self.folder, self.keep, newest=checkpoint.parse_step(name))
             then()
         except BaseException as error:  # it reaches the caller by check
             self._error = error

@@ -106,7 +106,7 @@ class SPADEGroupNorm(nn.Module):
             CachedCondition keeps of one.
         """
         scale, shift = self.modulation(y, tuple(x.shape[2:])) if th.is_tensor(y) else y[self]
-        h = F.group_norm(x, GROUPS)  # its statistics are fp32 in any dtype
+        h = F.group_norm(x, GROUPS)
         # A compiler finds a place for the result by itself, and cannot take one that is channels_last.
         fresh = th.is_grad_enabled() or th.compiler.is_compiling()
         return th.addcmul(shift, h, scale, out=None if fresh else h)

@@ -142,29 +142,41 @@ class Sweep:
 
         :param load_model: gives the model with a checkpoint's weights, on this rank's device; called once for each.
         """
-        share = range(dist_util.rank(), self.count, dist_util.world_size())
-        pending = {
-            pair: [k for k in share if k not in done]
-            for pair, done in ((pair, folder.finished()) for pair, folder in self.folders.items())
-        }
+        pending = self._pending()
         for folder in self.folders.values():
             folder.open()
-        total = sum(map(len, pending.values()))
-        if total < len(share) * len(pending):
-            logger.log(
-                f"{len(share) * len(pending) - total} of {len(share) * len(pending)} samples are finished already"
-            )
-        with dist_util.progress_bar(total=total, desc="sampling", unit="image") as bar, BackgroundWriter() as writer:
-            for path in self.checkpoints:
-                todo = {scale: set(pending[path, scale]) for scale in self.scales if pending[path, scale]}
-                if todo:
-                    for made in self._sample_from(load_model(path), path, todo, writer):
+        total, left = self.count * len(pending), sum(map(len, pending.values()))
+        if left < total:
+            logger.log(f"{total - left} of {total} samples are finished already")
+        shares = {path: self._share(path, pending) for path in self.checkpoints}
+        own = sum(len(ks) for share in shares.values() for ks in share.values())
+        with dist_util.progress_bar(total=own, desc="sampling", unit="image") as bar, BackgroundWriter() as writer:
+            for path, share in shares.items():
+                if not any(pending[path, scale] for scale in self.scales):
+                    continue
+                model = load_model(path)  # on all ranks, also those that have nothing left to do
+                if share:
+                    for made in self._sample_from(model, path, share, writer):
                         bar.update(made)
         dist_util.barrier()
         if dist_util.rank() == 0:
             for folder in self.folders.values():
                 folder.close()
             self._draw()
+
+    def _pending(self) -> dict[tuple[str, Scale], set[int]]:
+        """The samples that are not finished, as rank 0 finds them, so that all ranks go by the same list."""
+        pending = {}
+        if dist_util.rank() == 0:
+            for pair, folder in self.folders.items():
+                pending[pair] = set(range(self.count)) - folder.finished().keys()
+        return dist_util.all_gather(pending)[0]
+
+    def _share(self, path: str, pending: dict[tuple[str, Scale], set[int]]) -> dict[Scale, set[int]]:
+        """What this rank is to do for a checkpoint: of each sample all scales, since they share its condition."""
+        numbers = sorted(set.union(*(pending[path, scale] for scale in self.scales)))
+        mine = set(numbers[dist_util.rank() :: dist_util.world_size()])
+        return {scale: pending[path, scale] & mine for scale in self.scales if pending[path, scale] & mine}
 
     def _sample_from(
         self, model: UNetModel, path: str, todo: dict[Scale, set[int]], writer: BackgroundWriter
@@ -295,5 +307,6 @@ def _shortened(stem: str, length: int = 14) -> str:
 def free_memory(device: th.device) -> int:
     """:return: the bytes of memory that are free on a device."""
     if device.type == "cuda":
-        return th.cuda.mem_get_info(device)[0]
+        # What torch holds and does not use is free, too.
+        return th.cuda.mem_get_info(device)[0] + th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

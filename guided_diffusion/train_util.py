@@ -28,6 +28,7 @@ from .train_options import TrainOptions
 from .validation import Validation
 
 MAX_SKIPPED = 50  # steps in a row that are not finite, after which training has failed
+SKIPPED_UNSAVED = 5  # such steps in a row that are no chance any more: the checkpoints before are better than a new one
 CHECK_INTERVAL = 10  # steps between two looks at it, each of which waits for the device
 # What the progress bar shows of a row of the log, by the names it has room for.
 SHOWN = {
@@ -114,7 +115,7 @@ class TrainLoop:
         names = [name for name, _ in self.model.named_parameters()]
         for rate, params in self.ema_params.items():
             ema_path = bf.join(folder, checkpoint.ema_name(rate, self.step))
-            if not bf.exists(ema_path):
+            if not checkpoint.exists(ema_path):
                 logger.warn(f"no {ema_path}: the average at rate {rate} begins anew from the weights")
                 continue
             state = checkpoint.load(ema_path)
@@ -122,7 +123,7 @@ class TrainLoop:
             for name, param in zip(names, params):
                 param.copy_(state[name])
         opt_path = bf.join(folder, checkpoint.opt_name(self.step))
-        if bf.exists(opt_path):
+        if checkpoint.exists(opt_path):
             self._resume_optimizer(checkpoint.load(opt_path), opt_path)
         else:
             logger.warn(f"no {opt_path}: the optimiser begins anew")
@@ -215,7 +216,8 @@ class TrainLoop:
                     bar.set_postfix(shown, refresh=False)
                 if self.validation and self.step % self.options.val_interval == 0:
                     self._validate()
-                if self.step % self.options.save_interval == 0 and not self.mp_trainer.skipped_in_a_row:
+                due = self.step % self.options.save_interval == 0
+                if due and self.mp_trainer.skipped_in_a_row < SKIPPED_UNSAVED:
                     self.save()
                 if dist_util.any_rank(bool(stop)):
                     break
@@ -329,8 +331,9 @@ class TrainLoop:
     def _fits(self, size: int) -> bool:
         """Try a forward and backward pass, with what optimiser and ranks will take besides."""
         side = self.model.image_size
+        ballast = []
         try:
-            ballast = [th.empty_like(p) for p in self.model.parameters() for _ in range(2 * (not self.opt.state))]
+            ballast += [th.empty_like(p) for p in self.model.parameters() for _ in range(2 * (not self.opt.state))]
             ballast += [th.empty_like(p) for p in self.model.parameters() if dist_util.world_size() > 1]
             x = th.zeros(size, self.spec.in_channels, side, side, device=self.device)
             y = th.zeros(size, self.spec.channels, side, side, device=self.device)

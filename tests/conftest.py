@@ -3,12 +3,15 @@
 import importlib.util
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
 from PIL import Image
+
+from guided_diffusion import logger
 
 # Small tensors gain nothing from a second thread, lose much where something else runs beside, and round otherwise.
 th.set_num_threads(1)
@@ -104,11 +107,12 @@ TINY = (
 
 
 @pytest.fixture
-def logdir(tmp_path, monkeypatch) -> Path:
+def logdir(tmp_path, monkeypatch) -> Iterator[Path]:
     """Where a training run of this test writes; it is not made yet."""
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "log"))
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "log,csv")
-    return tmp_path / "log"
+    yield tmp_path / "log"
+    logger.close()  # which a run that failed has not done
 
 
 @pytest.fixture

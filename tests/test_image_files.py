@@ -112,6 +112,17 @@ def test_the_seed_chooses_the_slides():
     assert len({str(split_slides(patches(10), 0.1, seed)[1]) for seed in range(20)}) > 3
 
 
+def test_a_part_of_the_slides_holds_out_what_all_of_them_did():
+    def held_out(items):
+        return {slide_of(item.stem) for item in split_slides(items, 0.1, 0)[1]}
+
+    whole = patches(30)
+    held = sorted(held_out(whole))
+    for kept in held:  # a cluster that has one of the three, and most of the others
+        part = [item for item in whole if slide_of(item.stem) not in held or slide_of(item.stem) == kept]
+        assert kept in held_out(part)
+
+
 def test_fewer_than_three_slides_are_not_split():
     assert split_slides(patches(2), 0.9, 0) == (patches(2), [])
 

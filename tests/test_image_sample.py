@@ -148,6 +148,16 @@ def test_two_ranks_write_what_one_writes(data_dir, model_path, tmp_path):
         assert np.abs(pixels(one, row["stem"]) - pixels(tmp_path / "two", row["stem"])).max() <= 1
 
 
+def test_ranks_without_work(data_dir, model_path, tmp_path):
+    """Two of three samples are there, so one of the ranks has nothing to do, but takes part in loading the model."""
+    out = run(data_dir, model_path, tmp_path / "out", "--num_samples", "2")
+    mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable, "image_sample.py"]
+    command = [*mpiexec, *flags(data_dir, model_path, out, "--num_samples", "3")]
+    two = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert two.returncode == 0, two.stderr
+    assert "2 of 3 samples are finished already" in two.stdout and len(manifest(out)) == 3
+
+
 # ---- sweeps ----
 
 
@@ -190,6 +200,17 @@ def assert_same(left, right):
             assert np.abs(a - b).max() <= 1, name
         else:
             assert left[name] == right[name], name
+
+
+def test_overwrite_takes_an_earlier_sweep_away(data_dir, model_path, tmp_path):
+    out = run(data_dir, model_path, tmp_path / "out", "--s", "1,1.5", "--num_samples", "2")
+    run(data_dir, model_path, out / "apart", "--num_samples", "1")
+    (out / "model000007_s1" / "mine.txt").write_text("mine")
+    run(data_dir, model_path, out, "--s", "1.5,2", "--num_samples", "2", "--seed", "7", "--overwrite", "True")
+    names = ["apart", "model000007_s1", "model000007_s1.5", "model000007_s2", "run.json", "sweep.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert [path.name for path in (out / "model000007_s1").iterdir()] == ["mine.txt"]
+    assert {row["seed"] for row in manifest(out / "model000007_s1.5")} == {"7"} and len(manifest(out / "apart")) == 1
 
 
 def test_the_same_command_goes_on(data_dir, two_models, tmp_path):
@@ -327,6 +348,9 @@ def test_the_checkpoint_brings_its_flags(data_dir, model_path, tmp_path):
         assert np.abs(pixels(long, row["stem"]) - pixels(tmp_path / "short", row["stem"])).max() <= 1
     with pytest.raises(ValueError, match="trained with --num_channels 32, this run has --num_channels 64"):
         image_sample.main([*short, "--model_path", path, "--results_path", "x", "--num_channels", "64"])
+    checkpoint.save_config(str(folder), {**vars(args), "preserve_nuclei_col": True})
+    assert image_sample.resolve(["--model_path", path]).preserve_nuclei_col
+    assert not image_sample.resolve(["--model_path", path, "--preserve_nuclei_col", "False"]).preserve_nuclei_col
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "unipc", "ddim", "ddpm"])

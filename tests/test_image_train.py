@@ -15,6 +15,7 @@ from conftest import TINY
 
 import image_train
 from guided_diffusion import checkpoint, cli
+from guided_diffusion.fp16_util import MixedPrecisionTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ["--batch_size", "4", "--lr", "1e-4", "--log_interval", "1"]
@@ -174,6 +175,13 @@ def files(folder):
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.pt")}
 
 
+@pytest.mark.parametrize(("skipped", "steps"), [(4, [2, 4, 5]), (5, [5])])
+def test_a_step_that_is_skipped_by_chance_is_saved_all_the_same(data_dir, logdir, monkeypatch, skipped, steps):
+    monkeypatch.setattr(MixedPrecisionTrainer, "skipped_in_a_row", property(lambda self: skipped))
+    train(data_dir, "--max_steps", "5", "--save_interval", "2")
+    assert checkpoint.steps(str(logdir)) == steps
+
+
 def test_the_same_command_again_does_nothing(data_dir, logdir):
     train(data_dir, "--max_steps", "2")
     before, rows = files(logdir), (logdir / "progress.csv").read_text()
@@ -264,6 +272,30 @@ def test_three_ranks_and_one_line_of_error(data_dir, tmp_path):
     assert run.returncode == 2 and "9 ranks but only 8 images" in run.stderr
 
 
+OUT_OF_MEMORY = """
+import image_train, sys
+from guided_diffusion.train_util import TrainLoop
+def run_step(self, batch, cond):
+    raise RuntimeError("out of memory")
+TrainLoop.run_step = run_step
+image_train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("broken", ["checkpoint", "step"])
+def test_a_failure_leaves_no_worker_behind(data_dir, tmp_path, broken):
+    """The end of the process would wait for one, and the launcher would never hear that this rank is gone."""
+    flags = ["--data_dir", str(data_dir), *TINY, *TRAIN, "--num_workers", "1", "--max_steps", "1"]
+    command = [sys.executable, "-c", OUT_OF_MEMORY, *flags]
+    if broken == "checkpoint":
+        command = [sys.executable, "image_train.py", *flags, "--init_checkpoint", "nowhere.pt"]
+    env = {**os.environ, "OPENAI_LOGDIR": str(tmp_path / "out")}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    code, line = {"checkpoint": (2, "error: checkpoint nowhere.pt"), "step": (1, "RuntimeError: out of memory")}[broken]
+    assert run.returncode == code and run.stderr.splitlines()[-1].startswith(line), run.stderr
+
+
+# ---- mistakes ----
 # ---- mistakes ----
 
 MISTAKES = {

@@ -114,6 +114,12 @@ def test_second_moment_forgets_the_oldest():
     np.testing.assert_allclose(sampler.weights(), second_moment_formula(losses), rtol=1e-12)
 
 
+def test_second_moment_passes_over_what_is_not_finite():
+    sampler, losses = filled()
+    sampler.update_with_all_losses([0, 1], [float("nan"), float("inf")])
+    np.testing.assert_allclose(sampler.weights(), second_moment_formula(losses), rtol=1e-12)
+
+
 def test_second_moment_takes_repeats_within_one_update():
     one, other = filled()[0], filled()[0]
     one.update_with_all_losses([2, 0, 2, 2], [1.0, 2.0, 3.0, 4.0])

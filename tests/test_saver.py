@@ -50,11 +50,24 @@ def test_the_newest_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*states(10), *states(1_000_000), "notes.pt"])
 
 
+def test_a_run_that_went_back_keeps_what_it_wrote(tmp_path):
+    saver = Saver(str(tmp_path), keep=1)
+    for step in (9, 6):
+        saver.save(states(step))
+    saver.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(states(6))
+
+
 def test_leftovers_of_a_killed_run_go(tmp_path):
     (tmp_path / "model000003.pt.part").write_bytes(b"half")
     (tmp_path / "else.part").write_bytes(b"mine")
     Saver(str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["else.part"]
+
+
+def test_ranks_that_clean_up_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.os, "listdir", lambda folder: ["model000003.pt.part"])  # gone since
+    Saver(str(tmp_path))
 
 
 def test_config_lies_beside_the_first_set(tmp_path):
