@@ -30,7 +30,7 @@ def setup_dist() -> None:
         _local_rank = int(os.environ.get("LOCAL_RANK", 0))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if int(os.environ["WORLD_SIZE"]) > 1:
-            dist.init_process_group(_backend(local_size), init_method="env://")
+            dist.init_process_group(_backend(local_size <= th.cuda.device_count()), init_method="env://")
     elif any(name in os.environ for name in _MPI_VARIABLES):
         _setup_from_mpi()
     if th.cuda.is_available():
@@ -59,7 +59,9 @@ def _setup_from_mpi() -> None:
         store = dist.TCPStore(host, 0, comm.Get_size(), is_master=True, wait_for_workers=False)
     port = comm.bcast(store.port if store else None, root=0)
     store = store or dist.TCPStore(host, port, comm.Get_size(), is_master=False)
-    dist.init_process_group(_backend(node.Get_size()), store=store, rank=comm.Get_rank(), world_size=comm.Get_size())
+    # Some launchers show each process all GPUs of its node, others its own alone, as number 0.
+    own_gpus = comm.allreduce(_all_differ(node.allgather(_gpu())), op=MPI.LAND)
+    dist.init_process_group(_backend(own_gpus), store=store, rank=comm.Get_rank(), world_size=comm.Get_size())
 
 
 def _own_address() -> str:
@@ -72,10 +74,18 @@ def _own_address() -> str:
             return socket.gethostbyname(socket.gethostname())
 
 
-def _backend(local_size: int) -> str:
-    """NCCL where every rank of this node has a GPU of its own, which it insists on; gloo elsewhere."""
-    own_gpu = th.cuda.is_available() and local_size <= th.cuda.device_count()
-    return "cpu:gloo,cuda:nccl" if own_gpu else "gloo"
+def _backend(own_gpus: bool) -> str:
+    """NCCL where every rank has a GPU of its own, which it insists on; gloo elsewhere."""
+    return "cpu:gloo,cuda:nccl" if own_gpus else "gloo"
+
+
+def _gpu() -> str | None:
+    """What tells this process's GPU from all others."""
+    return str(th.cuda.get_device_properties(dev()).uuid) if th.cuda.is_available() else None
+
+
+def _all_differ(gpus: list[str | None]) -> bool:
+    return None not in gpus and len(set(gpus)) == len(gpus)
 
 
 def shutdown() -> None:

@@ -61,7 +61,11 @@ class ScheduleSampler(ABC):
         p = w / w.sum()
         t = rng.choice(len(p), size=batch_size, p=p)
         factors = 1 / (len(p) * p[t])
-        return th.from_numpy(t).to(device), th.from_numpy(factors).float().to(device)
+        # Copied without a wait for what the device still has to do.
+        return (
+            th.from_numpy(t).to(device, non_blocking=True),
+            th.from_numpy(factors).float().to(device, non_blocking=True),
+        )
 
 
 class UniformSampler(ScheduleSampler):

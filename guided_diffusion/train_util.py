@@ -301,7 +301,7 @@ class TrainLoop:
         t, weights = self.schedule_sampler.sample(total, self.device, rng)
         generator = th.Generator(self.device).manual_seed(int(rng.integers(2**63)))
         noise = th.randn((total, *shape[1:]), generator=generator, device=self.device)
-        dropped = th.from_numpy(rng.random(total) < self.options.drop_rate).to(self.device)
+        dropped = self._moved(th.from_numpy(rng.random(total) < self.options.drop_rate))
         return tuple(draw[rank::world_size] for draw in (t, weights, noise, dropped))
 
     def _update_ema(self, taken: th.Tensor) -> None:

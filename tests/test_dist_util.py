@@ -45,6 +45,14 @@ def test_alone():
 
 
 @pytest.mark.parametrize(
+    ("gpus", "backend"),
+    [(["a", "b"], "cpu:gloo,cuda:nccl"), (["a"], "cpu:gloo,cuda:nccl"), (["a", "a"], "gloo"), (["a", None], "gloo")],
+)
+def test_nccl_wants_a_gpu_for_each(gpus, backend):
+    assert dist_util._backend(dist_util._all_differ(gpus)) == backend
+
+
+@pytest.mark.parametrize(
     ("environment", "rank"),
     [({}, 0), ({"RANK": "3"}, 3), ({"PMI_RANK": "2"}, 2), ({"OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1"}, 1)],
 )
