@@ -105,6 +105,7 @@ def check(args: argparse.Namespace) -> tuple[Options | None, list[int]]:
     """:return: how to cluster, None for slides, and the subsets' per cents, falling."""
     names = ("reduce", "n_components", "n_clusters", "min_samples", "min_cluster_size")
     by_slide = args.cluster == "slide"
+    check_used(args)
     options = None if by_slide else Options(cluster=args.cluster, **{name: getattr(args, name) for name in names})
     if not by_slide and args.features is None:
         raise ValueError(f"--cluster {args.cluster} needs --features: make them with scripts/extract_features.py")
@@ -118,6 +119,24 @@ def check(args: argparse.Namespace) -> tuple[Options | None, list[int]]:
     if not all(re.fullmatch("[0-9]{1,2}", text) and int(text) for text in percents):
         raise ValueError(f"--subset {args.subset} does not parse: give per cents from 1 to 99, such as 25,10,05,02")
     return options, sorted({int(text) for text in percents}, reverse=True)
+
+
+def check_used(args: argparse.Namespace) -> None:
+    """Refuse flags that would change nothing."""
+    unused = {
+        "hdbscan": ("n_clusters",),
+        "kmeans": ("min_samples", "min_cluster_size"),
+        "gmm": ("min_samples", "min_cluster_size"),
+        "slide": ("features", "reduce", "n_components", "n_clusters", "min_samples", "min_cluster_size", "trials"),
+    }
+    flags = [("cluster", name) for name in unused.get(args.cluster, ())]
+    if args.reduce == "none":
+        flags.append(("reduce", "n_components"))
+    for flag, name in flags:
+        if getattr(args, name) != create_argparser().get_default(name):
+            raise ValueError(
+                f"--{flag} {getattr(args, flag)} makes no use of --{name} {getattr(args, name)}: leave it out"
+            )
 
 
 def check_folder(folder: Path) -> None:

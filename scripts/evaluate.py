@@ -68,8 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     segmenter = None
     if "structure" in metrics:
         segmenter = load_segmenter(args.segmenter, device)
-        for slide in sorted({runs.slide_of(item.stem) for item in held_out_items} & segmenter.slides):
-            raise ValueError(f"--segmenter was trained on slide {slide}, which is to set the floor: give another")
+        for item in held_out_items:
+            if how := segmenter.knows(item.stem):
+                raise ValueError(f"--segmenter {how}, which is to set the floor: give another")
     backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision], {"sdm": load_sdm})
     train = real_set("real, training", train_items, backbone, args.batch_size)
     held_out = real_set("real, held out", held_out_items, backbone, args.batch_size)
@@ -100,6 +101,9 @@ def check(args: argparse.Namespace) -> list[str]:
         raise ValueError("give --real with --synthetic, or --predicted with --truth")
     if bool(args.real) == bool(args.truth):
         raise ValueError("give either --real and --synthetic, or --predicted and --truth")
+    for name in ("backbone", "segmenter", "limit", "metrics") if args.truth else ():
+        if getattr(args, name) != create_argparser().get_default(name):
+            raise ValueError(f"--{name} {getattr(args, name)} is not for --predicted and --truth: leave it out")
     metrics = [metric.strip() for metric in args.metrics.split(",") if metric.strip()]
     for metric in metrics:
         if metric not in METRICS:
@@ -174,8 +178,9 @@ def real_set(name: str, items: list[image_files.Item], backbone: Backbone, batch
     pairs = [read_pair(item.image, item.inst_mask) for item in tqdm(items, f"{name}: reading", leave=False, delay=2)]
     images = stacked([image for image, _ in pairs], [item.image for item in items])
     inst_maps = np.stack([inst_map for _, inst_map in pairs])
-    slides = [runs.slide_of(item.stem) for item in items]
-    return PatchSet(name, images, inst_maps, embed(name, images, backbone, batch_size), slides)
+    stems = [item.stem for item in items]
+    features = embed(name, images, backbone, batch_size)
+    return PatchSet(name, images, inst_maps, features, list(map(runs.slide_of, stems)), structures=stems)
 
 
 def synthetic_set(
@@ -203,6 +208,7 @@ def synthetic_set(
         appearances=appearances,
         conditions=[f"{stem} {sample.row.get('appearance', sample.stem)}" for stem, sample in zip(structures, samples)],
         originals=find_originals([real.get(stem) for stem in structures], inst_maps),
+        structures=structures,
     )
 
 
@@ -257,7 +263,7 @@ def structure_metric(segmenter: Segmenter) -> StructureMetric:
     return measure
 
 
-def estimate(summary: dict[str, float]) -> image_metrics.Estimate:
+def estimate(summary: dict[str, float | None]) -> image_metrics.Estimate:
     return image_metrics.Estimate(summary["mean"], summary["low"], summary["high"])
 
 
@@ -302,12 +308,12 @@ def report(
 
 
 def place(run: runs.Run) -> tuple[str, float | None]:
-    """:return: the checkpoint and the s of a run, by its manifest."""
-    row = run.samples[0].row
+    """:return: the checkpoint and the s of a run, by its manifest; its name and None where samples differ in them."""
     try:
-        return PurePath(row["checkpoint"]).stem, float(row["s"])
+        ((checkpoint, s),) = {(sample.row["checkpoint"], float(sample.row["s"])) for sample in run.samples}
     except (KeyError, ValueError):
         return run.name, None
+    return PurePath(checkpoint).stem, s
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -318,14 +324,21 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def draw_copies(evaluator: Evaluator, sets: list[PatchSet], items: list[image_files.Item], path: Path) -> None:
-    """Draw the samples that look copied beside the patches they look copied from, the closest first."""
+    """
+    Draw the samples that look copied beside the patches they look copied from: those told by pixels, the closest first,
+    then those told by features alone.
+    """
     pairs = []
     for patches in sets:
         found = evaluator.neighbours(patches)
+        pixels = evaluator.copied_by_pixels(found)
         for i in np.flatnonzero(evaluator.copied(found)):
-            j = found.by_pixels[i]
-            caption = f"{patches.name} | {items[j].stem}\npixels {found.pixel_distance[i]:.3f}"
-            pairs.append((found.pixel_distance[i], (patches.images[i], evaluator.train.images[j], caption)))
+            if pixels[i]:
+                j, what, distance = found.by_pixels[i], "pixels", found.pixel_distance[i]
+            else:
+                j, what, distance = found.by_features[i], "features", found.feature_distance[i]
+            caption = f"{patches.name} | {items[j].stem}\n{what} {distance:.3f}"
+            pairs.append(((what != "pixels", distance), (patches.images[i], evaluator.train.images[j], caption)))
     path.unlink(missing_ok=True)
     if pairs:
         aside = path.with_name(f".{path.name}.part")

@@ -48,6 +48,7 @@ from guided_diffusion.histology.assembly import (
 from guided_diffusion.histology.backbones import Backbone, load_backbone
 from guided_diffusion.histology.features import digest, list_images, read_image
 from guided_diffusion.histology.ood_picture import SHOWN, Scored, draw_scores
+from guided_diffusion.histology.patches import check_complete
 from guided_diffusion.histology.runs import find_runs, slide_of
 from guided_diffusion.script_util import str2bool
 from scripts.extract_features import PRECISIONS, find_device
@@ -156,6 +157,7 @@ def find_real(folder: Path) -> list[Path]:
     """:return: the training images of a data folder, or the images of a plain one, sorted."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--real {folder} is not a folder: give a data folder, or a folder of images")
+    check_complete(folder, "--real")
     images = folder / TRAIN_SPLIT / "images"
     files = list_images(images if images.is_dir() else folder)
     if not files:

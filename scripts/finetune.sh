@@ -6,10 +6,12 @@
 # A cluster is a folder DATA/LABEL that holds MoNuSegTrainingData. Without labels: all of them; or DATA alone, where it
 # holds MoNuSegTrainingData itself. Each starts from CHECKPOINT's weights, runs MAX_STEPS steps (default 50000) and
 # writes to OPENAI_LOGDIR-clusLABEL. The same command again goes on where it was. OPENAI_LOGDIR-finetune.csv sums up:
-# cluster, images, steps, best validation loss, and the checkpoint to sample from. flags.sh lists what else the
-# environment sets.
+# cluster, images, steps, best validation loss, and the checkpoint to sample from. Where a cluster fails, the others are
+# tuned before the command fails, too. flags.sh lists what else the environment sets.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
+# A trap makes bash wait for the training, which saves at SIGTERM; without one it would leave it behind.
+trap 'exit 143' TERM
 
 need 2 "bash scripts/finetune.sh DATA CHECKPOINT [LABEL ...] [-- flags of image_train.py ...]" "$@"
 data=${1%/}
@@ -41,16 +43,27 @@ for folder in "${folders[@]}"; do
 done
 need_file "$checkpoint" checkpoint
 
-runs=()
+runs=() failed=() code=0
 for i in "${!labels[@]}"; do
     echo "cluster ${labels[i]} ($((i + 1)) of ${#labels[@]})"
     # A label such as 6/10ss, a subset of a cluster, makes one name.
     run=$OPENAI_LOGDIR-clus${labels[i]//\//_}
+    status=0
     OPENAI_LOGDIR=$run \
         "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "${folders[i]}" "${DATA_FLAGS[@]}" \
         "${MODEL_FLAGS[@]}" "${CONDITION_FLAGS[@]}" "${TRAIN_FLAGS[@]}" --drop_rate .2 \
-        --max_steps "${MAX_STEPS:-50000}" --init_checkpoint "$checkpoint" "$@"
+        --max_steps "${MAX_STEPS:-50000}" --init_checkpoint "$checkpoint" "$@" || status=$?
+    ((status < 128)) || exit "$status" # a signal is meant for all
+    if ((status)); then
+        echo "cluster ${labels[i]} failed" >&2
+        failed+=("${labels[i]}") code=$status
+        continue
+    fi
     runs+=("${labels[i]}=$run")
     "${PYTHON:-python}" "$ROOT/scripts/summarise_runs.py" "$OPENAI_LOGDIR-finetune.csv" "${runs[@]}"
 done
-echo "summary: $OPENAI_LOGDIR-finetune.csv"
+((${#runs[@]} == 0)) || echo "summary: $OPENAI_LOGDIR-finetune.csv"
+if ((code)); then
+    echo "error: not fine-tuned: ${failed[*]}" >&2
+    exit "$code"
+fi

@@ -46,10 +46,28 @@ if [[ -n $toy ]]; then
     train_flags+=(--lr 5e-4 --val_interval 10 --use_checkpoint False --preview_samples 1)
 fi
 [[ -n $toy || -d $raw ]] || die "RAW $raw is not a folder: give the one the archives were unpacked in"
+
+# What else would show only after days of training.
+export ITERATIONS=${ITERATIONS:-030000 040000 050000} S_VALUES=${S_VALUES:-1.3 1.4 1.5 1.6} EMA_RATE=$rate
+for name in PRETRAIN_STEPS FINETUNE_STEPS SAVE_INTERVAL; do
+    [[ ${!name:-1} =~ ^0*[1-9][0-9]*$ ]] || die "$name=${!name} is not a number of steps"
+done
+# In base 10, for bash reads 050000 as octal.
+pretrain_steps=$((10#${PRETRAIN_STEPS:-50000})) finetune_steps=$((10#${FINETUNE_STEPS:-50000}))
+save_interval=$((10#${SAVE_INTERVAL:-5000}))
+for iteration in $ITERATIONS; do
+    [[ $iteration =~ ^0*[1-9][0-9]*$ ]] || die "ITERATIONS: $iteration is not a number of steps"
+    steps=$((10#$iteration))
+    ((steps <= finetune_steps)) || die "ITERATIONS: $iteration comes after FINETUNE_STEPS=$finetune_steps: give less"
+    ((steps % save_interval == 0 || steps == finetune_steps)) \
+        || die "ITERATIONS: $iteration is no multiple of SAVE_INTERVAL=$save_interval: there will be no such checkpoint"
+done
 begin_stages "$out"
 
 if [[ ! -d $raw ]]; then
-    "$python" "$ROOT/scripts/make_toy_monuseg.py" "$raw"
+    # Aside, since half a RAW would pass for a whole one; what a kill left of it is drawn over.
+    "$python" "$ROOT/scripts/make_toy_monuseg.py" "$raw.part"
+    mv -- "$raw.part" "$raw"
 fi
 patches=$out/patches features=$out/features.npz clusters=$out/patches/clusters
 stage patches "$patches/prepare.json" "$python" "$ROOT/scripts/prepare_monuseg.py" "$raw" "$patches" "${patch_flags[@]}"
@@ -76,9 +94,10 @@ largest() {
     echo "$found"
 }
 read -ra labels <<<"${CLUSTERS:-$(largest)}"
+for label in "${labels[@]}"; do
+    [[ -d $clusters/$label/MoNuSegTrainingData ]] || die "CLUSTERS: $clusters has no training patches of $label"
+done
 
-pretrain_steps=${PRETRAIN_STEPS:-50000} finetune_steps=${FINETUNE_STEPS:-50000}
-export ITERATIONS=${ITERATIONS:-030000 040000 050000} S_VALUES=${S_VALUES:-1.3 1.4 1.5 1.6} EMA_RATE=$rate
 pretrained=$out/pretrain/ema_${rate}_$(printf %06d "$pretrain_steps").pt
 trained_with="IMAGE_SIZE=${IMAGE_SIZE:-} BATCH_SIZE=${BATCH_SIZE:-} LR=${LR:-}"
 sampled_with="ITERATIONS=$ITERATIONS S_VALUES=$S_VALUES EMA_RATE=$rate KIND=${KIND:-} IMAGE_SIZE=${IMAGE_SIZE:-}"
@@ -91,7 +110,9 @@ trunk="$clustered $before" branches=() sampled=()
 for label in "${labels[@]}"; do
     before=$trunk
     tuned=$out/finetune-clus$label
-    settings=$trained_with OPENAI_LOGDIR=$out/finetune resumed "finetune-$label" "$tuned/result.json" \
+    # Not result.json, which a training that was stopped leaves, too.
+    last=$tuned/ema_${rate}_$(printf %06d "$finetune_steps").pt
+    settings=$trained_with OPENAI_LOGDIR=$out/finetune resumed "finetune-$label" "$last" \
         bash "$ROOT/scripts/finetune.sh" "$clusters" "$pretrained" "$label" -- \
         --max_steps "$finetune_steps" "${model_flags[@]}" "${train_flags[@]}"
     settings=$sampled_with resumed "samples-$label" "$out/samples/$label/sweep.png" \

@@ -6,7 +6,8 @@ Find the nuclei of images, and measure how well, where the truth is known.
 MODEL is a segmenter.pt of scripts/train_segmenter.py, or its folder; IMAGES a folder of images of any size. Writes
 DIR/inst_masks/STEM.tif (uint16, 0 = background) and DIR/overlays/STEM.png: nuclei outlined in yellow, the true ones in
 blue. With --truth, a folder of instance masks of the same stems, also DIR/metrics.json: all metrics per image, and
-averaged with 95 % intervals by bootstrap over slides. Slides that the model was trained on are refused then.
+averaged with 95 % intervals by bootstrap over slides. Slides that the model was trained on, or held out to choose its
+weights by, are refused then.
 """
 
 import argparse
@@ -87,14 +88,15 @@ def check_out(args: argparse.Namespace) -> None:
 def truth_files(folder: Path, images: dict[str, Path], segmenter: Segmenter) -> dict[str, Path]:
     """
     :return: stem -> mask, for the images.
-    :raises ValueError: where stems differ, or a slide was trained on.
+    :raises ValueError: where stems differ, or a slide was trained on or chose the weights.
     """
     masks = segmenter_data.mask_files(folder)
     segmenter_data.check_partners(images, masks, folder)
     for stem in sorted(masks.keys() - images.keys()):
         raise ValueError(f"{masks[stem]} has no image {stem}.* among IMAGES: add it or remove the mask")
-    for slide in sorted({slide_of(stem) for stem in images} & segmenter.slides):
-        raise ValueError(f"MODEL was trained on slide {slide} of --truth {folder}: measure on slides it has not seen")
+    for stem in images:
+        if how := segmenter.knows(stem):
+            raise ValueError(f"MODEL {how} of --truth {folder}: measure on slides it has not seen")
     return masks
 
 
@@ -133,11 +135,11 @@ def save(write: Callable[..., None], path: Path, kind: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def table(average: dict[str, dict[str, float]]) -> str:
+def table(average: dict[str, dict[str, float | None]]) -> str:
     lines = [f"{'':8}{'mean':>8}   95 % interval"]
     for name in SHOWN:
         mean, low, high = (average[name][part] for part in ("mean", "low", "high"))
-        lines.append(f"{name:8}{mean:8.3f}   {low:.3f} to {high:.3f}")
+        lines.append(f"{name:8}{mean:8.3f}   {'-' if low is None else f'{low:.3f} to {high:.3f}'}")
     return "\n".join(lines)
 
 

@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> None:
         named = f"holds {strangers[0]}, which is not of this choice" if strangers else "is DATA itself"
         raise ValueError(f"OUT {args.out} {named}: give a new folder")
     for name, target in wanted.items():
+        if os.path.lexists(args.out / name) and (args.out / name).resolve() != target.resolve():
+            raise ValueError(f"OUT: {args.out / name} does not lead to {target}, but to other data: give a new folder")
+    for name, target in wanted.items():
         link(target, args.out / name)
     print(f"{args.out}: {len(slides)} slides, {len(kept)} patches")
 

@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     config = config_of(args, settings, train, held, left_out)
     check_out(args.out, config)
     if (args.out / RESULT).exists():
+        (args.out / CHECKPOINT).unlink(missing_ok=True)  # where the run was killed at its very end
         print(f"{args.out}: finished before")
         return
 
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(args.out / CONFIG, config)
     result = training.run(args.num_workers, report)
     write_json(args.out / RESULT, result)
+    (args.out / CHECKPOINT).unlink(missing_ok=True)
     tail = "" if result["validation"] is None else f", best at step {result['best_step']}: {line(result['validation'])}"
     print(f"{args.out / FILE}: {result['steps']} steps in {result['seconds']:.0f} s{tail}")
 
@@ -132,6 +134,7 @@ def config_of(
         "images_trained_on": len(train),
         "synthetic_trained_on": sum(pair.synthetic for pair in train),
         "synthetic_left_out": len(left_out),
+        "checksum": segmenter_data.checksum([*train, *held]),
     }
 
 

@@ -117,7 +117,12 @@ def stranger(data, synthetic):
     (data.parent / "set" / "mine").touch()
 
 
+def half_prepared(data, synthetic):
+    (data / "prepare.json").write_text('{"complete": false}')
+
+
 CASES = [
+    (half_prepared, "--ratio 1", "data is not prepared to the end: run prepare_monuseg.py again"),
     (None, "--ratio 0", "--ratio 0: give a number above 0"),
     (None, "--ratio -1", "--ratio -1"),
     (None, "--ratio nan", "--ratio nan"),

@@ -171,6 +171,10 @@ def test_default_name_has_no_path_in_it(backbone, name):
         (["--subset", "0"], "--subset 0 does not parse"),
         (["--out_name", "../C"], "--out_name ../C is no name"),
         (["--out_name", TEST], "--out_name MoNuSegTestData is no name"),
+        (["--n_clusters", "5"], "--cluster hdbscan makes no use of --n_clusters 5: leave it out"),
+        (["--cluster", "gmm", "--min_samples", "5"], "--cluster gmm makes no use of --min_samples 5"),
+        (["--reduce", "none", "--n_components", "2"], "--reduce none makes no use of --n_components 2"),
+        (["--cluster", "slide"], "--cluster slide makes no use of --features .*f.npz: leave it out"),
     ],
 )
 def test_a_mistake_writes_nothing(data, features, flags, message):
@@ -178,6 +182,17 @@ def test_a_mistake_writes_nothing(data, features, flags, message):
     with pytest.raises((ValueError, OSError), match=message):
         cluster_patches.main([str(data), "--features", str(features), *flags])
     assert tree(data) == before
+
+
+def test_a_folder_that_was_not_prepared_to_the_end_is_refused(data):
+    (data / "prepare.json").write_text('{"complete": false}')
+    with pytest.raises(ValueError, match=r"^DATA .*data is not prepared to the end: run prepare_monuseg.py again$"):
+        cluster_patches.main([str(data), "--cluster", "slide"])
+
+
+def test_a_reduction_is_not_for_slides(data):
+    with pytest.raises(ValueError, match="--cluster slide makes no use of --reduce pca: leave it out"):
+        cluster_patches.main([str(data), "--cluster", "slide", "--reduce", "pca"])
 
 
 def test_features_of_other_images_name_the_first(data, features, tmp_path):

@@ -11,7 +11,10 @@ from conftest import draw_patch, write_patches
 from PIL import Image
 
 from guided_diffusion import cli
-from guided_diffusion.histology import segmentation
+from guided_diffusion.histology import evaluation_report, segmentation
+from guided_diffusion.histology.evaluation import Evaluator, PatchSet
+from guided_diffusion.histology.runs import Run, Sample
+from guided_diffusion.image_files import Item
 from guided_diffusion.results import ResultFolder
 from scripts import evaluate
 
@@ -97,6 +100,48 @@ def test_copies_are_drawn(real, sweep, tmp_path, capsys):
     metrics = run(real, sweep / "m_s1", tmp_path / "out", "--metrics", "copies")
     assert metrics["runs"]["m_s1"]["copies"] >= 1 / 8
     assert "nearer to a training patch" in capsys.readouterr().out and (tmp_path / "out" / "copies.png").exists()
+
+
+@pytest.mark.parametrize("by_pixels", [True, False])
+def test_copies_are_drawn_beside_what_told_them(monkeypatch, tmp_path, by_pixels):
+    held_out = draw_set("held out", range(100, 108), np.eye(8, 3) + 1)
+    evaluator = Evaluator(draw_set("train", range(8), np.eye(8, 3) * 9), held_out, ["copies"])
+    # By features the first training patch, by pixels the second, or a stranger.
+    samples = draw_set("m", [1 if by_pixels else 50], np.eye(1, 3) * 9)
+    drawn = []
+    monkeypatch.setattr(evaluation_report, "draw_pairs", lambda pairs, path: drawn.extend(pairs) or path.touch())
+    items = [Item(f"p{i}", "", None, None) for i in range(8)]
+    evaluate.draw_copies(evaluator, [samples], items, tmp_path / "copies.png")
+    ((_, patch, caption),) = drawn
+    assert np.array_equal(patch, evaluator.train.images[1 if by_pixels else 0])
+    assert caption == ("m | p1\npixels 0.000" if by_pixels else "m | p0\nfeatures 0.000")
+
+
+def draw_set(name, seeds, features):
+    images, inst_maps = map(np.stack, zip(*map(draw_patch, seeds)))
+    return PatchSet(name, images, inst_maps, features.astype(np.float32), [name] * len(images))
+
+
+@pytest.mark.parametrize(
+    ("rows", "place"),
+    [
+        ([("run/ema.pt", "1.5"), ("run/ema.pt", "1.50")], ("ema", 1.5)),
+        ([("run/ema.pt", "1.5"), ("run/ema.pt", "2")], ("kept", None)),
+        ([("run/ema.pt", "1.5"), ("run/model.pt", "1.5")], ("kept", None)),
+        ([("run/ema.pt", "")], ("kept", None)),
+    ],
+)
+def test_a_run_has_a_place_where_all_its_samples_agree(tmp_path, rows, place):
+    samples = [Sample("a", tmp_path, tmp_path, None, dict(checkpoint=c, s=s)) for c, s in rows]
+    assert evaluate.place(Run("kept", tmp_path, samples)) == place
+
+
+@pytest.mark.parametrize("flag", ["--backbone stain", "--segmenter m.pt", "--limit 2", "--metrics kid"])
+def test_flags_that_masks_have_no_use_for(tmp_path, flag):
+    masks = write_masks(tmp_path / "masks")
+    folders = ["--predicted", str(masks), "--truth", str(masks), "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=f"{flag} is not for --predicted and --truth: leave it out"):
+        evaluate.main([*folders, *flag.split()])
 
 
 def save_segmenter(path, slides):

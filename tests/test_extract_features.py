@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from guided_diffusion.histology import features
 from guided_diffusion.histology.features import load_features
@@ -85,6 +86,23 @@ def test_a_broken_link_and_somebody_elses_file_are_refused(data_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match="z.png is gone"):
         extract_features.main([str(data_dir), "--out", str(tmp_path / "g.npz"), "--backbone", "stain"])
     assert not list(tmp_path.glob("g.npz*"))
+
+
+def test_an_image_of_16_bits_writes_nothing(data_dir, tmp_path):
+    Image.new("I;16", (32, 32)).save(data_dir / "MoNuSegTestData" / "images" / "a.png")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"a\.png"):
+        extract_features.main([str(data_dir), "--out", str(tmp_path / "f.npz"), "--backbone", "stain"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("part", [".", "MoNuSegTrainingData", "MoNuSegTrainingData/images"])
+def test_a_folder_that_was_not_prepared_to_the_end_is_refused(data_dir, tmp_path, part):
+    (data_dir / "prepare.json").write_text('{"complete": false}')
+    with pytest.raises(ValueError, match=r"DIR: .* is not prepared to the end: run prepare_monuseg.py again"):
+        extract_features.main([str(data_dir / part), "--out", str(tmp_path / "f.npz"), "--backbone", "stain"])
+    (data_dir / "prepare.json").write_text('{"complete": true}')
+    extract_features.main([str(data_dir / part), "--out", str(tmp_path / "f.npz"), "--backbone", "stain"])
 
 
 @pytest.mark.slow

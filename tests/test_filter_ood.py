@@ -209,7 +209,12 @@ def file():
     Path("out").touch()
 
 
+def half_prepared():
+    Path("data/prepare.json").write_text('{"complete": false}')
+
+
 CASES = [
+    (half_prepared, "", "--real data is not prepared to the end: run prepare_monuseg.py again"),
     (empty, "", "samples holds no .png"),
     (no_mask, "", "s1_000.png has no mask"),
     (broken_link, "", "s1_000.png is a link that leads nowhere"),

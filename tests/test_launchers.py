@@ -301,9 +301,32 @@ def test_finetune_steps(launch, clusters):
     assert value(call.argv, "--max_steps") == "12"
 
 
-def test_finetune_stops_at_a_failure(launch, clusters):
+def test_finetune_goes_on_after_a_failure_and_fails_at_its_end(launch, clusters):
     run = launch("finetune.sh", "data", "model.pt", FAIL="data/0")
-    assert run.code == 1 and len(run.trainings) == 2
+    assert run.code == 1 and len(run.trainings) == 3
+    assert run.err == ["cluster 0 failed", "error: not fine-tuned: 0"]
+    runs = [f"{label}=OUTPUT/SDM-MoNuSeg-clus{label}" for label in ("-1", "6")]
+    assert run.calls[-1].argv[2:] == runs and run.out[-1].startswith("summary: ")
+    alone = launch("finetune.sh", "data", "model.pt", "0", FAIL="data/0")
+    assert alone.code == 1 and alone.err[-1] == "error: not fine-tuned: 0" and "summary" not in " ".join(alone.out)
+
+
+# Saves at SIGTERM, as image_train.py does, and ends well.
+SAVES = """#!/usr/bin/env bash
+case $1 in *image_train.py) ;; *) exit 0 ;; esac
+trap 'sleep .5; echo saved >>saved; exit 0' TERM
+echo begun >>saved
+for ((i = 0; i < 100; i++)); do sleep .1; done
+"""
+
+
+def test_finetune_waits_for_a_training_that_saves(launch, clusters, tmp_path):
+    """At a limit of `timeout`, which tells all its processes; no other cluster is begun."""
+    write_stub(tmp_path / "stubs" / "python", SAVES)
+    here, script = tmp_path / "here", ROOT / "scripts" / "finetune.sh"
+    (here / "limited.sh").write_text(f"timeout 1 bash {script} data model.pt || status=$?\ncat saved\nexit $status\n")
+    run = launch("./limited.sh")
+    assert run.code == 124 and run.out == ["cluster -1 (1 of 3)", "begun", "saved"]
 
 
 @pytest.mark.slow

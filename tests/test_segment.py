@@ -20,7 +20,7 @@ def model(tmp_path):
     net = seeded_net()
     with th.no_grad():
         net.head.weight[:4] *= 30
-    th.save(as_content(net, ["slide-0"]), tmp_path / "segmenter.pt")
+    th.save(as_content(net, ["slide-0", "Human_01"], ["slide-9"]), tmp_path / "segmenter.pt")
     return tmp_path / "segmenter.pt"
 
 
@@ -68,6 +68,14 @@ def test_masks_pictures_and_figures(model, split, tmp_path, capsys):
     assert "3 images" in printed and f"{figures['average']['aji']['mean']:.3f}" in printed
 
 
+def test_one_slide_has_no_interval(model, tmp_path, capsys):
+    split = write_patches(tmp_path / "one" / "MoNuSegTestData", count=2, size=64, first=4)
+    run(model, split, tmp_path / "out")
+    average = json.loads((tmp_path / "out" / "metrics.json").read_text())["average"]
+    assert average["aji"]["low"] is average["aji"]["high"] is None
+    assert f"aji{average['aji']['mean']:13.3f}   -\n" in capsys.readouterr().out
+
+
 def test_without_truth_there_are_no_figures(model, split, tmp_path):
     run(model, split, tmp_path / "out", truth=False)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["inst_masks", "overlays"]
@@ -80,9 +88,13 @@ def test_flips_and_centre(model, split, tmp_path):
     assert np.array_equal(found, load_segmenter(model, th.device("cpu"), flips=True).segment(image[12:52, 12:52]))
 
 
-def trained_slide(model, split):
+def rename(split, stem):
     for folder, suffix in (("images", ".png"), ("inst_masks", ".tif")):
-        (split / folder / f"slide-2_000{suffix}").rename(split / folder / f"slide-0_000{suffix}")
+        (split / folder / f"slide-2_000{suffix}").rename(split / folder / f"{stem}{suffix}")
+
+
+def trained_slide(model, split):
+    rename(split, "slide-0_000")
 
 
 def other_size(model, split):
@@ -102,6 +114,8 @@ def float_mask(model, split):
         (other_size, "60 x 64 px but .*64 x 64 px"),
         (float_mask, "whole numbers, this holds float32"),
         (trained_slide, "trained on slide slide-0 of --truth"),
+        (lambda model, split: rename(split, "Human_01"), "trained on slide Human_01 of --truth"),
+        (lambda model, split: rename(split, "slide-9_000"), "chosen by slide slide-9 of --truth"),
         (lambda model, split: model.write_bytes(b"x"), "is broken"),
         (lambda model, split: th.save({"state_dict": {}}, model), "another kind"),
         (lambda model, split: model.unlink(), "there is no file"),

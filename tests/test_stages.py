@@ -169,6 +169,73 @@ def test_pipeline(slides, tmp_path):
     assert re.search(r"error: stage finetune-\d was begun before an earlier one changed", other.stderr)
 
 
+# Makes what the pipeline's programs make, up to a fine-tuning that a signal stopped.
+STUB = """#!/usr/bin/env bash
+case $1 in
+    *make_toy_monuseg.py) mkdir -p "$2"; [[ -e $2/train ]] || { touch "$2/train"; exit 7; } ;;
+    *prepare_monuseg.py) mkdir -p "$3"; touch "$3/prepare.json" ;;
+    *extract_features.py) touch "${@: -1}" ;;
+    *cluster_patches.py)
+        mkdir -p "$2"/clusters/0/MoNuSegTrainingData/images
+        touch "$2"/clusters/0/MoNuSegTrainingData/images/a.png "$2/clusters/scores.json" ;;
+    *image_train.py)
+        mkdir -p "$OPENAI_LOGDIR"
+        [[ $OPENAI_LOGDIR == *finetune* ]] && output=result.json || output=ema_0.9_000020.pt
+        touch "$OPENAI_LOGDIR/$output" ;;
+esac
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """:return: a function that runs the toy pipeline, from slides that are not drawn yet, with a stub for python."""
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+
+    def run(**environment):
+        arguments = tmp_path / "raw", tmp_path / "out", "--toy"
+        return bash(ROOT / "scripts" / "pipeline.sh", *arguments, PYTHON=str(tmp_path / "python"), **environment)
+
+    return run
+
+
+def test_slides_that_were_not_drawn_to_the_end_are_drawn_again(toy, tmp_path):
+    assert toy().returncode == 7 and not (tmp_path / "raw").exists()
+    assert "[patches]" in toy().stdout and (tmp_path / "raw" / "train").exists()
+    assert not (tmp_path / "raw.part").exists()
+
+
+def test_a_fine_tuning_that_was_stopped_is_not_done(toy, tmp_path):
+    (tmp_path / "raw").mkdir()
+    run = toy(PRETRAIN_STEPS="000020")  # not octal
+    assert run.returncode == 2 and re.fullmatch(
+        r"error: stage finetune-0 left no .*/finetune-clus0/ema_0.9_000020.pt\n", run.stderr
+    )
+    assert (tmp_path / "out" / "finetune-clus0" / "result.json").exists()
+
+
+def test_clusters_are_known_before_the_pretraining(toy, tmp_path):
+    (tmp_path / "raw").mkdir()
+    run = toy(CLUSTERS="0 6")
+    assert run.returncode == 2 and run.stderr.endswith("has no training patches of 6\n")
+    assert "[clusters]" in run.stdout and "[pretrain]" not in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ITERATIONS": "000010 000015"}, "000015 is no multiple of SAVE_INTERVAL=10"),
+        ({"ITERATIONS": "000030"}, "000030 comes after FINETUNE_STEPS=20"),
+        ({"ITERATIONS": "last"}, "last is not a number of steps"),
+        ({"PRETRAIN_STEPS": "many"}, "PRETRAIN_STEPS=many is not a number of steps"),
+    ],
+)
+def test_steps_are_checked_before_anything_is_written(toy, tmp_path, environment, message):
+    run = toy(**environment)
+    assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "raw.part").exists()
+
+
 @pytest.mark.slow
 def test_experiment(slides, tmp_path):
     config = tmp_path / "toy.conf"

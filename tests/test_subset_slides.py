@@ -50,6 +50,13 @@ def test_mistakes(data, tmp_path, capsys, name, percent, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_links_to_another_data_folder_are_refused(data, tmp_path):
+    subset(data, tmp_path / "out", 100)
+    other = data.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"OUT: .*/out/.* does not lead to .*moved/.*, but .*: give a new folder"):
+        subset(other, tmp_path / "out", 100)
+
+
 def test_another_choice_does_not_mix(data, tmp_path):
     subset(data, tmp_path / "out", 60)
     with pytest.raises(ValueError, match="which is not of this choice"):

@@ -39,7 +39,9 @@ def test_a_run_writes_a_segmenter_and_its_story(data, tmp_path, capsys):
     assert len(config["slides_held_out"]) == 2 and len(config["slides_trained_on"]) == 3
     assert (result["steps"], [row["step"] for row in result["history"]]) == (4, [2, 4])
     assert {"f1@0.5", "aji", "dice", "loss"} <= result["validation"].keys()
-    assert load_segmenter(out, th.device("cpu")).slides == set(config["slides_trained_on"])
+    segmenter = load_segmenter(out, th.device("cpu"))
+    assert segmenter.slides == set(config["slides_trained_on"])
+    assert segmenter.held_slides == set(config["slides_held_out"])
     assert "4 steps" in capsys.readouterr().out
 
 
@@ -72,6 +74,32 @@ def test_a_killed_run_goes_on_and_equals_one_that_was_not(data, tmp_path, monkey
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(th.equal(whole[name], parts[name]) for name in whole)
     assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+
+
+def test_a_run_killed_before_its_result_is_written_goes_on(data, tmp_path, monkeypatch, capsys):
+    usual = train_segmenter.write_json
+
+    def kill(path, content):
+        if path.name == "result.json":
+            raise Killed
+        usual(path, content)
+
+    monkeypatch.setattr(train_segmenter, "write_json", kill)
+    with pytest.raises(Killed):
+        train(data, tmp_path / "out")
+    assert (tmp_path / "out" / "segmenter.pt").exists()
+    monkeypatch.setattr(train_segmenter, "write_json", usual)
+    monkeypatch.setattr(train_segmenter.Training, "_train_step", None)  # there is nothing left to train
+    train(data, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "result.json", "segmenter.pt"]
+
+
+def test_images_that_have_changed_are_another_run(data, tmp_path):
+    train(data, tmp_path / "out")
+    path = data / "MoNuSegTrainingData" / "images" / "slide-0_000.png"
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(path)
+    with pytest.raises(ValueError, match=r"out was begun with checksum \w+, this run has \w+: give another folder"):
+        train(data, tmp_path / "out")
 
 
 def test_synthetic_patches_are_trained_on_but_not_those_of_held_out_slides(data, tmp_path, capsys):
@@ -148,6 +176,10 @@ def no_nuclei(data):
         (float_mask, "whole numbers, this holds float32"),
         (no_nuclei, "shows no nucleus"),
         (lambda data: write_patches(data / "MoNuSegTestData", count=4), "slide slide-0 of .* is trained on"),
+        (
+            lambda data: (data / "prepare.json").write_text('{"complete": false}'),
+            "DATA .* not prepared to the end: run",
+        ),
         (lambda data: (data / "MoNuSegTrainingData").rename(data / "other"), "has no MoNuSegTrainingData"),
     ],
 )

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from .annotations import TEST_SPLIT, TRAIN_SPLIT
 from .features import list_images
-from .patches import SUFFIXES
+from .patches import SUFFIXES, check_complete
 
 # Paths in the folder and where their links lead, or a copy's SHA-256: "links", what the last run wrote or was to write,
 # and "earlier", what was there before it, empty once it is finished.
@@ -45,10 +45,12 @@ def list_patches(data: Path) -> list[Patch]:
     """
     List a data folder's patches, those of the training split first, sorted by stem; paths are absolute.
 
-    :raises FileNotFoundError, ValueError: for a missing split, a broken link, or an image without its mask.
+    :raises FileNotFoundError, ValueError: for a missing split, a broken link, an image without its mask, or a folder
+        that was not prepared to the end.
     """
     if not (data / TRAIN_SPLIT / "images").is_dir():
         raise FileNotFoundError(f"DATA: {data} has no {TRAIN_SPLIT}/images: give a folder that prepare_monuseg.py made")
+    check_complete(data, "DATA")
     data = Path(os.path.abspath(data))
     patches = [patch for split in (TRAIN_SPLIT, TEST_SPLIT) for patch in _list_split(data / split)]
     if not any(patch.split == TRAIN_SPLIT for patch in patches):

@@ -30,6 +30,7 @@ class PatchSet:
     :param inst_maps: [N x H x W] int32, the nuclei they should show.
     :param features: [N x D] float32.
     :param slides: the slide that each one's structure comes from.
+    :param structures: the patch that it comes from, by its stem; of real patches, each one itself.
     :param appearances: of synthetic patches, the images whose colours they took, [N x H x W x 3] uint8.
     :param conditions: of synthetic patches, what tells one condition from another.
     :param originals: of synthetic patches, the real ones that show these very nuclei, [N x H x W x 3] uint8.
@@ -43,6 +44,7 @@ class PatchSet:
     appearances: np.ndarray | None = None
     conditions: Sequence[str] | None = None
     originals: np.ndarray | None = None
+    structures: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Neighbours:
     The training patches that come nearest to each patch of a set.
 
     :param by_features: [N] indices, and feature_distance, [N], theirs.
-    :param by_pixels: [N] indices of the best among CANDIDATES when laid over it, and pixel_distance, [N], theirs.
+    :param by_pixels: [N] indices of the best among CANDIDATES when laid over it, and pixel_distance, [N], theirs. The
+        patch that its structure comes from is none of them: its nuclei lie there by design, so that every faithful
+        sample would pass for a copy. By features it counts.
     """
 
     by_features: np.ndarray
@@ -160,6 +164,9 @@ class Evaluator:
                 )
             ]
         )
+        if patches.structures is not None and self.train.structures is not None:
+            stems = np.array(self.train.structures)
+            aligned[stems[candidates] == np.array(patches.structures)[:, None]] = np.inf
         best = aligned.argmin(axis=1)
         rows = np.arange(len(best))
         return Neighbours(candidates[:, 0], away[:, 0], candidates[rows, best], aligned[rows, best])
@@ -167,7 +174,11 @@ class Evaluator:
     def copied(self, found: Neighbours) -> np.ndarray:
         """:return: [N] bool: nearer to a training patch, by features or pixels, than all that is held out."""
         by_features = found.feature_distance < self._usual.feature_distance.min()
-        return by_features | (found.pixel_distance < self._usual.pixel_distance.min())
+        return by_features | self.copied_by_pixels(found)
+
+    def copied_by_pixels(self, found: Neighbours) -> np.ndarray:
+        """:return: [N] bool: nearer to a training patch, by pixels, than all that is held out."""
+        return found.pixel_distance < self._usual.pixel_distance.min()
 
 
 def _next_of_slide(slides: Sequence[str]) -> list[tuple[int, int]]:

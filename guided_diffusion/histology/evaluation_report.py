@@ -61,7 +61,8 @@ def _cell(value: Value) -> str:
     if value is None:
         return "-"
     if isinstance(value, Estimate):
-        return f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
+        interval = "-" if value.low is None else f"[{value.low:.4g}, {value.high:.4g}]"
+        return f"{value.value:.4g} {interval}"
     return f"{value:.4g}"
 
 
@@ -69,7 +70,8 @@ def draw_figures(
     floor: dict[str, Value], rows: dict[str, dict[str, Value]], places: dict[str, tuple[str, float | None]], path: Path
 ) -> None:
     """
-    Draw each figure: over s, a line a checkpoint, where there are several s; else a point a set.
+    Draw each figure: over s, a line a checkpoint, where there are several s; else a point a set. Beside the lines a set
+    whose s is not known is a dotted one right across.
 
     :param floor: figure -> its value for real patches, a dashed line.
     :param rows: set -> figure -> value.
@@ -82,7 +84,7 @@ def draw_figures(
     columns = min(4, max(len(names), 1))
     lines = -(-max(len(names), 1) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.9 * lines), layout="constrained")
-    swept = len({s for _, s in places.values()}) > 1 and all(s is not None for _, s in places.values())
+    swept = len({s for _, s in places.values()} - {None}) > 1
     for number, name in enumerate(names):
         axes = figure.add_subplot(lines, columns, number + 1)
         title, better = TITLES[name]
@@ -103,15 +105,20 @@ def _middle(value: Value) -> float:
 
 def _bars(values: Sequence[Value]) -> np.ndarray:
     """Distances from the middle down and up to the bounds, [2 x N]."""
-    bounds = [(v.value - v.low, v.high - v.value) if isinstance(v, Estimate) else (0, 0) for v in values]
+    known = [isinstance(v, Estimate) and v.low is not None for v in values]
+    bounds = [(v.value - v.low, v.high - v.value) if there else (0, 0) for v, there in zip(values, known)]
     return np.maximum(np.array(bounds).T, 0)
 
 
 def _draw_curves(axes, values: dict[str, Value], places: dict[str, tuple[str, float | None]]) -> None:
-    for checkpoint in dict.fromkeys(places[key][0] for key in values):
-        points = sorted((places[key][1], key) for key in values if places[key][0] == checkpoint)
+    apart = [key for key in values if places[key][1] is None]
+    known = [key for key in values if key not in apart]
+    for checkpoint in dict.fromkeys(places[key][0] for key in known):
+        points = sorted((places[key][1], key) for key in known if places[key][0] == checkpoint)
         own = [values[key] for _, key in points]
         axes.errorbar([s for s, _ in points], list(map(_middle, own)), _bars(own), marker="o", label=checkpoint)
+    for number, key in enumerate(apart):
+        axes.axhline(_middle(values[key]), color=f"C{9 - number % 10}", linestyle=":", label=key)
     axes.set_xlabel("s", fontsize=8)
 
 

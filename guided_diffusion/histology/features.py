@@ -27,6 +27,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .annotations import TEST_SPLIT, TRAIN_SPLIT
 from .backbones import Backbone
+from .patches import check_complete
 
 SPLITS = (TRAIN_SPLIT, TEST_SPLIT)
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
@@ -94,12 +95,14 @@ def find_images(folders: Sequence[Path]) -> list[Path]:
     results of sampling (its samples/), or a sweep of them.
 
     :return: absolute paths, links not followed, sorted, each once.
-    :raises FileNotFoundError: where a folder is missing; ValueError: where it holds no image.
+    :raises FileNotFoundError: where a folder is missing; ValueError: where it holds no image, or was not prepared to
+        the end.
     """
     found: set[str] = set()
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"DIR: {folder} is not a folder; give one that holds images")
+        check_complete(folder, "DIR:")
         images = [path for images in _image_folders(folder) for path in list_images(images)]
         if not images:
             raise ValueError(f"DIR: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}), nor {TRAIN_SPLIT}/images")
@@ -123,7 +126,7 @@ def _image_folders(folder: Path) -> list[Path]:
         return [folder / "images"]
     if list_images(folder):
         return [folder]
-    return [inner / "samples" for inner in sorted(folder.iterdir()) if _is_results(inner)]
+    return [inner / "samples" for inner in sorted(folder.glob("[!.]*")) if _is_results(inner)]
 
 
 def _is_results(folder: Path) -> bool:
@@ -187,15 +190,14 @@ def extract(
     Embed images, chunk by chunk; what is finished is kept aside, so that after a kill the same call goes on.
 
     :param digests: from `digest`, one a file.
-    :param parts: a folder for finished chunks. A chunk is named after the contents of its files, the backbone, its
-        weights and `key`, so that those of another run are never taken for this one's.
+    :param parts: a folder for finished chunks, made with the first. A chunk is named after the contents of its files,
+        the backbone, its weights and `key`, so that those of another run are never taken for this one's.
     :param key: what else decides a vector, such as its precision.
     :param num_workers: threads that read; 0 reads in this one.
     :param progress: is told how many images are finished with each step.
     :return: an [N x D] float32 array.
     :raises ValueError: naming the first image whose vector is not finite.
     """
-    parts.mkdir(parents=True, exist_ok=True)
     vectors = []
     for start in range(0, len(files), CHUNK):
         chunk = files[start : start + CHUNK]
@@ -210,6 +212,7 @@ def extract(
                 progress(len(batch))
             rows = np.concatenate(done)
             _check_finite(rows, chunk)
+            parts.mkdir(parents=True, exist_ok=True)
             _write_aside(part, lambda file, rows=rows: np.save(file, rows))
         else:
             progress(len(chunk))

@@ -18,11 +18,11 @@ _ALIGNED_SIDE = 32  # in px: what images are reduced to before they are laid ove
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and the bounds that hold 95 % of its resampled values."""
+    """A figure and the bounds that hold 95 % of its resampled values; None where there is nothing to resample."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     @classmethod
     def of(cls, values: Sequence[float] | np.ndarray) -> "Estimate":

@@ -141,7 +141,7 @@ def measure(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
 
 def summarise(
     rows: Sequence[dict[str, float]], slides: Sequence[str], seed: int = 0, resamples: int = 2000, level: float = 0.95
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """
     Average the images' metrics, with a bootstrap interval over slides.
 
@@ -151,7 +151,7 @@ def summarise(
     :param rows: from `measure`, one an image.
     :param slides: the slide of each.
     :param seed: of the draws.
-    :return: metric -> {mean, low, high}; low = high = mean where there is one slide.
+    :return: metric -> {mean, low, high}; low and high are None where there is one slide, which says nothing of others.
     """
     if not rows or len(rows) != len(slides):
         raise ValueError(f"{len(rows)} images and {len(slides)} slides: give the slide of each of at least one image")
@@ -163,10 +163,12 @@ def summarise(
     values = np.array([[row[name] for name in names] for row in rows])
     sums = np.array([values[group].sum(axis=0) for group in groups])
     sizes = np.array([len(group) for group in groups])
+    mean = values.mean(axis=0)
+    if len(groups) < 2:
+        return {name: dict(mean=float(mean[k]), low=None, high=None) for k, name in enumerate(names)}
     drawn = np.random.default_rng(seed).integers(0, len(groups), (resamples, len(groups)))
     means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    mean = values.mean(axis=0)
     return {name: dict(mean=float(mean[k]), low=float(low[k]), high=float(high[k])) for k, name in enumerate(names)}
 
 

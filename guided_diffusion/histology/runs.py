@@ -57,7 +57,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder: give a results folder of image_sample.py")
-        children = [folder] if (folder / "samples").is_dir() else sorted(p.parent for p in folder.glob("*/samples"))
+        children = [folder] if (folder / "samples").is_dir() else sorted(p.parent for p in folder.glob("[!.]*/samples"))
         if not children:
             raise FileNotFoundError(f"{folder} has no samples/, nor a folder in it that has: give a results folder")
         paths += children

@@ -7,7 +7,7 @@ maps fall from 1 to -1, which parts them. Owns the file and the way to instances
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch as th
 from scipy import ndimage
 
+from .runs import slide_of
 from .segmenter_net import STRIDE, SegmenterNet, seeded_net
 
 KIND = "nuclei segmenter"
@@ -39,13 +40,32 @@ class Segmenter:
     :param device: where it runs.
     :param flips: average over the image and its three mirrored versions: four times the time for a little more.
     :param slides: that the network was trained on.
+    :param held_slides: that its weights were chosen by, as the best among those of the run.
     """
 
-    def __init__(self, net: SegmenterNet, device: th.device, flips: bool = False, slides: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        net: SegmenterNet,
+        device: th.device,
+        flips: bool = False,
+        slides: Iterable[str] = (),
+        held_slides: Iterable[str] = (),
+    ) -> None:
         self.net = net.to(device, memory_format=th.channels_last).eval()
         self.device = device
         self.flips = flips
-        self.slides = frozenset(slides)
+        self.slides, self.held_slides = frozenset(slides), frozenset(held_slides)
+
+    def knows(self, stem: str) -> str:
+        """
+        :param stem: of an image: a patch NAME_000 of slide NAME, or a whole slide, whose own name may end like that.
+        :return: how the network knows its slide, "was trained on slide NAME" or the like; "" where it does not.
+        """
+        for how, slides in (("was trained on", self.slides), ("was chosen by", self.held_slides)):
+            for slide in (slide_of(stem), stem):
+                if slide in slides:
+                    return f"{how} slide {slide}"
+        return ""
 
     def segment(self, image: np.ndarray) -> np.ndarray:
         """
@@ -161,9 +181,9 @@ def hv_target(inst_map: np.ndarray) -> np.ndarray:
     return target
 
 
-def as_content(net: SegmenterNet, slides: Sequence[str]) -> dict[str, Any]:
-    """:return: what a segmenter's file holds: the weights, and the slides that they come from."""
-    return {"kind": KIND, "net": net.state_dict(), "slides": sorted(slides)}
+def as_content(net: SegmenterNet, slides: Iterable[str], held_slides: Iterable[str] = ()) -> dict[str, Any]:
+    """:return: what a segmenter's file holds: weights, the slides that they come from, and those that chose them."""
+    return {"kind": KIND, "net": net.state_dict(), "slides": sorted(slides), "held_slides": sorted(held_slides)}
 
 
 def load_segmenter(path: str | Path, device: th.device, flips: bool = False) -> Segmenter:
@@ -180,7 +200,8 @@ def load_segmenter(path: str | Path, device: th.device, flips: bool = False) -> 
     net = seeded_net()
     try:
         net.load_state_dict(content["net"])
-        return Segmenter(net, device, flips, content["slides"])
+        # Files of earlier versions do not name what was held out.
+        return Segmenter(net, device, flips, content["slides"], content.get("held_slides", ()))
     except (KeyError, RuntimeError, TypeError, AttributeError):
         raise ValueError(f"{path} is a segmenter of another layout: train it again") from None
 

@@ -6,6 +6,7 @@ not of batch size, workers or where a run was taken up again. Knows nothing of n
 """
 
 import csv
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch as th
 
 from .annotations import IMAGE_SUFFIXES, MASK_SUFFIXES, TRAIN_SPLIT, read_image, read_inst_mask
+from .patches import check_complete
 from .runs import MANIFEST, slide_of
 from .segmentation import hv_target
 
@@ -77,11 +79,12 @@ def training_pairs(data: Path) -> list[Pair]:
     The pairs of DATA/MoNuSegTrainingData.
 
     :raises FileNotFoundError: if it is not there.
-    :raises ValueError: as `find_pairs`; or where the test split beside it holds one of the slides.
+    :raises ValueError: as `find_pairs`; or where the folder was not prepared to the end.
     """
     folder = data / TRAIN_SPLIT
     if not folder.is_dir():
         raise FileNotFoundError(f"DATA {data} has no {TRAIN_SPLIT}: make it with scripts/prepare_monuseg.py")
+    check_complete(data, "DATA")
     return find_pairs(folder)
 
 
@@ -94,6 +97,16 @@ def check_no_overlap(pairs: Iterable[Pair], test_stems: Iterable[str], where: Pa
     for pair in pairs:
         for slide in sorted(pair.slides & test):
             raise ValueError(f"slide {slide} of {where} is trained on, too ({pair.image}): remove it from one of them")
+
+
+def checksum(pairs: Iterable[Pair]) -> str:
+    """:return: a SHA-256 of the names and the contents of the pairs' files; what is no file is left to its reader."""
+    found = hashlib.sha256()
+    for pair in pairs:
+        for path in (pair.image, pair.mask):
+            content = path.read_bytes() if path.is_file() else b""
+            found.update(f"{path.name} {hashlib.sha256(content).hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def image_files(folder: Path) -> dict[str, Path]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from . import instance_metrics
+from .runs import slide_of
 from .segmentation import FILE, Segmenter, as_content, as_input, load_checked
 from .segmenter_data import Crops, Example
 from .segmenter_net import load_imagenet_weights, seeded_net
@@ -120,7 +121,7 @@ class Training:
 
     def run(self, workers: int = 0, report: Callable[[dict[str, float]], None] = lambda row: None) -> dict[str, Any]:
         """
-        Train to the end and write segmenter.pt.
+        Train to the end and write segmenter.pt. The checkpoint stays, for the caller to remove with the result kept.
 
         :param workers: processes that make crops.
         :param report: is called with each validation's figures.
@@ -144,8 +145,8 @@ class Training:
         best = self.best["net"] if self.held else None
         if best is not None:
             self.net.load_state_dict(best)
-        save_atomically(as_content(self.net, self.slides), self.out / FILE)
-        (self.out / CHECKPOINT).unlink(missing_ok=True)
+        held_slides = {slide_of(example.stem) for example in self.held}
+        save_atomically(as_content(self.net, self.slides, held_slides), self.out / FILE)
         return self._result()
 
     def progress(self) -> float:

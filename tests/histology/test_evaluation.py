@@ -1,5 +1,7 @@
 """Which figures a set gets, the real floor beside it, and copies that were planted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -80,6 +82,21 @@ def test_copies_are_told(evaluator):
     assert copied[[3, 5]].all() and found.by_pixels[3] == 11 and found.by_features[5] == 20
     assert found.pixel_distance[3] < 0.01
     assert evaluator.figures(planted)["copies"] == copied.mean()
+
+
+def test_the_patch_of_a_samples_own_structure_is_no_copy():
+    """Nuclei where the mask has them, in another texture, are what a sample is to show; a stranger's are a copy."""
+    base, held_out = draw(60, 0), draw(40, 1)
+    train = replace(base, structures=[f"p{i}" for i in range(60)])
+    evaluator = Evaluator(train, held_out, ["copies"])
+    texture = np.random.default_rng(9).normal(0, 8, base.images[:2].shape)
+    images = np.clip(base.images[[7, 7]] + texture, 0, 255).astype(np.uint8)
+    # Its neighbours by features are training patches, yet no nearer than what is held out.
+    features = base.features[[7, 7]] + evaluator.neighbours(held_out).feature_distance.min() / 2
+    samples = replace(draw(2, 3), images=images, features=features, structures=["p7", "p8"])
+    found = evaluator.neighbours(samples)
+    assert evaluator.copied_by_pixels(found).tolist() == evaluator.copied(found).tolist() == [False, True]
+    assert found.by_pixels[0] != 7 and found.by_pixels[1] == 7
 
 
 def test_diversity_is_within_conditions(evaluator):

@@ -27,6 +27,25 @@ def test_table():
     assert lines[2].split() == ["m", "-", "0.25", "-"] and len(set(map(len, lines[1:]))) == 1
 
 
+def test_a_figure_without_an_interval(tmp_path):
+    rows = {"m": {"f1": Estimate(0.5, None, None)}}
+    assert report.table(rows).splitlines()[1].split() == ["m", "0.5", "-"]
+    assert report.as_json(rows["m"]) == {"f1": dict(value=0.5, low=None, high=None)}
+    report.draw_figures({}, rows, {"m": ("m", 1.5)}, tmp_path / "points.png")
+    assert ink(tmp_path / "points.png").std() > 10
+
+
+def test_a_set_without_an_s_is_drawn_beside_the_curves(tmp_path):
+    places = {name: ("m", float(name[3:])) for name in RUNS}
+    rows = {**RUNS, "kept": {"recall": 0.5}}
+    report.draw_figures({}, RUNS, places, tmp_path / "curves.png")
+    report.draw_figures({}, rows, {**places, "kept": ("kept", None)}, tmp_path / "both.png")
+    curves, both = ink(tmp_path / "curves.png"), ink(tmp_path / "both.png")
+    # The panel of kid, which it has not, but for the legend; and a line from side to side in that of recall.
+    changed = (curves != both).any(axis=2)
+    assert changed[:, 396:].sum(axis=1).max() > 100
+
+
 def test_curves_over_s_show_the_floor(tmp_path):
     places = {name: ("m", float(name[3:])) for name in RUNS}
     report.draw_figures(FLOOR, RUNS, places, tmp_path / "with.png")

@@ -50,7 +50,7 @@ def test_finds_images_in_every_kind_of_folder(tmp_path):
     for split in ("MoNuSegTrainingData", "MoNuSegTestData"):
         draw(tmp_path / "data" / split / "images" / "a_000.png")
         draw(tmp_path / "data" / split / "bin_masks" / "a_000.png")
-    for run in ("m_s1.0", "m_s1.5"):
+    for run in ("m_s1.0", "m_s1.5", ".kept.77.part"):  # the last one of a run that was killed
         draw(tmp_path / "sweep" / run / "samples" / "b.png")
         draw(tmp_path / "sweep" / run / "images" / "b.png")
         (tmp_path / "sweep" / run / "manifest.csv").write_text("index\n")

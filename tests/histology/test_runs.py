@@ -43,6 +43,7 @@ def test_without_appearances_or_manifest(tmp_path):
 def test_a_sweep_and_equal_names(tmp_path):
     for name in ("sweep/m_s1", "sweep/m_s2", "x/kept", "y/kept"):
         write_run(tmp_path / name)
+    write_run(tmp_path / "sweep" / ".kept.77.part")  # of a run that was killed
     found = runs.find_runs([tmp_path / "sweep", tmp_path / "x" / "kept", tmp_path / "y" / "kept"])
     assert [run.name for run in found] == ["m_s1", "m_s2", "x_kept", "y_kept"]
 

@@ -219,6 +219,20 @@ def test_a_segmenter_is_read_back(tmp_path):
         assert read.slides == {"A", "B"} and not read.net.training
 
 
+def test_what_a_segmenter_knows(tmp_path):
+    th.save(segmentation.as_content(seeded_net(), ["A", "B_01"], ["C"]), tmp_path / "segmenter.pt")
+    read = load_segmenter(tmp_path, CPU)
+    found = [read.knows(stem) for stem in ("A_000", "A", "B_01", "B_01_003", "B_02", "C_000")]
+    assert found == [*["was trained on slide A"] * 2, *["was trained on slide B_01"] * 2, "", "was chosen by slide C"]
+
+
+def test_a_file_that_does_not_name_what_was_held_out_is_read(tmp_path):
+    content = segmentation.as_content(seeded_net(), ["A"])
+    del content["held_slides"]
+    th.save(content, tmp_path / "segmenter.pt")
+    assert load_segmenter(tmp_path, CPU).held_slides == set()
+
+
 @pytest.mark.parametrize(
     ("content", "what"),
     [

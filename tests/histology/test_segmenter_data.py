@@ -21,6 +21,21 @@ def examples(count=4, size=48):
     return [Example(f"s-{k}_000", *draw_patch(k, size)) for k in range(count)]
 
 
+def test_a_checksum_tells_names_and_contents(tmp_path):
+    paths = [tmp_path / name for name in ("a.png", "a.tif", "b.png", "none.png")]
+    for path, content in zip(paths, (b"1", b"2", b"1")):
+        path.write_bytes(content)
+
+    def checksum(image, mask):
+        return segmenter_data.checksum([Pair("a", image, mask, frozenset())])
+
+    image, mask, other, missing = paths
+    found = {checksum(*pair) for pair in ((image, mask), (mask, image), (other, mask), (missing, mask))}
+    first = checksum(image, mask)
+    mask.write_bytes(b"3")
+    assert len(found | {checksum(image, mask)}) == 5 and first in found
+
+
 def test_whole_slides_are_held_out():
     train, held, left = segmenter_data.hold_out(REAL, 0.2, seed=0)
     assert sorted([*train, *held], key=lambda p: p.stem) == REAL and not left

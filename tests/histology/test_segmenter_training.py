@@ -104,7 +104,7 @@ def test_a_run_taken_up_ends_like_one_that_never_stopped(tmp_path):
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert [row["loss"] for row in result["history"]] == pytest.approx([row["loss"] for row in whole["history"]])
     assert result["best_step"] == whole["best_step"]
-    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["segmenter.pt"]
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["checkpoint.pt", "segmenter.pt"]
 
 
 def test_the_best_weights_are_kept_and_the_run_stops_early(tmp_path):
