@@ -27,7 +27,7 @@ from tqdm import tqdm
 from guided_diffusion import cli, image_files
 from guided_diffusion.histology import evaluation_report, image_metrics, instance_metrics, runs
 from guided_diffusion.histology.backbones import Backbone, load_backbone
-from guided_diffusion.histology.evaluation import METRICS, Evaluator, Figures, PatchSet, StructureMetric
+from guided_diffusion.histology.evaluation import BY_FEATURES, METRICS, Evaluator, Figures, PatchSet, StructureMetric
 from guided_diffusion.histology.segmentation import Segmenter, load_segmenter
 from scripts.extract_features import find_device
 from scripts.sdm_backbone import load_sdm
@@ -71,7 +71,9 @@ def main(argv: list[str] | None = None) -> None:
         for item in held_out_items:
             if how := segmenter.knows(item.stem):
                 raise ValueError(f"--segmenter {how}, which is to set the floor: give another")
-    backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision], {"sdm": load_sdm})
+    backbone = None
+    if set(metrics) & set(BY_FEATURES):
+        backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision], {"sdm": load_sdm})
     train = real_set("real, training", train_items, backbone, args.batch_size)
     held_out = real_set("real, held out", held_out_items, backbone, args.batch_size)
     sizes = {"real": train.images.shape[1:3]}
@@ -165,13 +167,15 @@ def stacked(arrays: Sequence[np.ndarray], names: Sequence[object]) -> np.ndarray
     return np.stack(arrays)
 
 
-def embed(name: str, images: np.ndarray, backbone: Backbone, batch_size: int) -> np.ndarray:
-    """:return: the features of all images, [N x D]."""
+def embed(name: str, images: np.ndarray, backbone: Backbone | None, batch_size: int) -> np.ndarray:
+    """:return: the features of all images, [N x D]; none, [N x 0], without a backbone."""
+    if backbone is None:
+        return np.empty((len(images), 0), np.float32)
     starts = tqdm(range(0, len(images), batch_size), f"{name}: features", leave=False, delay=2)
     return np.concatenate([backbone.embed(images[start : start + batch_size]) for start in starts])
 
 
-def real_set(name: str, items: list[image_files.Item], backbone: Backbone, batch_size: int) -> PatchSet:
+def real_set(name: str, items: list[image_files.Item], backbone: Backbone | None, batch_size: int) -> PatchSet:
     for item in items:
         if item.inst_mask is None:
             raise ValueError(f"{item.image} has no instance mask in inst_masks: evaluation needs one")
@@ -184,7 +188,7 @@ def real_set(name: str, items: list[image_files.Item], backbone: Backbone, batch
 
 
 def synthetic_set(
-    run: runs.Run, backbone: Backbone, args: argparse.Namespace, real: dict[str, image_files.Item]
+    run: runs.Run, backbone: Backbone | None, args: argparse.Namespace, real: dict[str, image_files.Item]
 ) -> PatchSet:
     """:param real: stem -> real patch, among which the samples' originals are looked for."""
     samples = spread(run.samples, args.limit)
@@ -276,7 +280,7 @@ def report(
     floor: Figures,
     figures: dict[str, Figures],
     found: list[runs.Run],
-    backbone: Backbone,
+    backbone: Backbone | None,
 ) -> None:
     """Write metrics.json and metrics.png, and print the table."""
     rows = {"real, held out": floor, **figures}
@@ -289,8 +293,8 @@ def report(
         {
             "settings": {
                 "real": str(args.real),
-                "backbone": backbone.name,
-                "weight_hash": backbone.weight_hash,
+                "backbone": backbone.name if backbone else None,
+                "weight_hash": backbone.weight_hash if backbone else None,
                 "segmenter": str(args.segmenter) if args.segmenter else None,
                 "seed": args.seed,
                 "limit": args.limit,

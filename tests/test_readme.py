@@ -59,6 +59,6 @@ def test_every_flag_written_out_is_known():
     known = {action.dest for parser in PARSERS.values() for action in parser._actions}
     sources = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.*"))
     known |= set(re.findall(r"add_argument\(\s*\"--(\w+)\"", sources))
-    others = {"gpus", "rm", "name", "nproc_per_node", "shm", "toy"}
+    others = {"gpus", "rm", "name", "nproc_per_node", "shm", "toy", "user"}
     for flag in set(re.findall(r"--([a-z]\w+)", TEXT)) - others:
         assert flag in known, flag

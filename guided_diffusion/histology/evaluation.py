@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from . import image_metrics as im
 
 METRICS = ("kid", "frechet", "precision_recall", "colour", "structure", "copies", "diversity")
+BY_FEATURES = ("kid", "frechet", "precision_recall", "copies", "diversity")  # those that look at features
 CANDIDATES = 20  # nearest training patches by features, which a patch is laid over
 
 Figures = dict[str, "float | im.Estimate | None"]
@@ -28,7 +29,7 @@ class PatchSet:
     :param name: what to call them.
     :param images: [N x H x W x 3] uint8.
     :param inst_maps: [N x H x W] int32, the nuclei they should show.
-    :param features: [N x D] float32.
+    :param features: [N x D] float32; of no matter where none of BY_FEATURES is asked for.
     :param slides: the slide that each one's structure comes from.
     :param structures: the patch that it comes from, by its stem; of real patches, each one itself.
     :param appearances: of synthetic patches, the images whose colours they took, [N x H x W x 3] uint8.
