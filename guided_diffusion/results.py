@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,11 @@ def unique_stems(stems: Sequence[str]) -> list[str]:
         taken.add(name)
         names.append(name)
     return names
+
+
+def folder_name(checkpoint: str, s: str) -> str:
+    """:return: the name of a sweep's folder for a checkpoint's path and a guidance scale as it was written."""
+    return f"{PurePath(checkpoint).stem}_s{s}"
 
 
 class ResultFolder:
@@ -295,8 +300,10 @@ def save_run(path: str, config: dict[str, Any]) -> None:
 def remove_run(path: str) -> None:
     """Delete what an earlier run wrote in its results folder: its own samples, and a sweep's in the folders below."""
     for manifest in Path(path).glob(f"*/{MANIFEST}"):
-        if not (manifest.parent / RUN).exists():  # else it is the folder of another run
-            folder = ResultFolder(manifest.parent)
+        folder = ResultFolder(manifest.parent)
+        made_here = {folder_name(row["checkpoint"], row["s"]) for row in folder.rows().values()} == {folder.path.name}
+        # Else it is a folder of another run, or what a later stage made of samples.
+        if made_here and not (folder.path / RUN).exists():
             folder.remove()
             with contextlib.suppress(OSError):  # what holds other files stays
                 folder.path.rmdir()

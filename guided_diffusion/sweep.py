@@ -18,7 +18,7 @@ from . import dist_util, logger
 from .conditioning import ConditionSpec
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import NucleiDataset
-from .results import BackgroundWriter, ResultFolder, draw_grid, unique_stems
+from .results import BackgroundWriter, ResultFolder, draw_grid, folder_name, unique_stems
 from .samplers import Schedule, kept_conditions, sample, to_uint8
 from .unet import UNetModel
 
@@ -121,7 +121,7 @@ class Sweep:
         single = len(self.checkpoints) == len(self.scales) == 1
         root = Path(self.results_path)
         self.folders = {
-            (path, scale): ResultFolder(root if single else root / f"{PurePath(path).stem}_s{scale.text}")
+            (path, scale): ResultFolder(root if single else root / folder_name(path, scale.text))
             for path in self.checkpoints
             for scale in self.scales
         }
@@ -176,7 +176,7 @@ class Sweep:
         """What this rank is to do for a checkpoint: of each sample all scales, since they share its condition."""
         numbers = sorted(set.union(*(pending[path, scale] for scale in self.scales)))
         mine = set(numbers[dist_util.rank() :: dist_util.world_size()])
-        return {scale: pending[path, scale] & mine for scale in self.scales if pending[path, scale] & mine}
+        return {scale: own for scale in self.scales if (own := pending[path, scale] & mine)}
 
     def _sample_from(
         self, model: UNetModel, path: str, todo: dict[Scale, set[int]], writer: BackgroundWriter

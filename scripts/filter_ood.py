@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from guided_diffusion import cli, results
 from guided_diffusion.histology import ood
-from guided_diffusion.histology.annotations import TRAIN_SPLIT
+from guided_diffusion.histology.annotations import TRAIN_SPLIT, check_complete
 from guided_diffusion.histology.assembly import (
     Kept,
     check_apart,
@@ -48,7 +48,6 @@ from guided_diffusion.histology.assembly import (
 from guided_diffusion.histology.backbones import Backbone, load_backbone
 from guided_diffusion.histology.features import digest, list_images, read_image
 from guided_diffusion.histology.ood_picture import SHOWN, Scored, draw_scores
-from guided_diffusion.histology.patches import check_complete
 from guided_diffusion.histology.runs import find_runs, slide_of
 from guided_diffusion.script_util import str2bool
 from scripts.extract_features import PRECISIONS, find_device

@@ -206,11 +206,15 @@ def test_overwrite_takes_an_earlier_sweep_away(data_dir, model_path, tmp_path):
     out = run(data_dir, model_path, tmp_path / "out", "--s", "1,1.5", "--num_samples", "2")
     run(data_dir, model_path, out / "apart", "--num_samples", "1")
     (out / "model000007_s1" / "mine.txt").write_text("mine")
+    (out / "kept").mkdir()
+    kept = (out / "model000007_s1" / "manifest.csv").read_bytes()
+    (out / "kept" / "manifest.csv").write_bytes(kept)  # as filter_ood.py makes one of samples
     run(data_dir, model_path, out, "--s", "1.5,2", "--num_samples", "2", "--seed", "7", "--overwrite", "True")
-    names = ["apart", "model000007_s1", "model000007_s1.5", "model000007_s2", "run.json", "sweep.png"]
+    names = ["apart", "kept", "model000007_s1", "model000007_s1.5", "model000007_s2", "run.json", "sweep.png"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert [path.name for path in (out / "model000007_s1").iterdir()] == ["mine.txt"]
     assert {row["seed"] for row in manifest(out / "model000007_s1.5")} == {"7"} and len(manifest(out / "apart")) == 1
+    assert (out / "kept" / "manifest.csv").read_bytes() == kept
 
 
 def test_the_same_command_goes_on(data_dir, two_models, tmp_path):

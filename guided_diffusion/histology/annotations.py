@@ -210,6 +210,21 @@ class _RegionCollector:
         return self.regions
 
 
+def check_complete(data: Path, flag: str) -> None:
+    """
+    Refuse what an interrupted scripts/prepare_monuseg.py left, by the manifest that it begins with.
+
+    :param data: a data folder, or a folder up to two below it: a split, or its images.
+    :param flag: that names it.
+    :raises ValueError: if it is not whole.
+    """
+    absolute = Path(os.path.abspath(data))
+    for folder in (absolute, *absolute.parents[:2]):
+        manifest = folder / MANIFEST
+        if manifest.is_file() and '"complete": false' in manifest.read_text(encoding="utf-8"):
+            raise ValueError(f"{flag} {data} is not prepared to the end: run prepare_monuseg.py again")
+
+
 def _to_pixels(vertices: list[tuple[float, float]], path: Path, number: int) -> np.ndarray:
     points = np.trunc(np.array(vertices, dtype=np.float64).reshape(-1, 2))
     if not (np.abs(points) < 2**31).all():

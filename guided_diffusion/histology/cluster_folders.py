@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .annotations import TEST_SPLIT, TRAIN_SPLIT
+from .annotations import TEST_SPLIT, TRAIN_SPLIT, check_complete
 from .features import list_images
-from .patches import SUFFIXES, check_complete
+from .patches import SUFFIXES
 
 # Paths in the folder and where their links lead, or a copy's SHA-256: "links", what the last run wrote or was to write,
 # and "earlier", what was there before it, empty once it is finished.

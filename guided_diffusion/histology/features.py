@@ -25,9 +25,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .annotations import TEST_SPLIT, TRAIN_SPLIT
+from .annotations import TEST_SPLIT, TRAIN_SPLIT, check_complete
 from .backbones import Backbone
-from .patches import check_complete
 
 SPLITS = (TRAIN_SPLIT, TEST_SPLIT)
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")

@@ -13,7 +13,6 @@ from PIL import Image
 
 MODES = ("valid", "mirror")
 SUFFIXES = {"images": ".png", "bin_masks": ".png", "inst_masks": ".tif"}
-PREPARED = "prepare.json"
 _PNG_LEVEL = 2  # a third of the time of the default 6, for a few percent more bytes
 
 
@@ -113,21 +112,6 @@ def save_patch(files: dict[str, Path], image: np.ndarray, inst_map: np.ndarray, 
     _save(picture, files["images"], compress_level=_PNG_LEVEL)
     _save(binary, files["bin_masks"], compress_level=_PNG_LEVEL)
     _save(instances, files["inst_masks"])
-
-
-def check_complete(data: Path, flag: str) -> None:
-    """
-    Refuse what an interrupted scripts/prepare_monuseg.py left, by the manifest that it begins with.
-
-    :param data: a data folder, or a folder up to two below it: a split, or its images.
-    :param flag: that names it.
-    :raises ValueError: if it is not whole.
-    """
-    absolute = Path(os.path.abspath(data))
-    for folder in (absolute, *absolute.parents[:2]):
-        manifest = folder / PREPARED
-        if manifest.is_file() and '"complete": false' in manifest.read_text(encoding="utf-8"):
-            raise ValueError(f"{flag} {data} is not prepared to the end: run prepare_monuseg.py again")
 
 
 def _starts(length: int, window: int, step: int) -> tuple[list[int], list[int]]:

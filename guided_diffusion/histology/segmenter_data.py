@@ -15,8 +15,7 @@ import cv2
 import numpy as np
 import torch as th
 
-from .annotations import IMAGE_SUFFIXES, MASK_SUFFIXES, TRAIN_SPLIT, read_image, read_inst_mask
-from .patches import check_complete
+from .annotations import IMAGE_SUFFIXES, MASK_SUFFIXES, TRAIN_SPLIT, check_complete, read_image, read_inst_mask
 from .runs import MANIFEST, slide_of
 from .segmentation import hv_target
 

@@ -286,3 +286,14 @@ def test_an_annotation_of_another_image_is_refused(tmp_path):
     (tmp_path / "train/a.xml").write_text(xml(region([(500, 500), (600, 500), (600, 600)])))
     with pytest.raises(ValueError, match="outside its image"):
         annotations.read_slide(annotations.find_slides(tmp_path)[0])
+
+
+@pytest.mark.parametrize("name", ["d", "d/split", "d/split/images"])
+def test_a_folder_that_was_not_prepared_to_the_end_is_refused(tmp_path, name):
+    (tmp_path / "d" / "split" / "images").mkdir(parents=True)
+    annotations.check_complete(tmp_path / name, "DATA")
+    (tmp_path / "d" / "prepare.json").write_text('{\n "complete": false\n}')
+    with pytest.raises(ValueError, match=f"^DATA .*/{name} is not prepared to the end: run prepare_monuseg.py again$"):
+        annotations.check_complete(tmp_path / name, "DATA")
+    (tmp_path / "d" / "prepare.json").write_text('{\n "complete": true\n}')
+    annotations.check_complete(tmp_path / name, "DATA")

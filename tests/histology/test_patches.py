@@ -152,17 +152,6 @@ def test_resizing_is_bicubic_for_images_and_nearest_for_masks(tmp_path):
         assert np.array_equal(np.asarray(binary) == 255, inst_map[1::2, 1::2] > 0)
 
 
-@pytest.mark.parametrize("name", ["d", "d/split", "d/split/images"])
-def test_a_folder_that_was_not_prepared_to_the_end_is_refused(tmp_path, name):
-    (tmp_path / "d" / "split" / "images").mkdir(parents=True)
-    patches.check_complete(tmp_path / name, "DATA")
-    (tmp_path / "d" / "prepare.json").write_text('{\n "complete": false\n}')
-    with pytest.raises(ValueError, match=f"^DATA .*/{name} is not prepared to the end: run prepare_monuseg.py again$"):
-        patches.check_complete(tmp_path / name, "DATA")
-    (tmp_path / "d" / "prepare.json").write_text('{\n "complete": true\n}')
-    patches.check_complete(tmp_path / name, "DATA")
-
-
 def test_an_empty_patch_is_fine(tmp_path):
     files = saved(tmp_path, np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.int32))
     with Image.open(files["bin_masks"]) as binary:
