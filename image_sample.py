@@ -6,7 +6,7 @@ import json
 from guided_diffusion import checkpoint, cli, dist_util, logger
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.fp16_util import compute_dtype
-from guided_diffusion.histology.features import load_features
+from guided_diffusion.histology.features.embeddings import load_features
 from guided_diffusion.image_datasets import load_dataset
 from guided_diffusion.results import check_results_path, check_same_run, remove_run, save_run
 from guided_diffusion.samplers import SAMPLERS, make_schedule

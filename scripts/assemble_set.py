@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.histology.annotations import TRAIN_SPLIT
 from guided_diffusion.histology.assembly import (
     check_apart,
     check_sizes,
@@ -33,8 +32,9 @@ from guided_diffusion.histology.assembly import (
     write_set,
     write_whole,
 )
-from guided_diffusion.histology.cluster_folders import list_patches
-from guided_diffusion.histology.runs import find_runs
+from guided_diffusion.histology.evaluation.runs import find_runs
+from guided_diffusion.histology.features.cluster_folders import list_patches
+from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 from guided_diffusion.script_util import str2bool
 
 RECORD = "assemble.json"

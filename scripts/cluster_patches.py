@@ -30,12 +30,26 @@ import numpy as np
 from tqdm import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.histology.annotations import TEST_SPLIT, TRAIN_SPLIT
-from guided_diffusion.histology.cluster_folders import RECORD, ClusterFolder, Patch, list_patches, plan, write_whole
-from guided_diffusion.histology.cluster_picture import by_size, draw_clusters
-from guided_diffusion.histology.clustering import NOISE, Clustering, Options, best_of, silhouette, subset_cascade
-from guided_diffusion.histology.features import Features, load_features, read_image
-from guided_diffusion.histology.runs import slide_of
+from guided_diffusion.histology.evaluation.runs import slide_of
+from guided_diffusion.histology.features.cluster_folders import (
+    RECORD,
+    ClusterFolder,
+    Patch,
+    list_patches,
+    plan,
+    write_whole,
+)
+from guided_diffusion.histology.features.cluster_picture import by_size, draw_clusters
+from guided_diffusion.histology.features.clustering import (
+    NOISE,
+    Clustering,
+    Options,
+    best_of,
+    silhouette,
+    subset_cascade,
+)
+from guided_diffusion.histology.features.embeddings import Features, load_features, read_image
+from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from guided_diffusion.script_util import str2bool
 
 OWN_FILES = ("clusters.csv", "scores.json", "clusters.png")

@@ -25,10 +25,18 @@ import torch as th
 from tqdm import tqdm
 
 from guided_diffusion import cli, image_files
-from guided_diffusion.histology import evaluation_report, image_metrics, instance_metrics, runs
-from guided_diffusion.histology.backbones import Backbone, load_backbone
-from guided_diffusion.histology.evaluation import BY_FEATURES, METRICS, Evaluator, Figures, PatchSet, StructureMetric
-from guided_diffusion.histology.segmentation import Segmenter, load_segmenter
+from guided_diffusion.histology.evaluation import image_metrics, instance_metrics, runs
+from guided_diffusion.histology.evaluation import report as evaluation_report
+from guided_diffusion.histology.evaluation.evaluator import (
+    BY_FEATURES,
+    METRICS,
+    Evaluator,
+    Figures,
+    PatchSet,
+    StructureMetric,
+)
+from guided_diffusion.histology.features.backbones import Backbone, load_backbone
+from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
 from scripts.extract_features import find_device
 from scripts.sdm_backbone import load_sdm
 

@@ -28,8 +28,9 @@ import torch as th
 from tqdm import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.histology.backbones import load_backbone
-from guided_diffusion.histology.features import (
+from guided_diffusion.histology.evaluation.runs import slide_of
+from guided_diffusion.histology.features.backbones import load_backbone
+from guided_diffusion.histology.features.embeddings import (
     Features,
     data_root,
     digest,
@@ -39,7 +40,6 @@ from guided_diffusion.histology.features import (
     same_slide_share,
     save_features,
 )
-from guided_diffusion.histology.runs import slide_of
 from scripts.sdm_backbone import load_sdm
 
 PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16}

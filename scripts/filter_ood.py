@@ -34,8 +34,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from guided_diffusion import cli, results
-from guided_diffusion.histology import ood
-from guided_diffusion.histology.annotations import TRAIN_SPLIT, check_complete
 from guided_diffusion.histology.assembly import (
     Kept,
     check_apart,
@@ -45,10 +43,12 @@ from guided_diffusion.histology.assembly import (
     write_kept,
     write_whole,
 )
-from guided_diffusion.histology.backbones import Backbone, load_backbone
-from guided_diffusion.histology.features import digest, list_images, read_image
-from guided_diffusion.histology.ood_picture import SHOWN, Scored, draw_scores
-from guided_diffusion.histology.runs import find_runs, slide_of
+from guided_diffusion.histology.evaluation.runs import find_runs, slide_of
+from guided_diffusion.histology.features.backbones import Backbone, load_backbone
+from guided_diffusion.histology.features.embeddings import digest, list_images, read_image
+from guided_diffusion.histology.filtering import patchcore
+from guided_diffusion.histology.filtering.picture import SHOWN, Scored, draw_scores
+from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT, check_complete
 from guided_diffusion.script_util import str2bool
 from scripts.extract_features import PRECISIONS, find_device
 from scripts.sdm_backbone import load_sdm
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = find_runs(args.synthetic)
     check_out(args)
     slides = [slide_of(path.stem) for path in real]
-    held = ood.held_out_slides(slides, args.held_out, args.seed)
+    held = patchcore.held_out_slides(slides, args.held_out, args.seed)
     samples = [(run, sample) for run in runs for sample in run.samples]
     files = [sample.sample for _, sample in samples]
     if args.top_n is not None and args.top_n > len(files):
@@ -77,15 +77,15 @@ def main(argv: list[str] | None = None) -> None:
     real_scores = score(extractor, core, held_files, args.reweight, "held-out real")
     scores = score(extractor, core, files, args.reweight, "synthetic")
     threshold = float(np.quantile(real_scores, args.tau))
-    weight = ood.weights(scores, args.quantile)
-    kept = ood.keep(args.mode, scores, weight, threshold, args.top_n)
+    weight = patchcore.weights(scores, args.quantile)
+    kept = patchcore.keep(args.mode, scores, weight, threshold, args.top_n)
     judged = [Kept(*pair, float(s), float(w)) for pair, s, w in zip(samples, scores, weight)]
 
     report = {
         "settings": {name: text_of(value) for name, value in vars(args).items()},
         "backbone": extractor.backbone.name,
         "weight_hash": extractor.backbone.weight_hash,
-        "auroc": ood.auroc(real_scores, scores),
+        "auroc": patchcore.auroc(real_scores, scores),
         "threshold": threshold,
         "kept": int(kept.sum()),
         "kept_share": float(kept.mean()),
@@ -107,12 +107,14 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--synthetic", metavar="RESULTS", nargs="+", type=Path, required=True, help="see above")
     parser.add_argument("--out", metavar="OUT", type=Path, required=True, help="folder to write to")
     parser.add_argument("--backbone", default="efficientnet_lite0", help="see extract_features.py; all but stain")
-    parser.add_argument("--neighbourhood", type=int, default=ood.NEIGHBOURHOOD, help="cells a side (default 21)")
-    parser.add_argument("--stride", type=int, default=ood.STRIDE, help="cells between neighbourhoods (default 4)")
+    parser.add_argument("--neighbourhood", type=int, default=patchcore.NEIGHBOURHOOD, help="cells a side (default 21)")
+    parser.add_argument("--stride", type=int, default=patchcore.STRIDE, help="cells between neighbourhoods (default 4)")
     parser.add_argument("--fraction", type=float, default=0.1, help="share of real vectors in the bank (default 0.1)")
     parser.add_argument("--max_bank", type=int, default=50_000, help="vectors in the bank at most (default 50000)")
     parser.add_argument("--held_out", type=float, default=0.2, help="share of real slides held out (default 0.2)")
-    parser.add_argument("--mode", default="threshold", help=f"{', '.join(ood.MODES)}; see above (default threshold)")
+    parser.add_argument(
+        "--mode", default="threshold", help=f"{', '.join(patchcore.MODES)}; see above (default threshold)"
+    )
     parser.add_argument("--tau", type=float, default=0.95, help="quantile that is the threshold (default 0.95)")
     parser.add_argument("--top_n", type=int, help="samples to keep with --mode top_n")
     parser.add_argument("--quantile", type=float, default=0.95, help="scores are clipped at for weights (default 0.95)")
@@ -125,8 +127,8 @@ def create_argparser() -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    if args.mode not in ood.MODES:
-        raise ValueError(f"unknown --mode {args.mode}: choose one of {', '.join(ood.MODES)}")
+    if args.mode not in patchcore.MODES:
+        raise ValueError(f"unknown --mode {args.mode}: choose one of {', '.join(patchcore.MODES)}")
     if (args.mode == "top_n") != (args.top_n is not None):
         raise ValueError(
             f"--mode {args.mode} with --top_n {args.top_n}: give --top_n N with --mode top_n, and only there"
@@ -141,7 +143,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--held_out {args.held_out} must be between 0 and 1")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} must not be negative")
-    ood.check_windows(args.neighbourhood, args.stride)
+    patchcore.check_windows(args.neighbourhood, args.stride)
 
 
 def check_out(args: argparse.Namespace) -> None:
@@ -208,7 +210,7 @@ class Extractor:
                     bar.update(len(names))
 
     def _features(self, names: Sequence[Path], images: np.ndarray) -> th.Tensor:
-        features, self.grid = ood.local_features(self.backbone.maps(images), *self.windows)
+        features, self.grid = patchcore.local_features(self.backbone.maps(images), *self.windows)
         bad = ~features.isfinite().flatten(1).all(1)
         if bad.any():
             name = names[int(bad.nonzero()[0])]
@@ -216,7 +218,7 @@ class Extractor:
         return features
 
 
-def fit(extractor: Extractor, files: list[Path], args: argparse.Namespace) -> tuple[ood.PatchCore, int]:
+def fit(extractor: Extractor, files: list[Path], args: argparse.Namespace) -> tuple[patchcore.PatchCore, int]:
     """:return: the bank, and how many vectors it was chosen from."""
     room, filled = th.empty(0), 0
     for batch in extractor.batches(files, "bank"):
@@ -225,18 +227,20 @@ def fit(extractor: Extractor, files: list[Path], args: argparse.Namespace) -> tu
         room[filled : filled + len(batch)] = batch
         filled += len(batch)
     vectors = room.flatten(0, 1)
-    total = ood.bank_size(len(vectors), args.fraction, args.max_bank)
+    total = patchcore.bank_size(len(vectors), args.fraction, args.max_bank)
     with tqdm(desc="coreset", total=total, unit="vector", disable=None) as bar:
-        return ood.PatchCore.fit(vectors, args.fraction, args.max_bank, args.seed, bar.update), len(vectors)
+        return patchcore.PatchCore.fit(vectors, args.fraction, args.max_bank, args.seed, bar.update), len(vectors)
 
 
-def score(extractor: Extractor, core: ood.PatchCore, files: list[Path], reweight: bool, what: str) -> np.ndarray:
+def score(extractor: Extractor, core: patchcore.PatchCore, files: list[Path], reweight: bool, what: str) -> np.ndarray:
     """:return: an [N] float64 array of scores."""
     parts = [core.score(batch, reweight).cpu() for batch in extractor.batches(files, what)]
     return th.cat(parts).double().numpy()
 
 
-def draw(extractor: Extractor, core: ood.PatchCore, judged: list[Kept], real_scores: np.ndarray, report: dict) -> bytes:
+def draw(
+    extractor: Extractor, core: patchcore.PatchCore, judged: list[Kept], real_scores: np.ndarray, report: dict
+) -> bytes:
     """Draw ood.png."""
     scores = np.array([item.score for item in judged])
     order = np.argsort(scores, kind="stable")
@@ -287,7 +291,7 @@ def by_run(names: list[str], scores: np.ndarray, kept: np.ndarray, real_scores: 
             "synthetic": int((rows == name).sum()),
             "kept": int(kept[rows == name].sum()),
             "kept_share": float(kept[rows == name].mean()),
-            "auroc": ood.auroc(real_scores, scores[rows == name]),
+            "auroc": patchcore.auroc(real_scores, scores[rows == name]),
             "scores": summary(scores[rows == name]),
         }
         for name in dict.fromkeys(names)

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from guided_diffusion import cli
-from guided_diffusion.histology import toy
+from guided_diffusion.histology.slides import toy
 
 
 def main(argv: list[str] | None = None) -> None:

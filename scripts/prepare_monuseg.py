@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.histology import annotations, patches
-from guided_diffusion.histology.annotations import MANIFEST, TEST_SPLIT, TRAIN_SPLIT, Slide
+from guided_diffusion.histology.slides import annotations, patches
+from guided_diffusion.histology.slides.annotations import MANIFEST, TEST_SPLIT, TRAIN_SPLIT, Slide
 
 Counts = dict[str, dict[str, int]]
 

@@ -15,7 +15,7 @@ import torch as th
 
 from guided_diffusion import checkpoint
 from guided_diffusion.conditioning import ConditionSpec
-from guided_diffusion.histology.backbones import as_batch, hash_weights, resized
+from guided_diffusion.histology.features.backbones import as_batch, hash_weights, resized
 from guided_diffusion.script_util import (
     condition_spec,
     create_model_and_diffusion,

@@ -23,9 +23,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.histology import annotations, instance_metrics, segmenter_data
-from guided_diffusion.histology.runs import slide_of
-from guided_diffusion.histology.segmentation import Segmenter, load_segmenter, outlined
+from guided_diffusion.histology.evaluation import instance_metrics
+from guided_diffusion.histology.evaluation.runs import slide_of
+from guided_diffusion.histology.segmenter import data as segmenter_data
+from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter, outlined
+from guided_diffusion.histology.slides import annotations
 from guided_diffusion.script_util import str2bool
 from scripts.extract_features import find_device
 from scripts.train_segmenter import write_json

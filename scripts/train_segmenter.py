@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.histology import segmenter_data
-from guided_diffusion.histology.annotations import TEST_SPLIT
-from guided_diffusion.histology.segmentation import FILE
-from guided_diffusion.histology.segmenter_data import Pair
-from guided_diffusion.histology.segmenter_net import STRIDE
-from guided_diffusion.histology.segmenter_training import CHECKPOINT, PRECISIONS, Settings, Training
+from guided_diffusion.histology.segmenter import data as segmenter_data
+from guided_diffusion.histology.segmenter.data import Pair
+from guided_diffusion.histology.segmenter.decoding import FILE
+from guided_diffusion.histology.segmenter.net import STRIDE
+from guided_diffusion.histology.segmenter.training import CHECKPOINT, PRECISIONS, Settings, Training
+from guided_diffusion.histology.slides.annotations import TEST_SPLIT
 from guided_diffusion.script_util import str2bool
 from scripts.extract_features import find_device
 

@@ -12,7 +12,7 @@ from conftest import write_patches
 from PIL import Image
 
 from guided_diffusion.conditioning import ConditionSpec
-from guided_diffusion.histology.features import Features, save_features
+from guided_diffusion.histology.features.embeddings import Features, save_features
 from guided_diffusion.image_datasets import load_dataset
 from scripts import cluster_patches
 

@@ -11,9 +11,10 @@ from conftest import draw_patch, write_patches
 from PIL import Image
 
 from guided_diffusion import cli
-from guided_diffusion.histology import evaluation_report, segmentation
-from guided_diffusion.histology.evaluation import Evaluator, PatchSet
-from guided_diffusion.histology.runs import Run, Sample
+from guided_diffusion.histology.evaluation import report as evaluation_report
+from guided_diffusion.histology.evaluation.evaluator import Evaluator, PatchSet
+from guided_diffusion.histology.evaluation.runs import Run, Sample
+from guided_diffusion.histology.segmenter import decoding
 from guided_diffusion.image_files import Item
 from guided_diffusion.results import ResultFolder
 from scripts import evaluate
@@ -146,7 +147,7 @@ def test_flags_that_masks_have_no_use_for(tmp_path, flag):
 
 
 def save_segmenter(path, slides):
-    content = segmentation.as_content(segmentation.seeded_net(), slides)
+    content = decoding.as_content(decoding.seeded_net(), slides)
     th.save(content, path)
     return path
 
@@ -180,8 +181,8 @@ def test_a_sweeps_originals_are_segmented_once(real, tmp_path, monkeypatch):
             mask = real / "MoNuSegTrainingData" / "inst_masks" / f"slide-{k}_000.tif"
             shutil.copy(mask, results / "inst_masks" / f"s{k}_000.tif")
     calls = []
-    segment = segmentation.Segmenter.segment
-    monkeypatch.setattr(segmentation.Segmenter, "segment", lambda self, image: calls.append(1) or segment(self, image))
+    segment = decoding.Segmenter.segment
+    monkeypatch.setattr(decoding.Segmenter, "segment", lambda self, image: calls.append(1) or segment(self, image))
     metrics = run(real, tmp_path / "sweep", tmp_path / "out", "--metrics", "structure", "--segmenter", model)
     assert len(calls) == 8 + 2 * 3 + 3  # what is held out, the samples, and their originals
     assert metrics["runs"]["s1"]["f1_originals"] == metrics["runs"]["s2"]["f1_originals"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion.histology import features
-from guided_diffusion.histology.features import load_features
+from guided_diffusion.histology.features import embeddings
+from guided_diffusion.histology.features.embeddings import load_features
 from scripts import extract_features
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ def test_writes_features_of_a_data_folder(data_dir, tmp_path, capsys):
 
 
 def test_goes_on_after_a_kill(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "CHUNK", 5)
+    monkeypatch.setattr(embeddings, "CHUNK", 5)
     command = [str(data_dir), "--out", str(tmp_path / "f.npz"), "--backbone", "stain", "--batch_size", "5"]
     extract_features.main(command)
     whole = (tmp_path / "f.npz").read_bytes()
@@ -39,7 +39,7 @@ def test_goes_on_after_a_kill(data_dir, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return embed(self, images)
 
-    monkeypatch.setattr("guided_diffusion.histology.backbones.Stain.embed", killed)
+    monkeypatch.setattr("guided_diffusion.histology.features.backbones.Stain.embed", killed)
     with pytest.raises(KeyboardInterrupt):
         extract_features.main(command)
     assert not (tmp_path / "f.npz").exists() and len(list((tmp_path / "f.npz.parts").iterdir())) == 1

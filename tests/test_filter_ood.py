@@ -14,8 +14,9 @@ from PIL import Image
 from test_evaluate import write_run
 
 from guided_diffusion import cli
-from guided_diffusion.histology import backbones, ood
-from guided_diffusion.histology.runs import find_runs
+from guided_diffusion.histology.evaluation.runs import find_runs
+from guided_diffusion.histology.features import backbones
+from guided_diffusion.histology.filtering import patchcore
 from guided_diffusion.results import FOLDERS
 from scripts import assemble_set, filter_ood
 
@@ -121,7 +122,7 @@ def test_one_run_keeps_its_stems(pooled):
 def test_weights_are_the_formula(pooled):
     _, rows = run("--mode", "weights", "--quantile", 0.5)
     scores, weight = (np.array([float(row[name]) for row in rows]) for name in ("score", "weight"))
-    assert np.allclose(weight, ood.weights(scores, 0.5), atol=1e-12)
+    assert np.allclose(weight, patchcore.weights(scores, 0.5), atol=1e-12)
     assert [row["kept"] == "True" for row in rows] == (weight > 0).tolist() and (weight > 0).sum() == 5
 
 

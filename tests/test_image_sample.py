@@ -18,7 +18,7 @@ from PIL import Image
 
 import image_sample
 from guided_diffusion import checkpoint, cli
-from guided_diffusion.histology.features import Features, save_features
+from guided_diffusion.histology.features.embeddings import Features, save_features
 from guided_diffusion.results import FOLDERS
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from guided_diffusion import cli
-from guided_diffusion.histology import annotations, patches, toy
+from guided_diffusion.histology.slides import annotations, patches, toy
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "prepare_monuseg.py"

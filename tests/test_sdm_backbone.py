@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from guided_diffusion.histology.backbones import load_backbone
+from guided_diffusion.histology.features.backbones import load_backbone
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from scripts.sdm_backbone import load_sdm
 

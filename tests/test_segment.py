@@ -8,9 +8,9 @@ import torch as th
 from conftest import write_patches
 from PIL import Image
 
-from guided_diffusion.histology import instance_metrics
-from guided_diffusion.histology.segmentation import as_content, load_segmenter
-from guided_diffusion.histology.segmenter_net import seeded_net
+from guided_diffusion.histology.evaluation import instance_metrics
+from guided_diffusion.histology.segmenter.decoding import as_content, load_segmenter
+from guided_diffusion.histology.segmenter.net import seeded_net
 from scripts import segment
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from guided_diffusion.histology.runs import slide_of
+from guided_diffusion.histology.evaluation.runs import slide_of
 from guided_diffusion.image_files import list_items
 from scripts import make_toy_monuseg
 

@@ -8,7 +8,7 @@ import torch as th
 from conftest import write_patches
 from PIL import Image
 
-from guided_diffusion.histology.segmentation import load_segmenter
+from guided_diffusion.histology.segmenter.decoding import load_segmenter
 from scripts import train_segmenter
 
 QUICK = "--steps 4 --batch_size 2 --crop 32 --eval_interval 2 --pretrained False --device cpu".split()

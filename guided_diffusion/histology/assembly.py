@@ -15,10 +15,10 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image
 
-from .annotations import TEST_SPLIT, TRAIN_SPLIT
-from .cluster_folders import Patch
-from .patches import SUFFIXES
-from .runs import MANIFEST, Run, Sample, slide_of
+from .evaluation.runs import MANIFEST, Run, Sample, slide_of
+from .features.cluster_folders import Patch
+from .slides.annotations import TEST_SPLIT, TRAIN_SPLIT
+from .slides.patches import SUFFIXES
 
 SET_FIELDS = (
     *("file", "stem", "source", "slide", "structure", "structure_slide", "appearance"),

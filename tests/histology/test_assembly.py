@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from guided_diffusion.histology import assembly
-from guided_diffusion.histology.cluster_folders import Patch
-from guided_diffusion.histology.runs import Run, Sample, slide_of
+from guided_diffusion.histology.evaluation.runs import Run, Sample, slide_of
+from guided_diffusion.histology.features.cluster_folders import Patch
 
 
 def sample(stem, folder="run", **row):

@@ -1,0 +1,1 @@
+"""What synthetic patches and segmenters are worth: results folders, metrics of images and masks, reports."""

@@ -1,0 +1,343 @@
+"""
+Feature files: which images a folder holds, their vectors, and the .npz that keeps both.
+
+Owns FEATURES.npz and how its rows are matched with images. Knows of a backbone only that it embeds.
+
+| array | of | |
+|---|---|---|
+| features | [N x D] float32 | finite |
+| paths | [N] str | POSIX, relative to the data root, each once |
+| stems | [N] str | file names without suffix |
+| backbone, weight_hash | str | see backbones.Backbone |
+"""
+
+import hashlib
+import os
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ..slides.annotations import TEST_SPLIT, TRAIN_SPLIT, check_complete
+from .backbones import Backbone
+
+SPLITS = (TRAIN_SPLIT, TEST_SPLIT)
+IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+CHUNK = 256  # images whose vectors are kept together until all are there
+ARRAYS = ("features", "paths", "stems", "backbone", "weight_hash")
+
+
+@dataclass(frozen=True)
+class Features:
+    """
+    Vectors of images.
+
+    :param features: an [N x D] float32 array.
+    :param paths: N paths, POSIX, relative to the data root; stems: their names without suffix.
+    :param backbone: its name; weight_hash: that of its weights.
+    """
+
+    features: np.ndarray
+    paths: list[str]
+    stems: list[str]
+    backbone: str
+    weight_hash: str
+
+    @cached_property
+    def _row_of_path(self) -> dict[str, int]:
+        return {path: row for row, path in enumerate(self.paths)}
+
+    @cached_property
+    def _rows_of_stem(self) -> dict[str, list[int]]:
+        rows: dict[str, list[int]] = {}
+        for row, stem in enumerate(self.stems):
+            rows.setdefault(stem, []).append(row)
+        return rows
+
+    def of(self, images: Sequence[str | Path]) -> np.ndarray:
+        """
+        Look images up by the end of their path, of the path that links lead to, or, where that is unique, by stem.
+
+        :param images: paths, absolute or not.
+        :return: an [len(images) x D] float32 array, a row for each.
+        :raises ValueError: naming the first image that has none.
+        """
+        return self.features[[self._row(str(image)) for image in images]]
+
+    def _row(self, image: str) -> int:
+        for path in (os.path.abspath(image), os.path.realpath(image)):
+            parts = PurePosixPath(path).parts[1:]
+            for first in range(len(parts)):
+                row = self._row_of_path.get("/".join(parts[first:]))
+                if row is not None:
+                    return row
+        rows = self._rows_of_stem.get(PurePosixPath(image).stem, [])
+        if len(rows) == 1:
+            return rows[0]
+        what = f"{len(rows)} rows" if rows else "no row"
+        raise ValueError(f"--features has {what} for {image}: extract features of this very data")
+
+
+# ---- which images ----
+
+
+def find_images(folders: Sequence[Path]) -> list[Path]:
+    """
+    List the images of folders, each of them one of: images; a data folder, with splits; a split, with images/; the
+    results of sampling (its samples/), or a sweep of them.
+
+    :return: absolute paths, links not followed, sorted, each once.
+    :raises FileNotFoundError: where a folder is missing; ValueError: where it holds no image, or was not prepared to
+        the end.
+    """
+    found: set[str] = set()
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"DIR: {folder} is not a folder; give one that holds images")
+        check_complete(folder, "DIR:")
+        images = [path for images in _image_folders(folder) for path in list_images(images)]
+        if not images:
+            raise ValueError(f"DIR: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}), nor {TRAIN_SPLIT}/images")
+        found.update(os.path.abspath(path) for path in images)
+    return [Path(path) for path in sorted(found)]
+
+
+def list_images(folder: Path) -> list[Path]:
+    """:return: the images right in a folder, sorted; none if there is no such folder."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return [folder / name for name in names if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)]
+
+
+def _image_folders(folder: Path) -> list[Path]:
+    if _is_results(folder):
+        return [folder / "samples"]
+    splits = [folder / split / "images" for split in SPLITS if (folder / split).is_dir()]
+    if splits:
+        return splits
+    if (folder / "images").is_dir():
+        return [folder / "images"]
+    if list_images(folder):
+        return [folder]
+    return [inner / "samples" for inner in sorted(folder.glob("[!.]*")) if _is_results(inner)]
+
+
+def _is_results(folder: Path) -> bool:
+    return (folder / "samples").is_dir() and (folder / "manifest.csv").is_file()
+
+
+def data_root(files: Sequence[Path], root: Path | None = None) -> Path:
+    """
+    :param files: absolute paths.
+    :param root: chosen by the user.
+    :return: the folder that paths are relative to: the nearest above all files that holds a split, else the nearest.
+    :raises ValueError: where a file lies outside the chosen one.
+    """
+    if root is not None:
+        root = Path(os.path.abspath(root))
+        for file in files:
+            if not file.is_relative_to(root):
+                raise ValueError(f"--root {root} does not hold {file}: give a folder above all images")
+        return root
+    common = Path(os.path.commonpath([file.parent for file in files]))
+    return next((above for above in (common, *common.parents) if any((above / s).is_dir() for s in SPLITS)), common)
+
+
+# ---- extraction ----
+
+
+def digest(file: Path) -> str:
+    """
+    Check that an image can be read, as far as its checksums tell.
+
+    :return: a SHA-256 of the file, which tells it from others.
+    :raises FileNotFoundError, ValueError: in one line, naming the file.
+    """
+    try:
+        with open(file, "rb") as opened:
+            content = opened.read()
+            opened.seek(0)
+            with Image.open(opened) as image:
+                image.verify() if image.format == "PNG" else image.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is gone, or a link that leads nowhere") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{file} is not an image that can be read: replace it or remove it") from None
+    except Exception as error:  # a damaged file makes Pillow raise a dozen types
+        raise ValueError(f"{file} cannot be decoded ({error}): replace it or remove it") from None
+    return hashlib.sha256(content).hexdigest()
+
+
+def extract(
+    files: Sequence[Path],
+    digests: Sequence[str],
+    backbone: Backbone,
+    parts: Path,
+    *,
+    key: str = "",
+    batch_size: int = 32,
+    num_workers: int = 2,
+    progress: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """
+    Embed images, chunk by chunk; what is finished is kept aside, so that after a kill the same call goes on.
+
+    :param digests: from `digest`, one a file.
+    :param parts: a folder for finished chunks, made with the first. A chunk is named after the contents of its files,
+        the backbone, its weights and `key`, so that those of another run are never taken for this one's.
+    :param key: what else decides a vector, such as its precision.
+    :param num_workers: threads that read; 0 reads in this one.
+    :param progress: is told how many images are finished with each step.
+    :return: an [N x D] float32 array.
+    :raises ValueError: naming the first image whose vector is not finite.
+    """
+    vectors = []
+    for start in range(0, len(files), CHUNK):
+        chunk = files[start : start + CHUNK]
+        about = "\n".join([backbone.name, backbone.weight_hash, key, *digests[start : start + CHUNK]])
+        part = parts / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.npy"
+        rows = _load_part(part, len(chunk))
+        if rows is None:
+            batches = _embed(chunk, backbone, batch_size, num_workers)
+            done = []
+            for batch in batches:
+                done.append(batch)
+                progress(len(batch))
+            rows = np.concatenate(done)
+            _check_finite(rows, chunk)
+            parts.mkdir(parents=True, exist_ok=True)
+            _write_aside(part, lambda file, rows=rows: np.save(file, rows))
+        else:
+            progress(len(chunk))
+        vectors.append(rows)
+    return np.concatenate(vectors)
+
+
+def _embed(files: Sequence[Path], backbone: Backbone, batch_size: int, num_workers: int) -> Iterator[np.ndarray]:
+    """Vectors of images, in order, by batches of one size."""
+    for start_of_size in _batches(_read_ahead(files, num_workers, 2 * batch_size), batch_size):
+        yield np.asarray(backbone.embed(np.stack(start_of_size)), np.float32)
+
+
+def _batches(images: Iterator[np.ndarray], batch_size: int) -> Iterator[list[np.ndarray]]:
+    for _, same in groupby(images, key=lambda image: image.shape):
+        batch = []
+        for image in same:
+            batch.append(image)
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def _read_ahead(files: Sequence[Path], workers: int, ahead: int) -> Iterator[np.ndarray]:
+    if not workers:
+        yield from map(read_image, files)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque(pool.submit(read_image, file) for file in files[:ahead])
+        for i in range(len(files)):
+            image = waiting.popleft().result()
+            if i + ahead < len(files):
+                waiting.append(pool.submit(read_image, files[i + ahead]))
+            yield image
+
+
+def read_image(file: Path) -> np.ndarray:
+    """:return: an image as [H x W x 3] uint8, without transparency."""
+    with Image.open(file) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"{file} has pixels of mode {image.mode}, not 8 bits a channel: convert it to 8-bit RGB")
+        return np.asarray(image.convert("RGB"))
+
+
+def _load_part(part: Path, count: int) -> np.ndarray | None:
+    try:
+        rows = np.load(part, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return rows if rows.ndim == 2 and len(rows) == count and rows.dtype == np.float32 else None
+
+
+def _check_finite(rows: np.ndarray, names: Sequence[object]) -> None:
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        raise ValueError(f"the features of {names[bad[0]]} are not finite: use --precision fp32, or another --backbone")
+
+
+# ---- the file ----
+
+
+def save_features(path: Path, features: Features) -> None:
+    """Write a feature file, whole or not at all."""
+    arrays = {name: np.array(getattr(features, name)) for name in ARRAYS}
+    _write_aside(path, lambda file: np.savez(file, **arrays))
+
+
+def load_features(path: Path) -> Features:
+    """
+    Read a feature file. Nothing in it is unpickled.
+
+    :raises FileNotFoundError, ValueError: in one line, naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--features {path} is not a file: make it with scripts/extract_features.py")
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in ARRAYS}
+    except (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile):
+        raise ValueError(f"--features {path} is no whole feature file: make it anew with extract_features.py") from None
+    rows, paths, stems = arrays["features"], arrays["paths"], arrays["stems"]
+    if rows.ndim != 2 or rows.dtype != np.float32 or not rows.size:
+        raise ValueError(f"--features {path} holds {list(rows.shape)} {rows.dtype}, not float32 [N x D]: make it anew")
+    if any(array.dtype.kind != "U" for name, array in arrays.items() if name != "features"):
+        raise ValueError(f"--features {path} has names that are no text: make it anew with extract_features.py")
+    if paths.shape != (len(rows),) or stems.shape != (len(rows),) or len(set(paths.tolist())) != len(rows):
+        raise ValueError(f"--features {path} has not one path and stem for each of {len(rows)} rows: make it anew")
+    for name in paths.tolist():
+        if name.startswith("/") or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"--features {path}: {name!r} leads out of the data's folder; make the file anew")
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        raise ValueError(f"--features {path}: the features of {paths[bad[0]]} are not finite; make the file anew")
+    return Features(rows, paths.tolist(), stems.tolist(), str(arrays["backbone"]), str(arrays["weight_hash"]))
+
+
+def same_slide_share(features: np.ndarray, slides: Sequence[str], chunk: int = 1024) -> float:
+    """
+    How well features tell slides apart without being told: the share of images whose nearest other image, by Euclidean
+    distance, is of the same slide. Chance is about 1 / slides.
+
+    :param features: an [N x D] array, N at least 2.
+    :param slides: N names.
+    :return: in [0, 1].
+    """
+    x = np.asarray(features, np.float64)
+    x = x - x.mean(0)
+    _, names = np.unique(np.asarray(slides), return_inverse=True)
+    square = (x**2).sum(1)
+    hits = 0
+    for start in range(0, len(x), chunk):
+        rows = np.arange(start, min(start + chunk, len(x)))
+        far = square[None, :] - 2 * x[rows] @ x.T
+        far[np.arange(len(rows)), rows] = np.inf
+        hits += int((names[far.argmin(1)] == names[rows]).sum())
+    return hits / len(x)
+
+
+def _write_aside(path: Path, write: Callable) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

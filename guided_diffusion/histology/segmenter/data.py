@@ -1,0 +1,291 @@
+"""
+What a segmenter learns from: a MoNuSeg-layout folder, which of it is held out, and augmented crops of the rest.
+
+Owns the split and the leak rule, the crops and the colour jitter. Crop k of a run is a function of (seed, k) alone:
+not of batch size, workers or where a run was taken up again. Knows nothing of networks or losses.
+"""
+
+import csv
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch as th
+
+from ..evaluation.runs import MANIFEST, slide_of
+from ..slides.annotations import IMAGE_SUFFIXES, MASK_SUFFIXES, TRAIN_SPLIT, check_complete, read_image, read_inst_mask
+from .decoding import hv_target
+
+_SCALES = (0.8, 1.25)
+_AMOUNT, _OFFSET = 0.35, 0.05  # of the stains' jitter: relative, and in units of optical density
+# Hematoxylin, eosin and DAB as optical densities of red, green and blue (Ruifrok and Johnston 2001).
+_STAINS = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
+_VAL_PIXELS = 400 * 400  # of each held-out slide
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    An image and its instance mask.
+
+    :param stem: their common name.
+    :param slides: where the picture comes from: its own slide, or those of a synthetic one's structure and appearance.
+    """
+
+    stem: str
+    image: Path
+    mask: Path
+    slides: frozenset[str]
+    synthetic: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """An [H x W x 3] uint8 image and its [H x W] int32 instance map."""
+
+    stem: str
+    image: np.ndarray
+    inst_map: np.ndarray
+
+
+def find_pairs(folder: Path) -> list[Pair]:
+    """
+    Pair a split's images/ with its inst_masks/ by stem; what the data folder's manifest.csv says is synthetic is.
+
+    :param folder: a split, e.g. DATA/MoNuSegTrainingData.
+    :return: the pairs, sorted by stem.
+    :raises FileNotFoundError: where a folder is missing.
+    :raises ValueError: where there is no image, or a stem has no partner or two.
+    """
+    images, masks = (_by_stem(folder / name, suffixes) for name, suffixes in _FOLDERS.items())
+    if not images:
+        raise ValueError(f"{folder / 'images'} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    check_partners(images, masks, folder / "inst_masks")
+    for stem in sorted(masks.keys() - images.keys()):
+        raise ValueError(f"{masks[stem]} has no image in {folder / 'images'}: add it or remove the mask")
+    sources = _synthetic_sources(folder.parent / MANIFEST)
+    return [
+        Pair(stem, images[stem], masks[stem], sources.get(stem) or frozenset([slide_of(stem)]), stem in sources)
+        for stem in sorted(images)
+    ]
+
+
+def training_pairs(data: Path) -> list[Pair]:
+    """
+    The pairs of DATA/MoNuSegTrainingData.
+
+    :raises FileNotFoundError: if it is not there.
+    :raises ValueError: as `find_pairs`; or where the folder was not prepared to the end.
+    """
+    folder = data / TRAIN_SPLIT
+    if not folder.is_dir():
+        raise FileNotFoundError(f"DATA {data} has no {TRAIN_SPLIT}: make it with scripts/prepare_monuseg.py")
+    check_complete(data, "DATA")
+    return find_pairs(folder)
+
+
+def check_no_overlap(pairs: Iterable[Pair], test_stems: Iterable[str], where: Path) -> None:
+    """
+    :param test_stems: names of the images that the model will be tested on.
+    :raises ValueError: if one of their slides is among those trained on, or made from.
+    """
+    test = {slide_of(stem) for stem in test_stems}
+    for pair in pairs:
+        for slide in sorted(pair.slides & test):
+            raise ValueError(f"slide {slide} of {where} is trained on, too ({pair.image}): remove it from one of them")
+
+
+def checksum(pairs: Iterable[Pair]) -> str:
+    """:return: a SHA-256 of the names and the contents of the pairs' files; what is no file is left to its reader."""
+    found = hashlib.sha256()
+    for pair in pairs:
+        for path in (pair.image, pair.mask):
+            content = path.read_bytes() if path.is_file() else b""
+            found.update(f"{path.name} {hashlib.sha256(content).hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """Stem -> image of a folder, sorted; errors as `find_pairs`."""
+    return _by_stem(folder, IMAGE_SUFFIXES)
+
+
+def mask_files(folder: Path) -> dict[str, Path]:
+    """Stem -> instance mask of a folder, sorted; errors as `find_pairs`."""
+    return _by_stem(folder, MASK_SUFFIXES)
+
+
+def check_partners(images: dict[str, Path], masks: dict[str, Path], where: Path) -> None:
+    """:raises ValueError: naming the first image that has no mask."""
+    for stem in sorted(images.keys() - masks.keys()):
+        raise ValueError(f"{images[stem]} has no mask {stem}.* in {where}: add it or remove the image")
+
+
+def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair], list[Pair]]:
+    """
+    Hold some slides out of training.
+
+    Real pictures of the chosen slides are the validation set. A synthetic picture is never validated on, and one whose
+    structure or appearance comes from a chosen slide is left out.
+
+    :param share: of the real slides, in [0, 1); at least one is held out unless it is 0 or there are fewer than three.
+    :param seed: of the choice.
+    :return: (to train on, held out, left out).
+    :raises ValueError: where nothing would be left to train on, or a synthetic picture's slides are not known.
+    """
+    slides = sorted({slide for pair in pairs if not pair.synthetic for slide in pair.slides})
+    if not share or len(slides) < 3:
+        return list(pairs), [], []
+    count = max(1, round(share * len(slides)))
+    if count == len(slides):
+        raise ValueError(f"--val_share {share} leaves no training slide of {len(slides)}: give less")
+    for pair in pairs:
+        if "" in pair.slides:
+            raise ValueError(
+                f"{MANIFEST} does not say where {pair.stem} comes from, so it may show a held-out slide: "
+                "add its structure and appearance, or give --val_share 0"
+            )
+    chosen = {slides[k] for k in np.random.default_rng([seed, len(slides)]).permutation(len(slides))[:count]}
+    train, held, left = [], [], []
+    for pair in pairs:
+        clean = pair.slides.isdisjoint(chosen)
+        (train if clean else left if pair.synthetic else held).append(pair)
+    return train, held, left
+
+
+def read_pair(pair: Pair) -> Example:
+    """:raises ValueError: a file that cannot be used, or the two differ in size."""
+    return read_example(pair.stem, pair.image, pair.mask)
+
+
+def read_example(stem: str, image_path: Path, mask_path: Path) -> Example:
+    """As `read_pair`."""
+    image, inst_map = read_image(image_path), read_inst_mask(mask_path)
+    if image.shape[:2] != inst_map.shape:
+        raise ValueError(
+            f"{mask_path} is {inst_map.shape[1]} x {inst_map.shape[0]} px but {image_path} is "
+            f"{image.shape[1]} x {image.shape[0]} px: give the mask that was made for this image"
+        )
+    return Example(stem, image, inst_map)
+
+
+def validation_part(examples: Sequence[Example]) -> list[Example]:
+    """Up to 160 000 px of each slide: the centre of a large image, or patches spread over the slide."""
+    slides: dict[str, list[Example]] = {}
+    for example in examples:
+        slides.setdefault(slide_of(example.stem), []).append(example)
+    part = []
+    for members in slides.values():
+        pixels = members[0].inst_map.size
+        count = min(max(1, _VAL_PIXELS // pixels), len(members))
+        chosen = [members[k * len(members) // count] for k in range(count)]
+        part += [_centre(example, int(_VAL_PIXELS**0.5)) for example in chosen]
+    return part
+
+
+class Crops(th.utils.data.Dataset):
+    """
+    Augmented crops, any number of them; a place is as likely to be drawn as any other.
+
+    :param examples: whole slides or patches, in memory.
+    :param crop: side in px.
+    :param seed: of all draws.
+    :param colour: jitter the stains.
+    :raises ValueError: an image is smaller than the crop.
+    """
+
+    def __init__(self, examples: Sequence[Example], crop: int, seed: int, colour: bool = True) -> None:
+        for example in examples:
+            if min(example.inst_map.shape) < crop:
+                height, width = example.inst_map.shape
+                raise ValueError(f"--crop {crop} is larger than {example.stem}, {width} x {height} px: give less")
+        self.examples = examples
+        self.crop, self.seed, self.colour = crop, seed, colour
+        areas = np.cumsum([example.inst_map.size for example in examples])
+        self._shares = areas / areas[-1]
+
+    def __getitem__(self, index: int) -> tuple[th.Tensor, th.Tensor]:
+        """:return: [crop x crop x 3] uint8 and [3 x crop x crop] float32: nucleus (0 or 1), x and y in it."""
+        rng = np.random.default_rng([self.seed, index])
+        example = self.examples[int(np.searchsorted(self._shares, rng.random(), side="right"))]
+        image, inst_map = self._cut(example, rng)
+        if self.colour:
+            image = jitter_stains(image, rng)
+        target = np.concatenate([(inst_map > 0)[..., None], hv_target(inst_map)], axis=2, dtype=np.float32)
+        return th.tensor(image), th.from_numpy(np.ascontiguousarray(target.transpose(2, 0, 1)))
+
+    def _cut(self, example: Example, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """A window of random place and size, brought to the crop's size, turned and mirrored."""
+        height, width = example.inst_map.shape
+        window = min(round(self.crop / rng.uniform(*_SCALES)), height, width)
+        row, column = rng.integers(height - window + 1), rng.integers(width - window + 1)
+        cut = slice(row, row + window), slice(column, column + window)
+        image, inst_map = example.image[cut], example.inst_map[cut]
+        if window != self.crop:
+            size = (self.crop, self.crop)
+            image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+            inst_map = cv2.resize(inst_map, size, interpolation=cv2.INTER_NEAREST)
+        turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
+        turned = [np.rot90(array, turns) for array in (image, inst_map)]
+        turned = [np.flip(array, 1) if mirror else array for array in turned]
+        return np.ascontiguousarray(turned[0]), np.ascontiguousarray(turned[1])
+
+
+def jitter_stains(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """
+    Change how much there is of each stain (Tellez et al., IEEE TMI 2018): a' = a * alpha + beta per stain.
+
+    :param image: an [H x W x 3] uint8 array.
+    :param rng: draws alpha in 0.65 ... 1.35 and beta in -0.05 ... 0.05 units of optical density.
+    :return: the same kind of array.
+    """
+    stains = np.array(_STAINS)
+    alpha, beta = rng.uniform(1 - _AMOUNT, 1 + _AMOUNT, 3), rng.uniform(-_OFFSET, _OFFSET, 3)
+    mixing = (np.linalg.inv(stains) * alpha) @ stains
+    density = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)[image]
+    changed = density @ mixing.astype(np.float32) + (beta @ stains).astype(np.float32)
+    return np.clip(np.rint(256 * 10**-changed - 1), 0, 255).astype(np.uint8)
+
+
+_FOLDERS = {"images": IMAGE_SUFFIXES, "inst_masks": MASK_SUFFIXES}
+
+
+def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: every image needs an instance mask beside images/")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise ValueError(f"{found[path.stem]} and {path} share a stem: keep one of them")
+        found[path.stem] = path
+    return found
+
+
+def _synthetic_sources(path: Path) -> dict[str, frozenset[str]]:
+    """Stem -> slides of structure and appearance, of the synthetic rows of a manifest; '' stands for an unknown one."""
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if rows and not {"stem", "source"} <= rows[0].keys():
+        raise ValueError(f"{path} has no columns stem and source: give a folder of scripts/assemble_set.py")
+    return {
+        row["stem"]: frozenset(
+            slide_of(Path(row.get(name) or "").stem) or row.get(slide) or ""
+            for name, slide in (("structure", "structure_slide"), ("appearance", "slide"))
+        )
+        for row in rows
+        if row["source"] != "real"
+    }
+
+
+def _centre(example: Example, side: int) -> Example:
+    height, width = example.inst_map.shape
+    row, column = max(0, (height - side) // 2), max(0, (width - side) // 2)
+    cut = slice(row, row + side), slice(column, column + side)
+    return Example(example.stem, example.image[cut], example.inst_map[cut])

@@ -1,0 +1,282 @@
+"""
+From an H&E image to an instance map: the trained segmenter, its file, and how its maps become nuclei.
+
+Method: HoVer-Net's (Graham et al., Medical Image Analysis 2019). Beside whether a pixel is nucleus, the network
+predicts where in its nucleus the pixel lies, from -1 to 1 in both directions; between two nuclei that touch, these
+maps fall from 1 to -1, which parts them. Owns the file and the way to instances. Knows nothing of training.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch as th
+from scipy import ndimage
+
+from ..evaluation.runs import slide_of
+from .net import STRIDE, SegmenterNet, seeded_net
+
+KIND = "nuclei segmenter"
+FILE = "segmenter.pt"
+
+_TILE = 512  # px of an image's side that pass through the network at a time, and what is added on each side
+_MARGIN = 64
+_NUCLEUS = 0.4  # probability from which a pixel is nucleus
+_DERIVATIVE = 13  # px, the kernel that differentiates the maps
+_STEEP = 0.0  # above it, a pixel is no seed: one of its positions falls
+_MIN_SEED = 20  # px
+_MIN_AREA = 50
+_FLOODED, _LEVELS = (-0.2, 0.6), 16  # the range of steepness that is flooded, and in how many levels
+
+
+class Segmenter:
+    """
+    A trained network in evaluation mode.
+
+    :param net: the network; it is moved to the device.
+    :param device: where it runs.
+    :param flips: average over the image and its three mirrored versions: four times the time for a little more.
+    :param slides: that the network was trained on.
+    :param held_slides: that its weights were chosen by, as the best among those of the run.
+    """
+
+    def __init__(
+        self,
+        net: SegmenterNet,
+        device: th.device,
+        flips: bool = False,
+        slides: Iterable[str] = (),
+        held_slides: Iterable[str] = (),
+    ) -> None:
+        self.net = net.to(device, memory_format=th.channels_last).eval()
+        self.device = device
+        self.flips = flips
+        self.slides, self.held_slides = frozenset(slides), frozenset(held_slides)
+
+    def knows(self, stem: str) -> str:
+        """
+        :param stem: of an image: a patch NAME_000 of slide NAME, or a whole slide, whose own name may end like that.
+        :return: how the network knows its slide, "was trained on slide NAME" or the like; "" where it does not.
+        """
+        for how, slides in (("was trained on", self.slides), ("was chosen by", self.held_slides)):
+            for slide in (slide_of(stem), stem):
+                if slide in slides:
+                    return f"{how} slide {slide}"
+        return ""
+
+    def segment(self, image: np.ndarray) -> np.ndarray:
+        """
+        :param image: an [H x W x 3] uint8 array of any size.
+        :return: an [H x W] int32 map, 0 = background, nuclei numbered from 1.
+        """
+        return instances(*self.predict(image))
+
+    def predict(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """
+        :param image: an [H x W x 3] uint8 array of any size.
+        :return: probability of nucleus, an [H x W] float32 array in [0, 1], and the [H x W x 2] float32 position in
+            the nucleus, x first, about -1 to 1.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(f"segment: expected [H x W x 3] uint8, got {image.shape} {image.dtype}")
+        maps = self._tiled(image)
+        if self.flips:
+            for axes in ((0,), (1,), (0, 1)):
+                mirrored = np.flip(self._tiled(np.flip(image, axes)), axes).copy()
+                for axis in axes:
+                    mirrored[..., 2 - axis] *= -1
+                maps += mirrored
+            maps /= 4
+        return maps[..., 0], maps[..., 1:]
+
+    def _tiled(self, image: np.ndarray) -> np.ndarray:
+        """Probability, x and y as an [H x W x 3] float32 array; the network sees every pixel in 64 px of context."""
+        height, width = image.shape[:2]
+        rows, tall = _tiles(height)
+        columns, wide = _tiles(width)
+        after = rows[-1] + tall - height + _MARGIN, columns[-1] + wide - width + _MARGIN
+        padded = np.pad(image, ((_MARGIN, after[0]), (_MARGIN, after[1]), (0, 0)), mode="reflect")
+        maps = np.empty((rows[-1] + tall, columns[-1] + wide, 3), np.float32)
+        inner = slice(_MARGIN, -_MARGIN)
+        for row in rows:
+            for column in columns:
+                tile = padded[row : row + tall + 2 * _MARGIN, column : column + wide + 2 * _MARGIN]
+                maps[row : row + tall, column : column + wide] = self._run(tile)[inner, inner]
+        return maps[:height, :width]
+
+    @th.inference_mode()
+    def _run(self, tile: np.ndarray) -> np.ndarray:
+        out = self.net(as_input(tile[None], self.device))[0].float()
+        return th.cat([out[:1].sigmoid(), out[1:]]).permute(1, 2, 0).cpu().numpy()
+
+
+def as_input(images: np.ndarray, device: th.device) -> th.Tensor:
+    """[N x H x W x 3] uint8 -> the network's [N x 3 x H x W] float32."""
+    x = th.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)  # strides of channels_last
+    return (x.float() - 127) / 128
+
+
+def instances(probability: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """
+    Turn a segmenter's maps into nuclei.
+
+    Seeds are the parts of the nuclei where the position rises evenly; from them the nuclei are flooded, even ground
+    first and the steep falls between neighbours last.
+
+    :param probability: an [H x W] float32 array in [0, 1].
+    :param position: an [H x W x 2] float32 array, x first.
+    :return: an [H x W] int32 map of 4-connected nuclei of at least 50 px, numbered from 1.
+    """
+    nucleus = probability >= _NUCLEUS
+    energy = _steepness(position)
+    seeds, _ = ndimage.label(ndimage.binary_opening(nucleus & (energy < _STEEP)))
+    seeds = _without_small(seeds, _MIN_SEED)
+    bodies, _ = ndimage.label(nucleus)
+    seeded = np.zeros(bodies.max() + 1, bool)
+    seeded[bodies[seeds > 0]] = True
+    lone = ~seeded[bodies] & nucleus  # without a seed a body is one nucleus
+    seeds[lone] = bodies[lone] + seeds.max()
+    inst_map = _flooded(seeds, nucleus, energy)
+    return _renumbered(_without_small(_filled(inst_map), _MIN_AREA))
+
+
+def outlined(image: np.ndarray, inst_map: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """
+    :param image: an [H x W x 3] uint8 array.
+    :param inst_map: an [H x W] integer array.
+    :return: a copy with the outermost pixels of every nucleus in the colour.
+    """
+    padded = np.pad(inst_map, 1, mode="edge")
+    around = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
+    edge = np.logical_or.reduce([inst_map != other for other in around]) & (inst_map > 0)
+    return np.where(edge[..., None], np.array(colour, np.uint8), image)
+
+
+def hv_target(inst_map: np.ndarray) -> np.ndarray:
+    """
+    Where in its nucleus each pixel lies: what a perfect network would answer.
+
+    Offset from the nucleus's centre of mass, divided by the largest offset on that side (left and right, above and
+    below apart), so that every nucleus runs from -1 to 1.
+
+    :param inst_map: an [H x W] integer array; each id is one nucleus.
+    :return: an [H x W x 2] float32 array in [-1, 1], x first; 0 on the background.
+    """
+    target = np.zeros((*inst_map.shape, 2), np.float32)
+    rows, columns = np.nonzero(inst_map)
+    if not len(rows):
+        return target
+    nuclei, nucleus = np.unique(inst_map[rows, columns], return_inverse=True)
+    area = np.bincount(nucleus)
+    for axis, pixels in enumerate((columns, rows)):
+        offset = pixels - (np.bincount(nucleus, pixels) / area)[nucleus]
+        low, high = np.zeros(len(nuclei)), np.zeros(len(nuclei))
+        np.minimum.at(low, nucleus, offset)
+        np.maximum.at(high, nucleus, offset)
+        reach = np.where(offset < 0, -low[nucleus], high[nucleus])
+        target[rows, columns, axis] = np.divide(offset, reach, out=np.zeros_like(offset), where=reach > 0)
+    return target
+
+
+def as_content(net: SegmenterNet, slides: Iterable[str], held_slides: Iterable[str] = ()) -> dict[str, Any]:
+    """:return: what a segmenter's file holds: weights, the slides that they come from, and those that chose them."""
+    return {"kind": KIND, "net": net.state_dict(), "slides": sorted(slides), "held_slides": sorted(held_slides)}
+
+
+def load_segmenter(path: str | Path, device: th.device, flips: bool = False) -> Segmenter:
+    """
+    Read what scripts/train_segmenter.py wrote.
+
+    :param path: the file, or the folder it lies in.
+    :raises FileNotFoundError: there is none.
+    :raises ValueError: it is broken, or a checkpoint of something else.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    content = load_checked(path, KIND)
+    net = seeded_net()
+    try:
+        net.load_state_dict(content["net"])
+        # Files of earlier versions do not name what was held out.
+        return Segmenter(net, device, flips, content["slides"], content.get("held_slides", ()))
+    except (KeyError, RuntimeError, TypeError, AttributeError):
+        raise ValueError(f"{path} is a segmenter of another layout: train it again") from None
+
+
+def load_checked(path: Path, kind: str) -> dict[str, Any]:
+    """
+    Read one of the segmenter's files, tensors and plain values only.
+
+    :raises FileNotFoundError: there is none.
+    :raises ValueError: it is broken, or of another kind.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: make one with scripts/train_segmenter.py")
+    try:
+        content = th.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch raise a dozen types
+        reason = str(error).split("\n")[0][:100]
+        raise ValueError(f"{path} is broken, or no checkpoint ({reason}): copy or train it again") from None
+    found = content.get("kind") if isinstance(content, dict) else None
+    if found != kind:
+        raise ValueError(f"{path} is a checkpoint of another kind, not a {kind}: give what train_segmenter.py wrote")
+    return content
+
+
+def _tiles(length: int) -> tuple[list[int], int]:
+    """Starts of equal tiles that cover a side, and their size: a multiple of 16, at most 512."""
+    count = math.ceil(length / _TILE)
+    size = math.ceil(length / count / STRIDE) * STRIDE
+    return [number * size for number in range(count)], size
+
+
+def _steepness(position: np.ndarray) -> np.ndarray:
+    """How fast the position falls, an [H x W] float32 array: below 0 where both rise, 1 at the sharpest edge."""
+    derivative, smooth = cv2.getDerivKernels(1, 0, _DERIVATIVE, normalize=True, ktype=cv2.CV_32F)
+    peak = 2 * smooth.max()  # a step from 1 to -1
+    x = cv2.sepFilter2D(np.ascontiguousarray(position[..., 0]), cv2.CV_32F, derivative, smooth)
+    y = cv2.sepFilter2D(np.ascontiguousarray(position[..., 1]), cv2.CV_32F, smooth, derivative)
+    return -np.minimum(x, y) / peak
+
+
+def _flooded(seeds: np.ndarray, nucleus: np.ndarray, energy: np.ndarray) -> np.ndarray:
+    """
+    Grow the seeds over the nuclei, level by level of the energy, one ring of 4-connected pixels at a time.
+
+    Where two meet in the same ring, the pixel is the higher-numbered one's.
+    """
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    labels = np.where(nucleus, seeds, 0).astype(np.float32)  # OpenCV dilates no int32; exact up to 2^24
+    lowest, highest = _FLOODED
+    height = np.clip((energy - lowest) / (highest - lowest) * _LEVELS, 0, _LEVELS - 1).astype(np.uint8)
+    for level in range(_LEVELS):
+        open_ground = nucleus & (height <= level) & (labels == 0)
+        while open_ground.any():
+            reached = open_ground & ((grown := cv2.dilate(labels, cross)) > 0)
+            if not reached.any():
+                break
+            labels[reached] = grown[reached]
+            open_ground &= ~reached
+    return labels.astype(np.int32)
+
+
+def _filled(inst_map: np.ndarray) -> np.ndarray:
+    """Close the holes that lie wholly within one nucleus, in place."""
+    for number, box in enumerate(ndimage.find_objects(inst_map), start=1):
+        if box is not None:
+            part = inst_map[box]
+            part[ndimage.binary_fill_holes(part == number) & (part == 0)] = number
+    return inst_map
+
+
+def _without_small(inst_map: np.ndarray, area: int) -> np.ndarray:
+    small = np.bincount(inst_map.ravel()) < area
+    return np.where(small[inst_map], 0, inst_map)
+
+
+def _renumbered(inst_map: np.ndarray) -> np.ndarray:
+    ids, numbers = np.unique(inst_map, return_inverse=True)
+    return (numbers.reshape(inst_map.shape) + int(ids[0] != 0)).astype(np.int32)

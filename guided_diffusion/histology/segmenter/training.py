@@ -1,0 +1,257 @@
+"""
+Training of the segmenter: loss, schedule, validation, early stop, and a checkpoint that a run is taken up from.
+
+Owns the loop. Knows nothing of folders of data nor of flags.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from ..evaluation import instance_metrics
+from ..evaluation.runs import slide_of
+from .data import Crops, Example
+from .decoding import FILE, Segmenter, as_content, as_input, load_checked
+from .net import load_imagenet_weights, seeded_net
+
+CHECKPOINT = "checkpoint.pt"
+PRECISIONS = ("fp32", "bf16")
+_KIND = "segmenter training"
+_WARM_UP = 0.05  # share of the run
+_WEIGHT_DECAY = 0.01
+_HV_WEIGHT, _GRADIENT_WEIGHT = 4, 4
+_MAX_NORM = 5.0  # of the gradient
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What decides the weights of a run, but for its data.
+
+    :param steps: of the optimiser; None where minutes alone end the run.
+    :param minutes: of training, all sessions together; None for no limit. The learning rate follows whichever of
+        the two is further on, so with minutes a run is not the same twice.
+    :param crop: side of the training crops in px, a multiple of 16.
+    :param eval_interval: steps between validations and checkpoints.
+    :param patience: validations without a better score after which to stop; 0 never stops early.
+    """
+
+    steps: int | None = 4000
+    minutes: float | None = None
+    batch_size: int = 8
+    crop: int = 128
+    lr: float = 2e-3
+    precision: str = "fp32"
+    seed: int = 0
+    eval_interval: int = 200
+    patience: int = 10
+    colour_augment: bool = True
+    pretrained: bool = True
+
+
+def segmentation_loss(out: th.Tensor, target: th.Tensor) -> th.Tensor:
+    """
+    HoVer-Net's loss: cross-entropy and Dice of the nuclei, squared error of the position and of its slope in nuclei.
+
+    :param out: [N x 3 x H x W] float32: logit, x, y.
+    :param target: the same shape: 0 or 1, x, y.
+    :return: a scalar.
+    """
+    logit, nucleus = out[:, :1], target[:, :1]
+    probability = logit.sigmoid()
+    overlap = 2 * (probability * nucleus).sum() + 1
+    dice = 1 - overlap / (probability.sum() + nucleus.sum() + 1)
+    error = out[:, 1:] - target[:, 1:]
+    slope = F.conv2d(error, _sobel(error), padding=2, groups=2)
+    steepness = (slope.square() * nucleus).sum() / (nucleus.sum() + 1)
+    cross_entropy = F.binary_cross_entropy_with_logits(logit, nucleus)
+    return cross_entropy + dice + _HV_WEIGHT * error.square().mean() + _GRADIENT_WEIGHT * steepness
+
+
+def validate(segmenter: Segmenter, examples: Sequence[Example]) -> dict[str, float]:
+    """:return: mean F1@0.5, AJI and Dice over the examples, and their score: the mean of F1 and AJI."""
+    rows = [instance_metrics.measure(e.inst_map, segmenter.segment(e.image)) for e in examples]
+    means = {name: float(np.mean([row[name] for row in rows])) for name in ("f1@0.5", "aji", "dice")}
+    return {**means, "score": (means["f1@0.5"] + means["aji"]) / 2}
+
+
+class Training:
+    """
+    One run, new or taken up where its last checkpoint left it.
+
+    :param settings: of the run.
+    :param examples: to train on; held: to validate on, may be empty.
+    :param out: folder for the checkpoint and segmenter.pt.
+    :param slides: that the examples show, noted in segmenter.pt.
+    :raises ValueError: the folder's checkpoint is broken.
+    :raises ImportError: the package with the pretrained weights is missing.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        examples: Sequence[Example],
+        held: Sequence[Example],
+        out: Path,
+        device: th.device,
+        slides: Sequence[str] = (),
+    ) -> None:
+        self.settings, self.held, self.out, self.device, self.slides = settings, held, out, device, slides
+        self.crops = Crops(examples, settings.crop, settings.seed, settings.colour_augment)
+        net = seeded_net(settings.seed)
+        if settings.pretrained:
+            load_imagenet_weights(net)
+        self.net = net.to(device, memory_format=th.channels_last)
+        self.optimizer = th.optim.AdamW(self.net.parameters(), lr=settings.lr, weight_decay=_WEIGHT_DECAY)
+        self.step, self.seconds = 0, 0.0
+        self.best: dict[str, Any] = {"score": -1.0, "step": 0, "net": None}
+        self.history: list[dict[str, float]] = []
+        if (out / CHECKPOINT).exists():
+            self._load()
+
+    def run(self, workers: int = 0, report: Callable[[dict[str, float]], None] = lambda row: None) -> dict[str, Any]:
+        """
+        Train to the end and write segmenter.pt. The checkpoint stays, for the caller to remove with the result kept.
+
+        :param workers: processes that make crops.
+        :param report: is called with each validation's figures.
+        :return: steps, seconds, stopped_early, best_step, and the best validation's figures.
+        """
+        started = time.monotonic() - self.seconds
+        losses: list[float] = []
+        with tqdm(total=self.settings.steps, initial=self.step, desc="training", mininterval=1, disable=None) as bar:
+            batches = self._batches(workers)
+            while not self._finished():
+                losses.append(self._train_step(*next(batches)))
+                self.seconds = time.monotonic() - started
+                self.step += 1
+                bar.update()
+                if self.step % self.settings.eval_interval == 0 or self._finished():
+                    report(self._evaluate(float(np.mean(losses))))
+                    bar.set_postfix(loss=f"{np.mean(losses):.3f}", best=f"{self.best['score']:.3f}")
+                    losses.clear()
+                    self.seconds = time.monotonic() - started
+                    self._save()
+        best = self.best["net"] if self.held else None
+        if best is not None:
+            self.net.load_state_dict(best)
+        held_slides = {slide_of(example.stem) for example in self.held}
+        save_atomically(as_content(self.net, self.slides, held_slides), self.out / FILE)
+        return self._result()
+
+    def progress(self) -> float:
+        """How far the run is, 0 to 1."""
+        limits = ((self.settings.steps, self.step), (self.settings.minutes, self.seconds / 60))
+        return min(1.0, max(done / limit for limit, done in limits if limit))
+
+    def _result(self) -> dict[str, Any]:
+        chosen = [row for row in self.history if row["step"] == self.best["step"]] if self.held else []
+        return {
+            "steps": self.step,
+            "seconds": round(self.seconds, 1),
+            "stopped_early": self.progress() < 1,
+            "best_step": self.best["step"] if self.held else self.step,
+            "validation": {k: v for k, v in chosen[0].items() if k != "step"} if chosen else None,
+            "history": self.history,
+        }
+
+    def _finished(self) -> bool:
+        missed = (self.step - self.best["step"]) // self.settings.eval_interval
+        tired = bool(self.held) and 0 < self.settings.patience <= missed
+        return self.progress() >= 1 or tired
+
+    def _batches(self, workers: int) -> Iterator[list[th.Tensor]]:
+        first = self.step * self.settings.batch_size
+        last = self.settings.steps * self.settings.batch_size if self.settings.steps else 1 << 40
+        loader = th.utils.data.DataLoader(
+            self.crops,
+            self.settings.batch_size,
+            sampler=range(first, last),
+            num_workers=workers,
+            generator=th.Generator(),  # else the loader draws from the global one
+        )
+        return iter(loader)
+
+    def _train_step(self, images: th.Tensor, target: th.Tensor) -> float:
+        self.net.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * _schedule(self.progress())
+        bf16 = self.settings.precision == "bf16"
+        with th.autocast(self.device.type, th.bfloat16, enabled=bf16):
+            out = self.net(as_input(images.numpy(), self.device))
+        loss = segmentation_loss(out.float(), target.to(self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = th.nn.utils.clip_grad_norm_(self.net.parameters(), _MAX_NORM)
+        if th.isfinite(norm):
+            self.optimizer.step()
+        return float(loss.detach())
+
+    def _evaluate(self, loss: float) -> dict[str, float]:
+        row = {"step": self.step, "loss": loss}
+        if self.held:
+            row |= validate(Segmenter(self.net, self.device), self.held)
+            if row["score"] > self.best["score"]:
+                weights = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
+                self.best = {"score": row["score"], "step": self.step, "net": weights}
+        self.history.append(row)
+        return row
+
+    def _save(self) -> None:
+        content = {
+            "kind": _KIND,
+            "settings": asdict(self.settings),
+            "step": self.step,
+            "seconds": self.seconds,
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "history": self.history,
+        }
+        save_atomically(content, self.out / CHECKPOINT)
+
+    def _load(self) -> None:
+        path = self.out / CHECKPOINT
+        content = load_checked(path, _KIND)
+        try:
+            self.net.load_state_dict(content["net"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.step, self.seconds = int(content["step"]), float(content["seconds"])
+            self.best, self.history = dict(content["best"]), list(content["history"])
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise ValueError(f"{path} is of another layout: delete it or give another --out") from None
+
+
+def save_atomically(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint whole or not at all; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        th.save(content, aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _schedule(progress: float) -> float:
+    """Learning rate as a share of the largest: a linear warm-up, then half a cosine down to 0."""
+    if progress < _WARM_UP:
+        return max(progress, _WARM_UP / 100) / _WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
+
+
+def _sobel(like: th.Tensor) -> th.Tensor:
+    """[2 x 1 x 5 x 5] kernels: the slope of x along x, and of y along y."""
+    derivative, smooth = (kernel[:, 0] for kernel in cv2.getDerivKernels(1, 0, 5, normalize=True))
+    along_x = th.from_numpy(np.outer(smooth, derivative))
+    return th.stack([along_x, along_x.T])[:, None].to(like)

@@ -1,0 +1,114 @@
+"""Measure how many patches a second the data loader gives, with HV map, colour map and edges.
+
+    python scripts/benchmarks/benchmark_loader.py
+        [--workers 0 1 2] [--batch 64] [--windows 9] [--batches 16] [--threads 1]
+
+The data are toy slides, drawn into a temporary folder: 128 px patches without augmentation, and 256 px ones with it,
+from which random 128 px crops are cut, flipped and turned. Every batch goes to the training device, and the condition
+is assembled there, edges included, as in training. A rate is the median over windows of so many batches, after a
+warm-up of one epoch or two windows, whichever is longer; the share of the slowest to the fastest window says how
+quiet the machine was.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch as th
+from PIL import Image
+from tqdm.auto import tqdm
+
+from guided_diffusion import cli
+from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.histology.slides.toy import draw_slide
+from guided_diffusion.image_datasets import load_data
+
+SPEC = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
+IMAGE_SIZE = 128
+SLIDE_SIZE = 1280  # px: 100 patches of 128 px, 25 of 256
+
+
+def write_patches(root: Path, slides: int, sizes: tuple[int, ...]) -> float:
+    """
+    Draw toy slides and cut each into patches: root/SIZE holds those of each size, in MoNuSeg's layout.
+
+    :return: the mean number of nuclei in a patch of the first size, cut ones included.
+    """
+    nuclei = []
+    for number in tqdm(range(slides), desc="drawing", unit="slide"):
+        slide = draw_slide([0, number], SLIDE_SIZE, number)
+        for size in sizes:
+            folders = [root / str(size) / "MoNuSegTrainingData" / name for name in ("images", "inst_masks")]
+            corners = [(r, c) for r in range(0, SLIDE_SIZE, size) for c in range(0, SLIDE_SIZE, size)]
+            for patch, (row, column) in enumerate(corners):
+                where = slice(row, row + size), slice(column, column + size)
+                for folder, array, suffix in zip(folders, (slide.image, slide.inst_map), ("png", "tif")):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(array[where]).save(folder / f"slide{number}_{patch:03d}.{suffix}")
+                if size == sizes[0]:
+                    nuclei.append(len(np.unique(slide.inst_map[where])) - 1)
+    return float(np.mean(nuclei))
+
+
+def consume(data: Iterator[tuple[th.Tensor, dict]], batches: int, device: th.device) -> float:
+    """Take batches as training does; :return: the seconds they took."""
+    began = time.perf_counter()
+    for _ in range(batches):
+        images, cond = next(data)
+        images.to(device, non_blocking=True)
+        SPEC.assemble({k: v.to(device, non_blocking=True) for k, v in cond.items() if th.is_tensor(v)})
+    if device.type == "cuda":
+        th.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=9)
+    parser.add_argument("--batches", type=int, default=16, help="batches a window")
+    parser.add_argument("--threads", type=int, default=1, help="of this process; more compete with the workers")
+    parser.add_argument("--slides", type=int, default=4, help="toy slides to draw, each of 100 patches of 128 px")
+    args = parser.parse_args(argv)
+    th.set_num_threads(args.threads)
+    device = th.device("cuda" if th.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as root:
+        nuclei = write_patches(Path(root), args.slides, (IMAGE_SIZE, 2 * IMAGE_SIZE))
+        print(
+            f"{IMAGE_SIZE} px, {nuclei:.0f} nuclei a patch, batch {args.batch}, {device.type}, "
+            f"{th.get_num_threads()} threads"
+        )
+        print("| augment | source | workers | patches/s | slowest / fastest window |\n|---|---|---|---|---|")
+        for augment in (False, True):
+            size = IMAGE_SIZE * (2 if augment else 1)
+            count = args.slides * (SLIDE_SIZE // size) ** 2
+            for workers in args.workers:
+                data = load_data(
+                    data_dir=f"{root}/{size}",
+                    dataset_mode="monuseg",
+                    batch_size=args.batch,
+                    image_size=IMAGE_SIZE,
+                    spec=SPEC,
+                    num_workers=workers,
+                    augment=augment,
+                )
+                consume(data, max(2 * args.batches, -(-count // args.batch)), device)
+                seconds = [consume(data, args.batches, device) for _ in range(args.windows)]
+                rates = args.batch * args.batches / np.array(seconds)
+                print(
+                    f"| {'yes' if augment else 'no'} | {count} of {size} px | {workers} | {np.median(rates):.0f} | "
+                    f"{rates.min() / rates.max():.2f} |"
+                )
+                del data  # its workers end here
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,223 @@
+"""Measure what training's savings bring, each row against a plain loop in the same run.
+
+    python scripts/benchmarks/benchmark_training.py
+        [--config small|readme] [--batch 8] [--steps 4] [--repeats 3] [--compile]
+
+The plain loop computes in fp32 on a CPU and in fp16 on a GPU, in NCHW, with every layer in its textbook form
+(plain_path.py), attention always checkpointed, optimiser and averages looping over tensors, and batches made in the
+main thread as they are needed. Times are medians over interleaved repeats, so that a busy machine slows all rows alike.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch as th
+from PIL import Image
+from plain_path import make_plain
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from guided_diffusion import cli, logger
+from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.data_stream import stream
+from guided_diffusion.fp16_util import has_bf16
+from guided_diffusion.histology.slides.toy import draw_slide
+from guided_diffusion.image_datasets import load_dataset
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.train_options import TrainOptions
+from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.unet import AttentionBlock, UNetModel
+
+CONFIGS = {
+    "small": dict(image_size=64, num_channels=64, num_res_blocks=2, attention_resolutions="32,16,8"),
+    "readme": dict(image_size=128, num_channels=128, num_res_blocks=2, attention_resolutions="32,16,8"),
+}
+SPEC = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
+# Dense bf16 or fp16 operations a second of known cards, without sparsity, to state a share of.
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+class PlainLoop(TrainLoop):
+    """The loop with optimiser and averages tensor by tensor, waiting for the device after every step."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.opt = th.optim.AdamW(self.model.parameters(), lr=self.options.lr, foreach=False, fused=False)
+
+    def _update_ema(self, taken: th.Tensor) -> None:
+        for rate, averages in self.ema_params.items():
+            for average, p in zip(averages, self.model.parameters()):
+                average.mul_(rate).add_(p.detach(), alpha=1 - rate)
+
+    def run_step(self, batch: th.Tensor, cond: dict) -> None:
+        super().run_step(batch, cond)
+        self.meter.read()
+
+
+class Way:
+    """
+    One way to train.
+
+    :param plain: by PlainLoop, with textbook layers and attention always checkpointed.
+    :param workers: processes that make batches.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        args: argparse.Namespace,
+        data_dir: str,
+        dtype: th.dtype,
+        *,
+        plain_layers: bool = False,
+        plain_loop: bool = False,
+        channels_last: bool = True,
+        workers: int = 1,
+        compiled: bool = False,
+    ) -> None:
+        self.name = name
+        self.device = th.device("cuda" if th.cuda.is_available() else "cpu")
+        config = CONFIGS[args.config]
+        model = make_model(config, self.device, dtype, plain_layers, channels_last, compiled)
+        _, diffusion = create_model_and_diffusion(**model_flags(config))
+        dataset = load_dataset(data_dir=data_dir, dataset_mode="monuseg", spec=SPEC, image_size=config["image_size"])
+        self.loop = (PlainLoop if plain_loop else TrainLoop)(
+            model=model,
+            diffusion=diffusion,
+            spec=SPEC,
+            data=stream(dataset, args.batch, num_workers=workers),
+            options=TrainOptions(batch_size=args.batch, drop_rate=0.2),
+        )
+        self.seconds: list[float] = []
+        self.waits: list[float] = []
+        self.memory = 0.0
+
+    def run(self, steps: int) -> None:
+        """Take some steps and write down how long one takes, and which share of it is waiting for data."""
+        if self.device.type == "cuda":
+            th.cuda.reset_peak_memory_stats()
+        began, waited = time.perf_counter(), 0.0
+        for _ in range(steps):
+            asked = time.perf_counter()
+            batch, cond = next(self.loop.data)
+            waited += time.perf_counter() - asked
+            self.loop.run_step(batch, cond)
+        self.loop.meter.read()
+        if self.device.type == "cuda":
+            th.cuda.synchronize()
+            self.memory = th.cuda.max_memory_allocated() / 2**20
+        took = time.perf_counter() - began
+        self.seconds.append(took / steps)
+        self.waits.append(waited / took)
+
+    def flops(self) -> float:
+        """:return: the arithmetic of one step, forward and backward."""
+        batch, cond = next(self.loop.data)
+        with FlopCounterMode(display=False) as counter:
+            self.loop.run_step(batch, cond)
+        return counter.get_total_flops()
+
+
+def model_flags(config: dict) -> dict:
+    """:return: all flags of a model of the README's kind."""
+    flags = dict(num_classes=6, learn_sigma=True, resblock_updown=True, num_head_channels=32, noise_schedule="cosine")
+    return {**model_and_diffusion_defaults(), **flags, **config}
+
+
+def make_model(
+    config: dict, device: th.device, dtype: th.dtype, plain: bool, channels_last: bool, compiled: bool
+) -> UNetModel:
+    """:return: a U-Net to train; the same weights for every call."""
+    th.manual_seed(0)
+    model, _ = create_model_and_diffusion(**model_flags(config))
+    model.place(device, compiled)
+    model.convert_to(dtype)
+    if plain:
+        make_plain(model)
+        for layer in model.modules():
+            if isinstance(layer, AttentionBlock):
+                layer.use_checkpoint = True
+    return model.to(memory_format=th.channels_last if channels_last else th.contiguous_format)
+
+
+def write_patches(root: Path, size: int, count: int = 64) -> str:
+    """Draw toy tissue in patches of a size; :return: the data folder."""
+    for number in range(count):
+        slide = draw_slide([0, number], size, number)
+        for name, array, suffix in (("images", slide.image, "png"), ("inst_masks", slide.inst_map, "tif")):
+            folder = root / "MoNuSegTrainingData" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(folder / f"slide{number}_000.{suffix}")
+    return str(root)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", choices=CONFIGS, default="small")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args(argv)
+    logger.set_level(logger.ERROR)
+    plain = th.float16 if th.cuda.is_available() else th.float32
+    name = str(plain).removeprefix("torch.")
+    with tempfile.TemporaryDirectory() as folder:
+        data_dir = write_patches(Path(folder), CONFIGS[args.config]["image_size"], max(64, args.batch))
+        as_was = dict(channels_last=False, workers=0)
+        ways = [
+            Way(f"plain {name}", args, data_dir, plain, plain_layers=True, plain_loop=True, **as_was),
+            Way("+ our layers, attention kept", args, data_dir, plain, plain_loop=True, **as_was),
+            Way("+ fused optimiser and averages", args, data_dir, plain, **as_was),
+            Way("+ data in a worker", args, data_dir, plain, channels_last=False),
+            Way("+ channels_last", args, data_dir, plain),
+        ]
+        half = [th.bfloat16] if has_bf16(ways[0].device) else []
+        for dtype in half:
+            ways.append(Way("bfloat16", args, data_dir, dtype, channels_last=False))
+            ways.append(Way("bfloat16, channels_last", args, data_dir, dtype))
+        if not half:
+            print("no bfloat16 rows: this CPU has no units for it")
+        if args.compile:
+            for dtype in dict.fromkeys((plain, *half)):
+                label = f"{str(dtype).removeprefix('torch.')}, channels_last, compiled"
+                ways.append(Way(label, args, data_dir, dtype, compiled=True))
+        for way in ways:
+            way.run(2)  # warms up, and compiles
+            way.seconds.clear(), way.waits.clear()
+        for _ in tqdm(range(args.repeats), unit="repeat"):
+            for way in ways:
+                way.run(args.steps)
+        report(ways, args)
+
+
+def report(ways: list[Way], args: argparse.Namespace) -> None:
+    """Print the table."""
+    device = ways[0].device
+    card = th.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    peak = next((value for key, value in PEAK.items() if key in card), None)
+    flops = ways[2].flops()
+    base = float(np.median(ways[0].seconds))
+    print(f"training, {args.config} configuration, batch {args.batch}, {card}, {th.get_num_threads()} threads")
+    print(f"{flops / args.batch / 1e9:.0f} GFLOP an image, forward and backward")
+    print("| way | images/s | s a step | times plain | data wait | peak memory | share of peak |")
+    print("|---|---|---|---|---|---|---|")
+    for way in ways:
+        seconds = float(np.median(way.seconds))
+        memory = f"{way.memory:.0f} MiB" if way.memory else "-"
+        share = f"{flops / seconds / peak:.1%}" if peak else "-"
+        print(
+            f"| {way.name} | {args.batch / seconds:.2f} | {seconds:.3f} | {base / seconds:.2f} | "
+            f"{np.median(way.waits):.1%} | {memory} | {share} |"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

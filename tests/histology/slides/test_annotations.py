@@ -1,0 +1,299 @@
+"""Aperio XML to instance maps: the rasteriser's rules pixel by pixel, and finding and pairing of slides."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from guided_diffusion.histology.slides import annotations
+from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
+
+SQUARE = [(3, 3), (8, 3), (8, 8), (3, 8)]
+
+
+def region(points, attributes=""):
+    vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in points)
+    return f"<Region {attributes}><Vertices>{vertices}</Vertices></Region>"
+
+
+def xml(*regions):
+    return f"<Annotations><Annotation><Regions>{''.join(regions)}</Regions></Annotation></Annotations>"
+
+
+@pytest.fixture
+def inst_map_of(tmp_path):
+    """Writes regions to a file and reads them back as a map."""
+
+    def draw(*regions, height=20, width=20):
+        path = tmp_path / "a.xml"
+        path.write_text(xml(*regions))
+        return annotations.rasterise(annotations.read_polygons(path), height, width)
+
+    return draw
+
+
+def test_square_includes_its_border(inst_map_of):
+    inst_map = inst_map_of(region(SQUARE))
+    assert inst_map.dtype == np.int32
+    assert inst_map.sum() == 36
+    assert inst_map[3:9, 3:9].all()
+
+
+def test_x_is_the_column(inst_map_of):
+    inst_map = inst_map_of(region([(1, 10), (4, 10), (4, 15), (1, 15)]), height=20, width=12)
+    assert inst_map.shape == (20, 12)
+    assert inst_map[10:16, 1:5].sum() == inst_map.sum() == 24
+
+
+def test_coordinates_are_truncated_toward_zero(inst_map_of):
+    assert np.argwhere(inst_map_of(region([(3.9, 5.99)]))).tolist() == [[5, 3]]
+    assert np.argwhere(inst_map_of(region([(-0.9, -0.1)]))).tolist() == [[0, 0]]
+    assert np.array_equal(inst_map_of(region([(x + 0.99, y + 0.5) for x, y in SQUARE])), inst_map_of(region(SQUARE)))
+
+
+def test_two_vertices_are_a_line(inst_map_of):
+    assert np.argwhere(inst_map_of(region([(2, 2), (5, 5)]))).tolist() == [[2, 2], [3, 3], [4, 4], [5, 5]]
+
+
+def test_a_loop_within_a_loop_is_a_hole(inst_map_of):
+    outer = [(0, 0), (18, 0), (18, 18), (0, 18), (0, 0)]
+    inner = [(5, 5), (12, 5), (12, 12), (5, 12), (5, 5)]
+    inst_map = inst_map_of(region(outer + inner))
+    assert inst_map[8, 8] == 0 and inst_map[6:12, 6:12].sum() == 0
+    assert inst_map[2, 15] == inst_map[15, 15] == inst_map[5, 8] == 1
+
+
+def test_what_lies_outside_is_cut_off(inst_map_of):
+    inst_map = inst_map_of(region([(-5, -5), (4, -5), (4, 4), (-5, 4)]), region([(15, 15), (10**9, 15), (15, 10**9)]))
+    assert (inst_map == 1).sum() == 25 and inst_map[:5, :5].all()
+    assert (inst_map[15:, 15:] == 2).all() and (inst_map == 2).sum() == 25
+
+
+def test_later_regions_overwrite_and_ids_are_positions(inst_map_of):
+    shifted = [(x + 2, y) for x, y in SQUARE]
+    inst_map = inst_map_of(region(SQUARE, 'Id="77"'), region([]), region(shifted, 'Id="5" NegativeROA="1"'))
+    assert np.unique(inst_map).tolist() == [0, 1, 3]
+    assert (inst_map == 1).sum() == 12 and (inst_map == 3).sum() == 36
+
+
+def test_all_layers_count_in_document_order(tmp_path):
+    path = tmp_path / "a.xml"
+    one, two = region([(1, 1)]), region([(2, 2)])
+    path.write_text(
+        f"<Annotations><Annotation Id='9'><Regions>{two}</Regions></Annotation>"
+        f"<Annotation Id='1'><Regions>{one}</Regions></Annotation></Annotations>"
+    )
+    assert [polygon.tolist() for polygon in annotations.read_polygons(path)] == [[[2, 2]], [[1, 1]]]
+
+
+def test_a_namespace_does_not_hide_regions(tmp_path):
+    path = tmp_path / "a.xml"
+    path.write_text(xml(region(SQUARE)).replace("<Annotations>", "<Annotations xmlns='http://aperio.example'>"))
+    assert len(annotations.read_polygons(path)[0]) == 4
+
+
+def test_ids_above_sixteen_bits_survive():
+    polygons = [np.zeros((0, 2), np.int32)] * 69_999 + [np.array(SQUARE, np.int32)]
+    assert np.unique(annotations.rasterise(polygons, 10, 10)).tolist() == [0, 70_000]
+
+
+def test_filling_agrees_with_point_in_polygon(inst_map_of):
+    """A pixel strictly inside (even-odd ray casting) is filled; one farther than a pixel outside is not."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:40, :40]
+    for _ in range(20):
+        points = rng.integers(-5, 45, (rng.integers(3, 9), 2)).astype(float)
+        inside = np.zeros((40, 40), bool)
+        near = np.zeros((40, 40), bool)
+        for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0)):
+            span = (y0 > rows) != (y1 > rows)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                inside ^= span & (columns < (x1 - x0) * (rows - y0) / (y1 - y0) + x0)
+            length = max((x1 - x0) ** 2 + (y1 - y0) ** 2, 1e-9)
+            t = np.clip(((columns - x0) * (x1 - x0) + (rows - y0) * (y1 - y0)) / length, 0, 1)
+            near |= np.hypot(columns - x0 - t * (x1 - x0), rows - y0 - t * (y1 - y0)) <= 1
+        filled = inst_map_of(region(points.astype(int)), height=40, width=40) > 0
+        assert (filled == inside)[~near].all()
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "not a usable Aperio XML"),
+        ("<Annotations><Region>", "not a usable Aperio XML"),
+        ("no xml at all", "not a usable Aperio XML"),
+        ("<?xml version='1.0' encoding='nonsense'?><a/>", "not a usable Aperio XML"),
+        ("<Annotations/>", "no Region"),
+        (f"<!DOCTYPE a>{xml(region(SQUARE))}", "document type"),
+        (f'<!DOCTYPE a [<!ENTITY x "y">]>{xml(region(SQUARE))}', "document type"),
+        (f'<!ENTITY x "y">{xml(region(SQUARE))}', "not a usable Aperio XML"),
+        (xml('<Region><Vertex X="1"/></Region>'), "has no Y"),
+        (xml('<Region><Vertex X="1" Y="two"/></Region>'), "two"),
+        (xml(region([("nan", 1)])), "no pixel position"),
+        (xml(region([(1e300, 1)])), "no pixel position"),
+    ],
+)
+def test_a_bad_xml_is_named(tmp_path, text, what):
+    path = tmp_path / "slide.xml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=what) as caught:
+        annotations.read_polygons(path)
+    assert "slide.xml" in str(caught.value)
+
+
+def test_a_document_type_in_utf16_is_refused(tmp_path):
+    path = tmp_path / "slide.xml"
+    path.write_bytes(f"<?xml version='1.0' encoding='utf-16'?><!DOCTYPE a>{xml(region(SQUARE))}".encode("utf-16"))
+    with pytest.raises(ValueError, match="document type"):
+        annotations.read_polygons(path)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+def test_masks_keep_their_ids(tmp_path, dtype, suffix):
+    if dtype == np.int32 and suffix == ".png":
+        pytest.skip("PNG has no 32-bit pixels")
+    values = np.array([[0, 1], [200, np.iinfo(dtype).max]], dtype)
+    Image.fromarray(values).save(tmp_path / f"m{suffix}")
+    read = annotations.read_inst_mask(tmp_path / f"m{suffix}")
+    assert read.dtype == np.int32 and np.array_equal(read, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        (np.zeros((4, 4), np.float32), "float32"),
+        (np.full((4, 4), -3, np.int32), "-3"),
+        (np.zeros((4, 4, 3), np.uint8), "one channel"),
+        (np.zeros((4, 4), bool), "bool"),
+    ],
+)
+def test_masks_that_are_no_ids_are_refused(tmp_path, values, what):
+    Image.fromarray(values).save(tmp_path / "m.tif")
+    with pytest.raises(ValueError, match=what):
+        annotations.read_inst_mask(tmp_path / "m.tif")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_images_of_any_8_bit_kind_become_rgb(tmp_path, mode):
+    Image.new("RGB", (5, 4), (153, 153, 153)).convert(mode).save(tmp_path / "i.png")
+    image = annotations.read_image(tmp_path / "i.png")
+    assert image.shape == (4, 5, 3) and image.dtype == np.uint8 and (image == 153).all()
+
+
+def test_a_16_bit_image_is_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "i.tif")
+    with pytest.raises(ValueError, match="8-bit"):
+        annotations.read_image(tmp_path / "i.tif")
+
+
+def add(root, image, annotation):
+    """A slide of 8 x 8 px; the annotation is an XML or a mask by its suffix."""
+    for name in (image, annotation):
+        if name:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+    if image:
+        Image.new("RGB", (8, 8)).save(root / image)
+    if annotation and annotation.lower().endswith(".xml"):
+        (root / annotation).write_text(xml(region([(1, 1)])))
+    elif annotation:
+        Image.fromarray(np.ones((8, 8), np.uint16)).save(root / annotation)
+
+
+def found(root):
+    return {(slide.split, slide.stem): slide.annotation.suffix for slide in annotations.find_slides(root)}
+
+
+def test_published_layouts_and_mixtures_are_found(tmp_path):
+    add(
+        tmp_path,
+        "raw/MoNuSeg 2018 Training Data/Tissue Images/a.tif",
+        "raw/MoNuSeg 2018 Training Data/Annotations/a.xml",
+    )
+    add(tmp_path, "raw/MoNuSegTestData/t.tif", "raw/MoNuSegTestData/t.xml")
+    add(tmp_path, "masks/MoNuSegTrainingData/images/b.tiff", "masks/MoNuSegTrainingData/inst_masks/b.png")
+    add(tmp_path, "other/MoNuSegTestgData/images/u.PNG", "other/MoNuSegTestgData/annotations/u.XML")
+    add(tmp_path, "train/deep/er/images/c.png", "train/deep/er/inst_masks/c.tif")
+    assert found(tmp_path) == {
+        (TRAIN_SPLIT, "a"): ".xml",
+        (TRAIN_SPLIT, "b"): ".png",
+        (TRAIN_SPLIT, "c"): ".tif",
+        (TEST_SPLIT, "t"): ".xml",
+        (TEST_SPLIT, "u"): ".XML",
+    }
+
+
+def test_an_xml_goes_before_a_mask(tmp_path):
+    add(tmp_path, "train/images/a.tif", "train/annotations/a.xml")
+    add(tmp_path, "train/images/a.tif", "train/inst_masks/a.tif")
+    add(tmp_path, "train/images/b.tif", "train/inst_masks/b.tif")
+    assert found(tmp_path) == {(TRAIN_SPLIT, "a"): ".xml", (TRAIN_SPLIT, "b"): ".tif"}
+
+
+def test_raw_itself_may_hold_the_slides(tmp_path):
+    for name, split in (("stuff", TRAIN_SPLIT), ("MoNuSegTestData", TEST_SPLIT)):
+        add(tmp_path / name, "images/a.tif", "annotations/a.xml")
+        assert found(tmp_path / name) == {(split, "a"): ".xml"}
+    add(tmp_path / "flat", "a.tif", "a.xml")
+    assert found(tmp_path / "flat") == {(TRAIN_SPLIT, "a"): ".xml"}
+
+
+def test_the_nearest_name_decides_the_split(tmp_path):
+    add(tmp_path, "contest/Training/a.tif", "contest/Training/a.xml")
+    assert found(tmp_path) == {(TRAIN_SPLIT, "a"): ".xml"}
+
+
+def test_prepared_patches_and_leftovers_are_no_slides(tmp_path):
+    add(tmp_path, "train/a.tif", "train/a.xml")
+    add(tmp_path, "patches_valid_inst_128x128_128x128/MoNuSegTestData/images/p.png", None)
+    add(tmp_path, "done/MoNuSegTestData/images/p.png", None)
+    (tmp_path / "done" / annotations.MANIFEST).write_text("{}")
+    add(tmp_path, "__MACOSX/train/._a.tif", None)
+    add(tmp_path, "train/._a.tif", None)
+    add(tmp_path, "train/overlay/a.tif", None)
+    (tmp_path / "README.txt").write_text("x")
+    assert found(tmp_path) == {(TRAIN_SPLIT, "a"): ".xml"}
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ([("train/a.tif", None)], "a.tif: no annotation"),
+        ([(None, "train/a.xml")], "a.xml: no image"),
+        ([("train/images/a.tif", None)], "a.tif: no annotation"),
+        ([("train/images/a.tif", "train/inst_masks/a.tif"), (None, "train/inst_masks/b.tif")], "b.tif: no image"),
+        ([("train/a.tif", "train/a.xml"), ("test/a.tif", "test/a.xml")], "a.tif and .*a.tif are the same"),
+        ([("train/a.tif", "train/a.xml"), ("train2/a.tif", "train2/a.xml")], "a.tif and .*a.tif are the same"),
+        ([("train/a.tif", "train/a.xml"), ("train/a.png", None)], "a.png and .*a.tif are the same"),
+        ([("some/a.tif", "some/a.xml")], "training or test"),
+        ([("train_test/a.tif", "train_test/a.xml")], "both train and test"),
+        ([("a/b/c/train/images/a.tif", "a/b/c/train/annotations/a.xml")], "no slides"),
+    ],
+)
+def test_what_cannot_be_paired_is_named(tmp_path, files, what):
+    for image, annotation in files:
+        add(tmp_path, image, annotation)
+    with pytest.raises(ValueError, match=what):
+        annotations.find_slides(tmp_path)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        annotations.find_slides(tmp_path / "nowhere")
+
+
+def test_an_annotation_of_another_image_is_refused(tmp_path):
+    add(tmp_path, "train/a.tif", "train/a.xml")
+    (tmp_path / "train/a.xml").write_text(xml(region([(500, 500), (600, 500), (600, 600)])))
+    with pytest.raises(ValueError, match="outside its image"):
+        annotations.read_slide(annotations.find_slides(tmp_path)[0])
+
+
+@pytest.mark.parametrize("name", ["d", "d/split", "d/split/images"])
+def test_a_folder_that_was_not_prepared_to_the_end_is_refused(tmp_path, name):
+    (tmp_path / "d" / "split" / "images").mkdir(parents=True)
+    annotations.check_complete(tmp_path / name, "DATA")
+    (tmp_path / "d" / "prepare.json").write_text('{\n "complete": false\n}')
+    with pytest.raises(ValueError, match=f"^DATA .*/{name} is not prepared to the end: run prepare_monuseg.py again$"):
+        annotations.check_complete(tmp_path / name, "DATA")
+    (tmp_path / "d" / "prepare.json").write_text('{\n "complete": true\n}')
+    annotations.check_complete(tmp_path / name, "DATA")

@@ -1,0 +1,104 @@
+"""Whole writes and locked folders."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from guided_diffusion import files
+
+HOLD = """
+import sys
+from guided_diffusion import files
+with files.locked(sys.argv[1], "--out"):
+    print("held", flush=True)
+    input()
+"""
+
+
+def test_a_file_appears_whole(tmp_path):
+    with files.writing(tmp_path / "a.bin") as file:
+        file.write(b"half")
+        assert not (tmp_path / "a.bin").exists()
+    assert (tmp_path / "a.bin").read_bytes() == b"half"
+    files.write_json(tmp_path / "b.json", {"ä": [1]})
+    assert (tmp_path / "b.json").read_text() == '{\n  "\\u00e4": [\n    1\n  ]\n}\n'
+    files.write_text(tmp_path / "c.txt", "ä\r\n", durable=False)
+    assert (tmp_path / "c.txt").read_bytes() == b"\xc3\xa4\r\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "b.json", "c.txt"}
+
+
+def test_what_was_there_stays_after_an_error(tmp_path):
+    files.write_bytes(tmp_path / "a", b"old")
+    with pytest.raises(KeyboardInterrupt), files.writing(tmp_path / "a") as file:
+        file.write(b"new")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_full_disk_is_named_through_an_archive(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"cannot write .*a\.zip: No space left") as caught,
+        files.writing(tmp_path / "a.zip"),
+    ):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            raise ValueError("the archive is already closed")  # as torch and zipfile do
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_folder_is_an_error_with_the_path(tmp_path):
+    with pytest.raises(OSError, match=r"cannot write .*none/a: No such file"):
+        files.write_bytes(tmp_path / "none" / "a", b"")
+
+
+def test_leftovers_of_killed_runs_go(tmp_path):
+    for name in (".model.pt.12.part", "model.pt", "mine.part"):
+        (tmp_path / name).touch()
+    files.remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "mine.part"}
+    files.remove_leftovers(tmp_path / "none")
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds tmp_path."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_folder_is_one_runs_until_it_ends(tmp_path, holder):
+    refusal = rf"--out {tmp_path} is in use by process {holder.pid} on \S+: stop"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=refusal), files.locked(tmp_path, "--out"):
+            pass
+    holder.kill()
+    holder.wait()
+    with files.locked(tmp_path, "--out"):
+        pass
+    with files.locked(tmp_path, "--out"):  # given back
+        pass
+
+
+def test_a_forked_child_holds_no_lock(tmp_path):
+    with files.locked(tmp_path / "new", "--out"):
+        child = os.fork()
+        if not child:
+            signal.pause()
+    try:
+        command = [sys.executable, "-c", HOLD, str(tmp_path / "new")]
+        assert subprocess.run(command, input="\n", text=True, timeout=60).returncode == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
