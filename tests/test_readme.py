@@ -1,4 +1,4 @@
-"""What the README says: its commands parse, its flags exist, its files are there."""
+"""What the README and docs/ say: their commands parse, their flags exist, their files are there."""
 
 import re
 import shlex
@@ -11,7 +11,8 @@ import image_train
 from guided_diffusion.script_util import condition_spec
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
 PARSERS = {"image_train.py": image_train.create_argparser(), "image_sample.py": image_sample.create_argparser()}
 
 
@@ -38,9 +39,10 @@ def test_scripts_exist():
         assert (ROOT / path).exists(), path
 
 
-def test_pictures_exist():
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", TEXT):
-        assert (ROOT / path).exists(), path
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for path in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert "://" in path or (page.parent / path).exists(), f"{page.name}: {path}"
 
 
 def test_flags_of_the_table_exist_where_it_says():
