@@ -22,6 +22,7 @@ RANKS = {
     "guidance": 0,
     "results": 0,
     "signals": 0,
+    "streams": 0,
     "train_options": 0,
     "conditioning": 1,
     "meters": 1,
