@@ -11,7 +11,7 @@ import torch as th
 
 
 def _entropy(purpose: str, key: tuple[int, ...]) -> int:
-    # Hashed, since NumPy pads seeds with zeros, so that [s, n] and [s, n, 0] are one to it, and joins their 32-bit words.
+    # Hashed: NumPy pads seeds with zeros, so that [s, n] and [s, n, 0] are one to it, and joins their 32-bit words.
     words = (purpose, *map(int, key))
     return int.from_bytes(hashlib.sha256(repr(words).encode()).digest(), "little")
 
