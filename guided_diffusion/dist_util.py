@@ -1,11 +1,13 @@
 """The process group: rank, world size, device, and the few collective calls the project needs. Works alone, under
 mpiexec (Open MPI, MPICH and what speaks their protocols) and under torchrun. Knows nothing of what is exchanged."""
 
+import itertools
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch as th
@@ -18,7 +20,13 @@ T = TypeVar("T")
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE")
 
+# How long a rank may keep the others waiting: longer than clusters let jobs run. One that dies ends the job at once, by
+# its launcher or by its broken connections, so a limit would only end waits that are meant.
+_PATIENCE = timedelta(days=30)
+
 _local_rank = 0
+_store: dist.Store | None = None  # where the ranks met; None alone, or in a group that others have made
+_deals = 0
 
 
 def setup_dist() -> None:
@@ -30,7 +38,8 @@ def setup_dist() -> None:
         _local_rank = int(os.environ.get("LOCAL_RANK", 0))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if int(os.environ["WORLD_SIZE"]) > 1:
-            dist.init_process_group(_backend(local_size <= th.cuda.device_count()), init_method="env://")
+            store, rank, size = next(dist.rendezvous("env://"))
+            _join(store, rank, size, own_gpus=local_size <= th.cuda.device_count())
     elif any(name in os.environ for name in _MPI_VARIABLES):
         _setup_from_mpi()
     if th.cuda.is_available():
@@ -61,7 +70,14 @@ def _setup_from_mpi() -> None:
     store = store or dist.TCPStore(host, port, comm.Get_size(), is_master=False)
     # Some launchers show each process all GPUs of its node, others its own alone, as number 0.
     own_gpus = comm.allreduce(_all_differ(node.allgather(_gpu())), op=MPI.LAND)
-    dist.init_process_group(_backend(own_gpus), store=store, rank=comm.Get_rank(), world_size=comm.Get_size())
+    _join(store, comm.Get_rank(), comm.Get_size(), own_gpus)
+
+
+def _join(store: dist.Store, rank: int, size: int, own_gpus: bool) -> None:
+    global _store, _deals
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group(_backend(own_gpus), store=group, rank=rank, world_size=size, timeout=_PATIENCE)
+    _store, _deals = dist.PrefixStore("deals", store), 0
 
 
 def _own_address() -> str:
@@ -90,9 +106,11 @@ def _all_differ(gpus: list[str | None]) -> bool:
 
 def shutdown() -> None:
     """Leave the process group, at the end of a run that went well. Collective."""
+    global _store
     if dist.is_initialized():
-        dist.barrier()
+        barrier()
         dist.destroy_process_group()
+        _store = None
     mpi = _running_mpi()
     if mpi:
         mpi.Finalize()
@@ -195,9 +213,25 @@ def broadcast_bytes(data: bytes | None) -> bytes:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
-    if world_size() > 1:
-        dist.barrier()
+    """Wait until every rank is here, however long that takes; no GPU waits."""
+    any_rank(False)
+
+
+def deal(count: int) -> Iterator[int]:
+    """
+    Deal out pieces of work to the ranks as they get free: no rank waits for another.
+
+    All ranks must call it in the same order with the same count; they need not take all that they could.
+
+    :return: an iterator over this rank's numbers, rising. Of range(count) each goes to one rank: the next one that asks.
+    """
+    global _deals
+    if _store is None:
+        return iter(range(rank(), count, world_size()))
+    _deals += 1
+    store, name = _store, str(_deals)
+    tickets = (store.add(name, 1) - 1 for _ in itertools.count())
+    return itertools.takewhile(lambda ticket: ticket < count, tickets)
 
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:

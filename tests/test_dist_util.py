@@ -101,6 +101,68 @@ def test_collectives(tmp_path, launcher, n):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("n", [1, 3])
+def test_work_is_dealt_out_as_ranks_get_free(tmp_path, launcher, n):
+    """Each piece goes to one rank; one that is slow holds up nobody. Every deal begins at 0."""
+    run = launch(
+        tmp_path,
+        launcher,
+        n,
+        """
+        import time
+        dist_util.setup_dist()
+        rank, size = dist_util.rank(), dist_util.world_size()
+        for count in (40, 0, 1, 40):
+            taken = []
+            for k in dist_util.deal(count):
+                taken.append(k)
+                time.sleep(1 if rank == 1 else 0.01)
+            all_taken = dist_util.all_gather(taken)
+            assert sorted(sum(all_taken, [])) == list(range(count)), all_taken
+            assert taken == sorted(taken)
+            assert rank != 1 or len(taken) <= 2, taken
+        open(f"done{rank}", "w").close()
+        dist_util.shutdown()
+        """,
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(list(tmp_path.glob("done*"))) == n
+
+
+def test_work_is_dealt_out_alone():
+    assert [list(dist_util.deal(count)) for count in (3, 0, 3)] == [[0, 1, 2], [], [0, 1, 2]]
+
+
+@pytest.mark.slow
+def test_no_wait_has_a_limit(tmp_path):
+    """Where groups have one second by default, a rank may keep the others waiting for longer."""
+    run = launch(
+        tmp_path,
+        "mpiexec",
+        2,
+        """
+        import datetime, time
+        import torch.distributed as dist
+        import torch.distributed.distributed_c10d as c10d
+        c10d.default_pg_timeout = datetime.timedelta(seconds=1)
+        dist_util.setup_dist()
+        for wait in (
+            dist_util.barrier,
+            lambda: dist_util.all_gather("x"),
+            lambda: dist_util.any_rank(False),
+            lambda: dist_util.broadcast_bytes(b"x"),
+            lambda: dist_util.sync_params([th.ones(2)]),
+            dist_util.shutdown,
+        ):
+            time.sleep(2 if dist_util.rank() == 1 else 0)
+            wait()
+        """,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
 def test_a_mistake_of_all_passes_its_exit_code_on(tmp_path):
     run = launch(
         tmp_path,
