@@ -223,7 +223,7 @@ def deal(count: int) -> Iterator[int]:
 
     All ranks must call it in the same order with the same count; they need not take all that they could.
 
-    :return: an iterator over this rank's numbers, rising. Of range(count) each goes to one rank: the next one that asks.
+    :return: an iterator over this rank's numbers, rising. Each of range(count) goes to one rank, the next that asks.
     """
     global _deals
     if _store is None:
