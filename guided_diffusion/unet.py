@@ -49,24 +49,21 @@ class _ResidualBlock(nn.Module):
     """
     What the encoder's and the decoder's residual blocks share; they differ in how they normalise.
 
-    :param channels: input channels.
-    :param emb_channels: width of the timestep embedding.
-    :param out_channels: output channels.
+    The order in which the two make their layers is that of the reference's parameters, by which optimiser files go.
+
     :param resample: a function applied to the hidden and the skip branch (upsample, downsample), or None.
     :param use_scale_shift_norm: let the embedding scale and shift the second norm's output; else it is added before.
     :param use_checkpoint: compute activations again in the backward pass.
     """
 
-    def __init__(
-        self, channels: int, emb_channels: int, out_channels: int, *, resample, use_scale_shift_norm, use_checkpoint
-    ) -> None:
+    def __init__(self, *, resample, use_scale_shift_norm: bool, use_checkpoint: bool) -> None:
         super().__init__()
         self.resample = resample or (lambda x: x)
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
-        emb_out = 2 * out_channels if use_scale_shift_norm else out_channels
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
-        self.skip_connection = nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
+
+    def _make_emb_layers(self, emb_channels: int, out_channels: int) -> nn.Sequential:
+        return nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, (1 + self.use_scale_shift_norm) * out_channels))
 
     def first_norm(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
         raise NotImplementedError
@@ -96,17 +93,26 @@ class _ResidualBlock(nn.Module):
 
 
 class ResBlock(_ResidualBlock):
-    """The encoder's residual block, normalised by group norms; it never sees the condition."""
+    """
+    The encoder's residual block, normalised by group norms; it never sees the condition.
+
+    :param channels: input channels.
+    :param emb_channels: width of the timestep embedding.
+    :param out_channels: output channels.
+    :param options: resample, use_scale_shift_norm, use_checkpoint.
+    """
 
     def __init__(self, channels: int, emb_channels: int, dropout: float, out_channels: int, **options) -> None:
-        super().__init__(channels, emb_channels, out_channels, **options)
+        super().__init__(**options)
         self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), Conv2d(channels, out_channels, 3, padding=1))
+        self.emb_layers = self._make_emb_layers(emb_channels, out_channels)
         self.out_layers = nn.Sequential(
             normalization(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_module(Conv2d(out_channels, out_channels, 3, padding=1)),
         )
+        self.skip_connection = _make_skip(channels, out_channels)
 
     def first_norm(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
         return self.in_layers[0](x)
@@ -116,24 +122,34 @@ class ResBlock(_ResidualBlock):
 
 
 class SDMResBlock(_ResidualBlock):
-    """The middle block's and the decoder's residual block, normalised by SPADE with the condition."""
+    """
+    The middle block's and the decoder's residual block, normalised by SPADE with the condition.
+
+    :param cond_channels: channels of the condition; other parameters as ResBlock's.
+    """
 
     def __init__(
         self, channels: int, emb_channels: int, dropout: float, out_channels: int, cond_channels: int, **options
     ) -> None:
-        super().__init__(channels, emb_channels, out_channels, **options)
+        super().__init__(**options)
         self.in_norm = SPADEGroupNorm(channels, cond_channels)
         self.in_layers = nn.Sequential(nn.SiLU(), Conv2d(channels, out_channels, 3, padding=1))
+        self.emb_layers = self._make_emb_layers(emb_channels, out_channels)
         self.out_norm = SPADEGroupNorm(out_channels, cond_channels)
         self.out_layers = nn.Sequential(
             nn.SiLU(), nn.Dropout(dropout), zero_module(Conv2d(out_channels, out_channels, 3, padding=1))
         )
+        self.skip_connection = _make_skip(channels, out_channels)
 
     def first_norm(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
         return self.in_norm(x, y)
 
     def second_norm(self, h: th.Tensor, y: th.Tensor) -> th.Tensor:
         return self.out_norm(h, y)
+
+
+def _make_skip(channels: int, out_channels: int) -> nn.Module:
+    return nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
 
 
 class AttentionBlock(nn.Module):

@@ -1,6 +1,5 @@
 """What several test modules share: where the development data lies, if it is there."""
 
-import importlib.util
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -29,22 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    folder = SHARED / "golden"
-    if not folder.is_dir():
-        pytest.skip("the reference's numbers are not on this machine")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def name_seeded(golden):
-    spec = importlib.util.spec_from_file_location("name_seeded", golden / "name_seeded.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,10 @@
 import itertools
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
+from reference_numbers import FOLDER
 
 from guided_diffusion import data_util
 from guided_diffusion.data_util import (
@@ -24,14 +24,9 @@ from guided_diffusion.data_util import (
     subsample_indices,
 )
 
-FIXTURE = Path(__file__).parent / "fixtures" / "match_struct.npz"
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "match_struct.npz"
-SOURCES = [path for path in (FIXTURE, GOLDEN) if path.exists()]
 
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.parent.name)
-def test_properties_equal_the_reference(path):
-    with np.load(path) as arrays:
+def test_properties_equal_the_reference():
+    with np.load(FOLDER / "match_struct.npz") as arrays:
         masks, props = arrays["masks"], arrays["props"]
     np.testing.assert_allclose([shape_properties(mask) for mask in masks], props, rtol=1e-12)
     assert np.array_equal([area_properties(mask) for mask in masks], props[:, 1:])
