@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+# The exit code of what was stopped before it was done, and goes on with the same command: sysexits.h's EX_TEMPFAIL.
+NOT_FINISHED = 75
+
 
 class FlagParser(argparse.ArgumentParser):
     """A parser that raises ValueError, so that a mistyped flag is reported like every other mistake: in one line."""
