@@ -15,6 +15,9 @@ import cv2
 import numpy as np
 import torch as th
 from scipy import ndimage
+from skimage.measure import label, regionprops
+from skimage.morphology import remove_small_objects
+from skimage.segmentation import find_boundaries, relabel_sequential, watershed
 
 from ..evaluation.runs import slide_of
 from .net import STRIDE, SegmenterNet, seeded_net
@@ -29,7 +32,6 @@ _DERIVATIVE = 13  # px, the kernel that differentiates the maps
 _STEEP = 0.0  # above it, a pixel is no seed: one of its positions falls
 _MIN_SEED = 20  # px
 _MIN_AREA = 50
-_FLOODED, _LEVELS = (-0.2, 0.6), 16  # the range of steepness that is flooded, and in how many levels
 
 
 class Segmenter:
@@ -132,15 +134,13 @@ def instances(probability: np.ndarray, position: np.ndarray) -> np.ndarray:
     """
     nucleus = probability >= _NUCLEUS
     energy = _steepness(position)
-    seeds, _ = ndimage.label(ndimage.binary_opening(nucleus & (energy < _STEEP)))
-    seeds = _without_small(seeds, _MIN_SEED)
-    bodies, _ = ndimage.label(nucleus)
-    seeded = np.zeros(bodies.max() + 1, bool)
-    seeded[bodies[seeds > 0]] = True
-    lone = ~seeded[bodies] & nucleus  # without a seed a body is one nucleus
+    even = ndimage.binary_opening(nucleus & (energy < _STEEP))
+    seeds = label(remove_small_objects(even, max_size=_MIN_SEED - 1), connectivity=1)
+    bodies = label(nucleus, connectivity=1)
+    lone = nucleus & ~np.isin(bodies, bodies[seeds > 0])  # a body without a seed is one nucleus
     seeds[lone] = bodies[lone] + seeds.max()
-    inst_map = _flooded(seeds, nucleus, energy)
-    return _renumbered(_without_small(_filled(inst_map), _MIN_AREA))
+    inst_map = _cleaned(watershed(energy, seeds, mask=nucleus))
+    return relabel_sequential(inst_map)[0].astype(np.int32)
 
 
 def outlined(image: np.ndarray, inst_map: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
@@ -149,9 +149,7 @@ def outlined(image: np.ndarray, inst_map: np.ndarray, colour: tuple[int, int, in
     :param inst_map: an [H x W] integer array.
     :return: a copy with the outermost pixels of every nucleus in the colour.
     """
-    padded = np.pad(inst_map, 1, mode="edge")
-    around = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
-    edge = np.logical_or.reduce([inst_map != other for other in around]) & (inst_map > 0)
+    edge = find_boundaries(inst_map, connectivity=1, mode="inner")
     return np.where(edge[..., None], np.array(colour, np.uint8), image)
 
 
@@ -242,41 +240,11 @@ def _steepness(position: np.ndarray) -> np.ndarray:
     return -np.minimum(x, y) / peak
 
 
-def _flooded(seeds: np.ndarray, nucleus: np.ndarray, energy: np.ndarray) -> np.ndarray:
-    """
-    Grow the seeds over the nuclei, level by level of the energy, one ring of 4-connected pixels at a time.
-
-    Where two meet in the same ring, the pixel is the higher-numbered one's.
-    """
-    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
-    labels = np.where(nucleus, seeds, 0).astype(np.float32)  # OpenCV dilates no int32; exact up to 2^24
-    lowest, highest = _FLOODED
-    height = np.clip((energy - lowest) / (highest - lowest) * _LEVELS, 0, _LEVELS - 1).astype(np.uint8)
-    for level in range(_LEVELS):
-        open_ground = nucleus & (height <= level) & (labels == 0)
-        while open_ground.any():
-            reached = open_ground & ((grown := cv2.dilate(labels, cross)) > 0)
-            if not reached.any():
-                break
-            labels[reached] = grown[reached]
-            open_ground &= ~reached
-    return labels.astype(np.int32)
-
-
-def _filled(inst_map: np.ndarray) -> np.ndarray:
-    """Close the holes that lie wholly within one nucleus, in place."""
-    for number, box in enumerate(ndimage.find_objects(inst_map), start=1):
-        if box is not None:
-            part = inst_map[box]
-            part[ndimage.binary_fill_holes(part == number) & (part == 0)] = number
+def _cleaned(inst_map: np.ndarray) -> np.ndarray:
+    """Close the holes that lie wholly within one nucleus, and remove what is too small for one, in place."""
+    for region in regionprops(inst_map):
+        part = inst_map[region.slice]
+        part[region.image_filled & (part == 0)] = region.label
+        if region.area_filled < _MIN_AREA:
+            part[part == region.label] = 0
     return inst_map
-
-
-def _without_small(inst_map: np.ndarray, area: int) -> np.ndarray:
-    small = np.bincount(inst_map.ravel()) < area
-    return np.where(small[inst_map], 0, inst_map)
-
-
-def _renumbered(inst_map: np.ndarray) -> np.ndarray:
-    ids, numbers = np.unique(inst_map, return_inverse=True)
-    return (numbers.reshape(inst_map.shape) + int(ids[0] != 0)).astype(np.int32)

@@ -81,9 +81,10 @@ def test_perfect_maps_of_a_real_slide_give_its_nuclei_back(monuseg):
     _, inst_map = annotations.read_slide(slide)
     found = instances((inst_map > 0).astype(np.float32), hv_target(inst_map))
     figures = measure(inst_map, found)
-    assert figures["f1@0.9"] > 0.99 and figures["aji"] > 0.99
+    assert figures["f1@0.9"] == 1 and figures["aji"] > 0.999
 
 
+@pytest.mark.filterwarnings("error")
 def test_instances_are_whole_large_enough_and_without_holes():
     probability = np.zeros((40, 60), np.float32)
     probability[5:20, 5:20] = 1
@@ -96,29 +97,18 @@ def test_instances_are_whole_large_enough_and_without_holes():
 
 
 def test_a_hole_at_the_border_or_between_two_nuclei_stays():
-    inst_map = np.ones((9, 9), np.int32)
-    inst_map[:, 5:] = 2
-    inst_map[4, 4:6] = 0
+    inst_map = np.ones((12, 18), np.int32)
+    inst_map[:, 9:] = 2
+    inst_map[4, 8:10] = 0
     inst_map[0, 2] = 0
     inst_map[7, 2] = 0
-    filled = decoding._filled(inst_map)
-    assert filled[7, 2] == 1 and filled[0, 2] == 0 and not filled[4, 4:6].any()
+    cleaned = decoding._cleaned(inst_map)
+    assert cleaned[7, 2] == 1 and cleaned[0, 2] == 0 and not cleaned[4, 8:10].any()
 
 
 def test_no_nuclei_give_an_empty_map():
     found = instances(np.zeros((20, 30), np.float32), np.zeros((20, 30, 2), np.float32))
     assert found.shape == (20, 30) and not found.any()
-
-
-def test_flooding_reaches_all_that_is_connected_to_a_seed():
-    nucleus = discs((20, 20), (20, 36)) > 0
-    seeds = np.zeros(nucleus.shape, np.int32)
-    seeds[20, 20], seeds[20, 36] = 7, 3
-    energy = np.zeros(nucleus.shape, np.float32)
-    energy[:, 28] = 1
-    flooded = decoding._flooded(seeds, nucleus, energy)
-    assert np.array_equal(flooded > 0, nucleus)
-    assert (flooded[:, :28][nucleus[:, :28]] == 7).all() and (flooded[:, 29:][nucleus[:, 29:]] == 3).all()
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 500, 512, 513, 1000, 5000])
