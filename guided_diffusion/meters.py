@@ -13,48 +13,55 @@ QUARTERS = 4
 
 class LossMeter:
     """
-    Means of losses since the last reading, in all and by quarter of the timesteps, over all ranks.
+    Weighted means of losses since the last reading, in all and by quarter of the timesteps, over all ranks.
 
     :param num_timesteps: the number of timesteps.
     :param device: where the losses are.
+    :param strict: a loss that is not finite makes its mean infinite; else it is left out.
     """
 
-    def __init__(self, num_timesteps: int, device: th.device | str = "cpu") -> None:
+    def __init__(self, num_timesteps: int, device: th.device | str = "cpu", strict: bool = False) -> None:
         self.num_timesteps = num_timesteps
         self.device = device
-        self._sums: dict[str, th.Tensor] = {}  # name -> [2 x QUARTERS]: sums and counts, of finite losses
+        self.strict = strict
+        self._sums: dict[str, th.Tensor] = {}  # name -> [2 x QUARTERS]: sums of weighted losses, and of weights
 
-    def add(self, t: th.Tensor, losses: dict[str, th.Tensor]) -> None:
+    def add(self, t: th.Tensor, losses: dict[str, th.Tensor], weights: th.Tensor | None = None) -> None:
         """
         Count some losses in; nothing waits for the device.
 
         :param t: an [N] int tensor of timesteps.
-        :param losses: name -> [N] losses; those that are not finite are left out.
+        :param losses: name -> [N] losses.
+        :param weights: [N] positive weights, as importance sampling gives; all 1 if None.
         """
         quarters = QUARTERS * t // self.num_timesteps
         for name, values in losses.items():
             values = values.detach().double()
+            w = th.ones_like(values) if weights is None else weights.double()
             finite = values.isfinite()
+            if self.strict:
+                values = th.where(finite, values, th.inf)
+            else:
+                values, w = values.nan_to_num(0, 0, 0), w * finite
             sums = self._sums.setdefault(name, th.zeros(2, QUARTERS, dtype=th.float64, device=self.device))
-            sums.index_add_(1, quarters, th.stack([values.nan_to_num(0, 0, 0), finite.double()]))
+            sums.index_add_(1, quarters, th.stack([w * values, w]))
 
     def read(self) -> dict[str, float]:
         """
         Wait for the device and begin anew. Collective.
 
-        :return: name -> mean, and name_q0 to name_q3 for the quarters that had losses.
+        :return: name -> mean, and name_q0 to name_q3 for the quarters that had losses; alike on all ranks, also on one
+            that had none.
         """
-        own = {name: sums.tolist() for name, sums in self._sums.items()}
+        everyones = dist_util.all_gather({name: sums.tolist() for name, sums in self._sums.items()})
         self._sums = {}
         means = {}
-        everyones = dist_util.all_gather(own)
-        for name in own:
-            sums, counts = (
-                [sum(values) for values in zip(*(rank[name][i] for rank in everyones if name in rank))] for i in (0, 1)
-            )
-            if sum(counts):
-                means[name] = sum(sums) / sum(counts)
-                means |= {f"{name}_q{i}": s / n for i, (s, n) in enumerate(zip(sums, counts)) if n}
+        for name in dict.fromkeys(name for own in everyones for name in own):
+            parts = [own[name] for own in everyones if name in own]
+            sums, weights = ([sum(values) for values in zip(*(part[i] for part in parts))] for i in (0, 1))
+            if sum(weights):
+                means[name] = sum(sums) / sum(weights)
+                means |= {f"{name}_q{i}": s / w for i, (s, w) in enumerate(zip(sums, weights)) if w}
         return means
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import numpy as np
 import torch as th
@@ -11,17 +12,27 @@ import torch.distributed as dist
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 
 
-def create_named_schedule_sampler(name: str, num_timesteps: int) -> "ScheduleSampler":
+class Timesteps(Protocol):
+    """What has timesteps: a diffusion process."""
+
+    num_timesteps: int
+
+
+def _count(timesteps: int | Timesteps) -> int:
+    return getattr(timesteps, "num_timesteps", timesteps)
+
+
+def create_named_schedule_sampler(name: str, diffusion: int | Timesteps) -> "ScheduleSampler":
     """
     Make a sampler by its flag's value.
 
     :param name: "uniform" or "loss-second-moment".
-    :param num_timesteps: the number of timesteps to choose from.
+    :param diffusion: the process whose timesteps to choose from, or their number.
     """
     if name == "uniform":
-        return UniformSampler(num_timesteps)
+        return UniformSampler(diffusion)
     if name == "loss-second-moment":
-        return LossSecondMomentResampler(num_timesteps)
+        return LossSecondMomentResampler(diffusion)
     raise ValueError(f"unknown --schedule_sampler {name}: choose one of {', '.join(SCHEDULE_SAMPLERS)}")
 
 
@@ -45,6 +56,14 @@ class ScheduleSampler(ABC):
         own = self.state_dict()
         if own.keys() != state.keys() or any(own[key].shape != state[key].shape for key in own):
             raise ValueError("the timestep sampler's history is that of another --schedule_sampler or process")
+
+    def update_with_local_losses(self, local_t: th.Tensor, local_losses: th.Tensor) -> None:  # noqa: B027
+        """
+        Learn from this rank's losses, if this is a sampler that learns. Collective then.
+
+        :param local_t: an [N] int tensor of timesteps; N may differ between ranks.
+        :param local_losses: their [N] losses, unweighted.
+        """
 
     def sample(
         self, batch_size: int, device: th.device | str = "cpu", rng: np.random.Generator | None = None
@@ -71,8 +90,8 @@ class ScheduleSampler(ABC):
 class UniformSampler(ScheduleSampler):
     """Every timestep alike."""
 
-    def __init__(self, num_timesteps: int) -> None:
-        self._weights = np.ones(num_timesteps)
+    def __init__(self, diffusion: int | Timesteps) -> None:
+        self._weights = np.ones(_count(diffusion))
 
     def weights(self) -> np.ndarray:
         return self._weights
@@ -82,12 +101,6 @@ class LossAwareSampler(ScheduleSampler):
     """A sampler that learns from the losses of all ranks, and so stays the same on all of them."""
 
     def update_with_local_losses(self, local_t: th.Tensor, local_losses: th.Tensor) -> None:
-        """
-        Take up this rank's losses and, by a collective call, the other ranks', in the order of the whole batch.
-
-        :param local_t: an [N] int tensor of timesteps; N may differ between ranks.
-        :param local_losses: their [N] losses, unweighted.
-        """
         pairs = list(zip(local_t.tolist(), local_losses.tolist()))
         gathered = [pairs]
         if dist.is_available() and dist.is_initialized():
@@ -108,12 +121,13 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     Uniform until every timestep has a full history.
 
-    :param num_timesteps: the number of timesteps.
+    :param diffusion: the process whose timesteps to choose from, or their number.
     :param history_per_term: how many losses of each are remembered.
     :param uniform_prob: the share of uniform sampling mixed in, so that no timestep starves.
     """
 
-    def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
+    def __init__(self, diffusion: int | Timesteps, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
+        num_timesteps = _count(diffusion)
         self.uniform_prob = uniform_prob
         self._history = np.zeros((num_timesteps, history_per_term))
         self._counts = np.zeros(num_timesteps, dtype=np.int64)

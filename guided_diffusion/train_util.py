@@ -17,11 +17,11 @@ from torch.optim import AdamW
 
 from . import checkpoint, dist_util, logger
 from .conditioning import ConditionSpec
+from .ema import Ema
 from .fp16_util import MixedPrecisionTrainer
 from .gaussian_diffusion import GaussianDiffusion
 from .meters import QUARTERS, LossMeter, StepClock
-from .nn import update_ema
-from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
+from .resample import ScheduleSampler, UniformSampler
 from .saver import Saver
 from .signals import StopRequest
 from .train_options import TrainOptions
@@ -96,7 +96,7 @@ class TrainLoop:
             model.parameters(), model.dtype, options.fp16_scale_growth, grad_clip=options.grad_clip
         )
         self.opt = AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True)
-        self.ema_params = {rate: [p.detach().clone() for p in model.parameters()] for rate in options.ema_rates}
+        self.averages = [Ema(model, rate) for rate in options.ema_rates]
         if resume_checkpoint:
             self._resume(resume_checkpoint)
 
@@ -112,16 +112,14 @@ class TrainLoop:
         """Take up step, averages, optimiser and the rest of the state; they must lie beside the weights."""
         self.step = self.saved_step = checkpoint.parse_step(path)
         folder = bf.dirname(path) or "."
-        names = [name for name, _ in self.model.named_parameters()]
-        for rate, params in self.ema_params.items():
-            ema_path = bf.join(folder, checkpoint.ema_name(rate, self.step))
+        for ema in self.averages:
+            ema_path = bf.join(folder, checkpoint.ema_name(ema.rate, self.step))
             if not checkpoint.exists(ema_path):
-                logger.warn(f"no {ema_path}: the average at rate {rate} begins anew from the weights")
+                logger.warn(f"no {ema_path}: the average at rate {ema.rate} begins anew from the weights")
                 continue
             state = checkpoint.load(ema_path)
             checkpoint.check_fit(self.model, state, ema_path)
-            for name, param in zip(names, params):
-                param.copy_(state[name])
+            ema.load_state_dict(state)
         opt_path = bf.join(folder, checkpoint.opt_name(self.step))
         if checkpoint.exists(opt_path):
             self._resume_optimizer(checkpoint.load(opt_path), opt_path)
@@ -236,7 +234,8 @@ class TrainLoop:
         self._anneal_lr()
         self.forward_backward(batch, cond)
         taken = self.mp_trainer.optimize(self.opt)
-        self._update_ema(taken)
+        for ema in self.averages:
+            ema.update(self.step, taken)
         self.step += 1
         self.samples += len(batch) * dist_util.world_size()
 
@@ -275,9 +274,8 @@ class TrainLoop:
             with self.ddp_model.no_sync() if more_to_come else contextlib.nullcontext():
                 losses = compute_losses()
                 self.mp_trainer.backward((losses["loss"] * weights).sum() / n)
-            if isinstance(self.schedule_sampler, LossAwareSampler):
-                self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
-            self.meter.add(t, {name: value.detach() * weights for name, value in losses.items()})
+            self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
+            self.meter.add(t, losses, weights)
 
     def _condition(self, cond: dict, part: slice, dropped: th.Tensor) -> th.Tensor:
         tensors = {name: self._moved(value[part]) for name, value in cond.items() if th.is_tensor(value)}
@@ -303,12 +301,6 @@ class TrainLoop:
         noise = th.randn((total, *shape[1:]), generator=generator, device=self.device)
         dropped = self._moved(th.from_numpy(rng.random(total) < self.options.drop_rate))
         return tuple(draw[rank::world_size] for draw in (t, weights, noise, dropped))
-
-    def _update_ema(self, taken: th.Tensor) -> None:
-        params = list(self.model.parameters())
-        for rate, averages in self.ema_params.items():
-            # Warm-up: an average that began n steps ago must not remember more than those.
-            update_ema(averages, params, min(rate, (1 + self.step) / (10 + self.step)), taken)
 
     def _anneal_lr(self) -> None:
         if self.options.lr_anneal_steps:
@@ -378,25 +370,9 @@ class TrainLoop:
             logger.logkv("peak_memory_mib", th.cuda.max_memory_allocated(self.device) / 2**20)
         return logger.dumpkvs()
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Let the model have the averaged weights, the first rate's, for the length of a block; and dropout off."""
-        params = list(self.model.parameters())
-        own = [p.data for p in params]
-        for p, average in zip(params, next(iter(self.ema_params.values()))):
-            p.data = average
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
-            for p, data in zip(params, own):
-                p.data = data
-
     def _validate(self) -> None:
         """Measure the averaged weights on held-out samples; the best are kept apart. Collective."""
-        with self._clock.paused(), self.averaged():
+        with self._clock.paused(), self.averages[0].swapped_in():
             losses = self.validation.losses(self.model)
         logger.logkvs({"step": self.step, **{f"val_{name}": value for name, value in losses.items()}})
         logger.dumpkvs()
@@ -415,25 +391,19 @@ class TrainLoop:
         self.saver.save(self._states(), lambda: logger.log(f"saved {path}"))
         if self.validation and self.options.preview_samples:
             picture = Path(logger.get_dir(), "previews", f"step{self.step:06d}.png")
-            with self._clock.paused(), self.averaged():
+            with self._clock.paused(), self.averages[0].swapped_in():
                 drawn = self.validation.draw(self.model, picture, self.options.preview_samples)
             logger.logimage("preview", drawn, self.step)
 
     def _states(self) -> dict[str, dict]:
         """File name -> content of a checkpoint, the model last: with it, all are there."""
-        averages = {
-            checkpoint.ema_name(rate, self.step): self._state_dict(params) for rate, params in self.ema_params.items()
-        }
+        averages = {checkpoint.ema_name(ema.rate, self.step): ema.state_dict() for ema in self.averages}
         return {
             **averages,
             checkpoint.opt_name(self.step): self.opt.state_dict(),
             checkpoint.state_name(self.step): self.training_state(),
             checkpoint.model_name(self.step): self.model.state_dict(),
         }
-
-    def _state_dict(self, params: list[th.Tensor]) -> dict[str, th.Tensor]:
-        """The model's state_dict with other values for its parameters; it has no buffers."""
-        return {name: value for (name, _), value in zip(self.model.named_parameters(), params)}
 
     def result(self) -> dict[str, Any]:
         """

@@ -8,7 +8,7 @@ import torch as th
 from PIL import Image
 from torch.utils.data import default_collate
 
-from . import dist_util
+from . import dist_util, streams
 from .conditioning import ConditionSpec, as_rgb
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import NucleiDataset
@@ -41,8 +41,8 @@ class Validation:
         self.batch_size = batch_size
         self.seed = seed
         self.total = len(dataset) * max(1, -(-MIN_LOSSES // len(dataset)))
-        rng = np.random.default_rng([seed, self.total])
-        # Stratified: one timestep out of each of so many equal spans, in random order.
+        rng = streams.rng("validation timesteps", seed, self.total)
+        # Stratified: one timestep out of each of as many equal spans, in random order.
         places = (rng.permutation(self.total) + rng.random(self.total)) / self.total
         self._timesteps = (places * diffusion.num_timesteps).astype(int)
 
@@ -57,11 +57,11 @@ class Validation:
         """
         Average the training loss over the data set, each rank its share. Collective.
 
-        :return: "loss", and "loss_q0" to "loss_q3" by quarter of the timesteps; of "mse" and "vb" likewise. The same on
-            every rank, and but for rounding for any number of ranks.
+        :return: "loss", and "loss_q0" to "loss_q3" by quarter of the timesteps; of "mse" and "vb" likewise; infinite
+            where a sample's is not finite. The same on every rank, and but for rounding for any number of ranks.
         """
         device = next(model.parameters()).device
-        meter = LossMeter(self.diffusion.num_timesteps, device)
+        meter = LossMeter(self.diffusion.num_timesteps, device, strict=True)
         share = range(self.total)[dist_util.rank() :: dist_util.world_size()]
         for first in range(0, len(share), self.batch_size):
             numbers = list(share[first : first + self.batch_size])

@@ -25,6 +25,7 @@ RANKS = {
     "streams": 0,
     "train_options": 0,
     "conditioning": 1,
+    "ema": 1,
     "meters": 1,
     "fp16_util": 1,
     "spade": 1,

@@ -17,6 +17,7 @@ from guided_diffusion.resample import (
     UniformSampler,
     create_named_schedule_sampler,
 )
+from guided_diffusion.script_util import create_gaussian_diffusion
 
 
 class Fixed(ScheduleSampler):
@@ -128,6 +129,12 @@ def test_second_moment_takes_repeats_within_one_update():
     assert one.weights().tolist() == other.weights().tolist()
 
 
+def test_a_sampler_that_does_not_learn_takes_losses_and_stays_the_same():
+    sampler = UniformSampler(4)
+    sampler.update_with_local_losses(th.tensor([1, 3]), th.tensor([0.5, 4.0]))
+    assert sampler.weights().tolist() == [1, 1, 1, 1]
+
+
 def test_local_losses_without_a_process_group():
     local, everywhere = filled()[0], filled()[0]
     local.update_with_local_losses(th.tensor([1, 3]), th.tensor([0.5, 4.0]))
@@ -184,5 +191,12 @@ def test_names():
     assert isinstance(samplers["uniform"], UniformSampler)
     assert isinstance(samplers["loss-second-moment"], LossSecondMomentResampler)
     assert all(len(sampler.weights()) == 7 for sampler in samplers.values())
+    process = create_gaussian_diffusion(steps=100, timestep_respacing="6")
+    for sampler in (
+        *(create_named_schedule_sampler(name, process) for name in SCHEDULE_SAMPLERS),
+        UniformSampler(process),
+        LossSecondMomentResampler(process, history_per_term=2),
+    ):
+        assert len(sampler.weights()) == 6
     with pytest.raises(ValueError, match=r"--schedule_sampler gauss.*uniform, loss-second-moment"):
         create_named_schedule_sampler("gauss", 7)

