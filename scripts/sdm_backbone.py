@@ -75,7 +75,7 @@ class DiffusionBackbone:
             raise ValueError(f"--backbone {name}: give a timestep of 0 to {self.diffusion.num_timesteps - 1} after @")
         checkpoint.load_weights(model, path)
         self.name = name
-        self.weight_hash = hash_weights(model)
+        self.weight_hash = hash_weights(model.state_dict())
         self.device = device
         model.place(device)
         model.eval().requires_grad_(False).convert_to(dtype, weights=True)

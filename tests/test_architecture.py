@@ -50,18 +50,19 @@ RANKS = {
     "histology.evaluation.runs": 0,
     "histology.evaluation.evaluator": 1,
     "histology.evaluation.report": 1,
-    "histology.features.backbones": 0,
+    "histology.features.lite0": 0,
+    "histology.features.backbones": 1,
     "histology.features.clustering": 0,
-    "histology.features.embeddings": 1,
-    "histology.features.cluster_folders": 2,
+    "histology.features.embeddings": 2,
+    "histology.features.cluster_folders": 3,
     "histology.features.cluster_picture": 1,
     "histology.filtering.patchcore": 0,
     "histology.filtering.picture": 0,
-    "histology.segmenter.net": 0,
-    "histology.segmenter.decoding": 1,
-    "histology.segmenter.data": 2,
-    "histology.segmenter.training": 3,
-    "histology.assembly": 3,
+    "histology.segmenter.net": 1,
+    "histology.segmenter.decoding": 2,
+    "histology.segmenter.data": 3,
+    "histology.segmenter.training": 4,
+    "histology.assembly": 4,
 }
 
 # Room of histology -> the other rooms that it may import. All may import what both sides share.
@@ -70,7 +71,7 @@ ROOMS = {
     "evaluation": set(),
     "features": {"slides"},
     "filtering": set(),
-    "segmenter": {"evaluation", "slides"},
+    "segmenter": {"evaluation", "features", "slides"},
     "assembly": {"evaluation", "features", "slides"},
 }
 SHARED = {"files"}

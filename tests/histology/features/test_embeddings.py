@@ -128,7 +128,6 @@ def test_chunks_of_other_images_weights_or_precision_are_not_taken(tmp_path):
 
 
 def test_extract_is_independent_of_batch_size_and_order(tmp_path):
-    pytest.importorskip("efficientnet_lite_pytorch")
     backbone = load_backbone("efficientnet_lite0", th.device("cpu"))
     files = [draw(tmp_path / f"{i}.png", i) for i in range(7)]
     digests = [embeddings.digest(file) for file in files]
