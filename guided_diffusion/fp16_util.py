@@ -1,8 +1,10 @@
 """Mixed precision: which dtype to compute in, and fp16's dynamic loss scale. The parameters themselves are the fp32
 master weights; layers cast them at use (see nn.Conv2d), so checkpoints are always fp32."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -10,7 +12,7 @@ from torch import nn
 from . import logger
 
 INITIAL_LOG_LOSS_SCALE = 20.0
-
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of a parameter, besides the number of steps
 
 PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
 
@@ -75,26 +77,28 @@ class MixedPrecisionTrainer:
     is skipped, in every precision; in fp16 the scale is then halved, down to 1, and every other step raises its
     logarithm by fp16_scale_growth. All of it happens on the device: with a fused optimiser nothing waits for it.
 
-    :param params: the parameters that are trained; gradients must already be equal on all ranks.
-    :param dtype: what the model computes in; only fp16 needs a loss scale.
+    :param model: what is trained, with parameters in fp32; gradients must already be equal on all ranks.
+    :param use_fp16: whether the model computes in fp16; no other precision needs a loss scale.
     :param fp16_scale_growth: what a good step adds to lg_loss_scale.
     :param grad_clip: scale gradients down to this norm, over all parameters; 0 leaves them.
     """
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
-        dtype: th.dtype = th.float32,
+        *,
+        model: nn.Module,
+        use_fp16: bool = False,
         fp16_scale_growth: float = 1e-3,
         initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
         grad_clip: float = 0.0,
     ) -> None:
-        self.params = list(params)
-        self.use_fp16 = dtype == th.float16
+        self.model = model
+        self.master_params = list(model.parameters())
+        self.use_fp16 = use_fp16
         self.fp16_scale_growth = fp16_scale_growth
         self.grad_clip = grad_clip
         self.grad_norm: th.Tensor | None = None
-        device = self.params[0].device
+        device = self.master_params[0].device
         self._lg_loss_scale = th.full((), initial_lg_loss_scale, dtype=th.float64, device=device)
         self._skipped = th.zeros((2,), dtype=th.int64, device=device)  # in all, and in a row
 
@@ -128,7 +132,7 @@ class MixedPrecisionTrainer:
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        for p in self.params:
+        for p in self.master_params:
             p.grad = None
 
     def backward(self, loss: th.Tensor) -> None:
@@ -141,7 +145,7 @@ class MixedPrecisionTrainer:
 
         :return: whether the step was taken, as a 0-d boolean tensor on the device.
         """
-        grads = [p.grad for p in self.params if p.grad is not None]
+        grads = [p.grad for p in self.master_params if p.grad is not None]
         if self.use_fp16:
             th._foreach_mul_(grads, (-self._lg_loss_scale).exp2().float())
         norm = th.nn.utils.get_total_norm(grads)
@@ -160,3 +164,84 @@ class MixedPrecisionTrainer:
         self._skipped[1] *= ~finite
         self.grad_norm = norm
         return finite
+
+    # ---- as files hold it ----
+
+    def master_params_to_state_dict(self, master_params: Sequence[th.Tensor]) -> dict[str, th.Tensor]:
+        """:return: the model's state_dict, with these values, in the order of master_params, for its parameters."""
+        names = (name for name, _ in self.model.named_parameters())
+        return {**self.model.state_dict(), **dict(zip(names, master_params, strict=True))}
+
+    def state_dict_to_master_params(self, state_dict: dict[str, th.Tensor]) -> list[th.Tensor]:
+        """:return: a state_dict's values in the order of master_params."""
+        return [state_dict[name] for name, _ in self.model.named_parameters()]
+
+    def optimizer_state(self, optimizer: th.optim.Optimizer) -> dict[str, Any]:
+        """
+        Say what an Adam optimiser of master_params holds, as the reference's files say it: without settings of this
+        machine's kernels, and in fp16 with two flat entries, one of all vectors and one of all other parameters.
+
+        :return: a state_dict, which load_optimizer_state takes up. Flat entries are made on the CPU.
+        """
+        state = optimizer.state_dict()
+        groups = [{**group, "fused": None, "foreach": None} for group in state["param_groups"]]
+        entries = state["state"]
+        if self.use_fp16 and len(entries) == len(self.master_params):
+            entries = {
+                number: {
+                    "step": entries[members[0]]["step"],
+                    **{
+                        name: th.cat([entries[k][name].flatten().cpu() for k in members]).view(shape)
+                        for name in MOMENTS
+                    },
+                }
+                for number, (members, shape) in enumerate(self._flat_groups())
+            }
+            groups = [{**groups[0], "params": list(entries)}]
+        return {"state": entries, "param_groups": groups}
+
+    def load_optimizer_state(self, optimizer: th.optim.Optimizer, state: dict[str, Any]) -> None:
+        """
+        Take up what an Adam optimiser held, of every parameter or of the reference's two flat ones in fp16. Settings,
+        such as the learning rate, stay the optimiser's own.
+
+        :raises ValueError: where it does not fit.
+        """
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(self._by_parameter(state))
+            fits = all(optimizer.state[p][name].shape == p.shape for p in self.master_params for name in MOMENTS)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError("no optimiser state of this model")
+        for group, own in zip(optimizer.param_groups, settings):
+            group.update(own)
+        for p, own in optimizer.state.items():
+            # The fused optimiser counts its steps on the device, and takes its averages to be laid out as parameters.
+            own["step"] = th.as_tensor(float(own["step"]), dtype=th.float32, device=p.device)
+            for name in MOMENTS:
+                own[name] = th.empty_like(p).copy_(own[name])
+
+    def _flat_groups(self) -> list[tuple[list[int], tuple[int, ...]]]:
+        """The reference's groups in fp16: the numbers of their parameters, and the shape of the flat one they make."""
+        vectors = [k for k, p in enumerate(self.master_params) if p.ndim <= 1]
+        others = [k for k, p in enumerate(self.master_params) if p.ndim > 1]
+        return [(members, shape) for members, shape in ((vectors, (-1,)), (others, (1, -1))) if members]
+
+    def _by_parameter(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state of every parameter, of one that may be in flat groups."""
+        groups, entries = self._flat_groups(), {}
+        sizes = [sum(self.master_params[k].numel() for k in members) for members, _ in groups]
+        if [math.prod(entry["exp_avg"].shape) for entry in state["state"].values()] != sizes:
+            return state
+        for number, (members, _) in enumerate(groups):
+            flat = state["state"][number]
+            parts = {
+                name: flat[name].flatten().split([self.master_params[k].numel() for k in members]) for name in MOMENTS
+            }
+            for place, k in enumerate(members):
+                own = {name: parts[name][place].view(self.master_params[k].shape) for name in MOMENTS}
+                entries[k] = {"step": flat["step"], **own}
+        group = {**state["param_groups"][0], "params": list(range(len(self.master_params)))}
+        return {"state": dict(sorted(entries.items())), "param_groups": [group]}

@@ -93,9 +93,12 @@ class TrainLoop:
             checkpoint.load_weights(model, resume_checkpoint or init_checkpoint)
         dist_util.sync_params(model.parameters())
         self.mp_trainer = MixedPrecisionTrainer(
-            model.parameters(), model.dtype, options.fp16_scale_growth, grad_clip=options.grad_clip
+            model=model,
+            use_fp16=model.dtype == th.float16,
+            fp16_scale_growth=options.fp16_scale_growth,
+            grad_clip=options.grad_clip,
         )
-        self.opt = AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True)
+        self.opt = AdamW(self.mp_trainer.master_params, lr=options.lr, weight_decay=options.weight_decay, fused=True)
         self.averages = [Ema(model, rate) for rate in options.ema_rates]
         if resume_checkpoint:
             self._resume(resume_checkpoint)
@@ -122,27 +125,13 @@ class TrainLoop:
             ema.load_state_dict(state)
         opt_path = bf.join(folder, checkpoint.opt_name(self.step))
         if checkpoint.exists(opt_path):
-            self._resume_optimizer(checkpoint.load(opt_path), opt_path)
+            try:
+                self.mp_trainer.load_optimizer_state(self.opt, checkpoint.load(opt_path))
+            except ValueError as error:
+                raise ValueError(f"{opt_path}: {error}: remove it to begin one anew") from None
         else:
             logger.warn(f"no {opt_path}: the optimiser begins anew")
         self._resume_state(checkpoint.load_training_state(path))
-
-    def _resume_optimizer(self, state: dict[str, Any], path: str) -> None:
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.opt.param_groups]
-        try:
-            self.opt.load_state_dict(state)
-            fits = all(self.opt.state[p]["exp_avg"].shape == p.shape for p in self.model.parameters())
-        except (KeyError, RuntimeError, ValueError, TypeError):
-            fits = False
-        if not fits:
-            raise ValueError(f"{path} holds no optimiser state of this model: remove it to begin one anew")
-        for group, own in zip(self.opt.param_groups, settings):  # what was saved are the old run's settings
-            group.update(own)
-        for p, own in self.opt.state.items():
-            # The fused optimiser counts its steps on the device, and takes its averages to be laid out as parameters.
-            own["step"] = th.as_tensor(float(own["step"]), dtype=th.float32, device=p.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                own[name] = th.empty_like(p).copy_(own[name])
 
     def _resume_state(self, state: dict[str, Any]) -> None:
         total = self.options.batch_size * dist_util.world_size()
@@ -400,7 +389,7 @@ class TrainLoop:
         averages = {checkpoint.ema_name(ema.rate, self.step): ema.state_dict() for ema in self.averages}
         return {
             **averages,
-            checkpoint.opt_name(self.step): self.opt.state_dict(),
+            checkpoint.opt_name(self.step): self.mp_trainer.optimizer_state(self.opt),
             checkpoint.state_name(self.step): self.training_state(),
             checkpoint.model_name(self.step): self.model.state_dict(),
         }

@@ -1,5 +1,6 @@
 """Mixed precision: gradients against fp32, the loss scale's rises and falls, and which dtype a flag means where."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -27,6 +28,10 @@ def make_params():
     return [nn.Parameter(th.randn(shape, generator=g)) for shape in [(), (3,), (2, 3), (2, 1, 3, 3)]]
 
 
+def make_trainer(params, use_fp16=False, **options):
+    return MixedPrecisionTrainer(model=nn.ParameterList(params), use_fp16=use_fp16, **options)
+
+
 def make_sgd(params, **options):
     return th.optim.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, **options)
 
@@ -46,7 +51,7 @@ def poisoned_loss(params, which, value):
 def test_fp16_gradients_and_step_are_those_of_fp32(lg_loss_scale):
     params = make_params()
     before = [p.detach().clone() for p in params]
-    trainer = MixedPrecisionTrainer(params, th.float16, initial_lg_loss_scale=lg_loss_scale)
+    trainer = make_trainer(params, True, initial_lg_loss_scale=lg_loss_scale)
     loss = loss_of(params)
     trainer.zero_grad()
     trainer.backward(loss)
@@ -61,7 +66,7 @@ def test_fp16_gradients_and_step_are_those_of_fp32(lg_loss_scale):
 
 
 def test_initial_scale_is_two_to_the_twenty():
-    assert MixedPrecisionTrainer(make_params(), th.float16).lg_loss_scale == 20
+    assert make_trainer(make_params(), True).lg_loss_scale == 20
 
 
 def test_the_scale_saves_gradients_that_fp16_cannot_hold():
@@ -74,7 +79,7 @@ def test_the_scale_saves_gradients_that_fp16_cannot_hold():
     tiny_loss().backward()
     assert w.grad.item() == 0
 
-    trainer = MixedPrecisionTrainer([w], th.float16)
+    trainer = make_trainer([w], True)
     trainer.zero_grad()
     trainer.backward(tiny_loss())
     trainer.optimize(th.optim.SGD([w], lr=1.0))
@@ -83,7 +88,7 @@ def test_the_scale_saves_gradients_that_fp16_cannot_hold():
 
 def test_good_steps_raise_the_scale():
     params = make_params()
-    trainer = MixedPrecisionTrainer(params, th.float16, fp16_scale_growth=0.25)
+    trainer = make_trainer(params, True, fp16_scale_growth=0.25)
     sgd = make_sgd(params)
     for step in range(1, 6):
         trainer.zero_grad()
@@ -98,7 +103,7 @@ def test_overflow_skips_the_step_and_halves_the_scale(which, value):
     """Whichever parameter has it, no parameter moves, nor does the optimiser's state."""
     params = make_params()
     before = [p.detach().clone() for p in params]
-    trainer, sgd = MixedPrecisionTrainer(params, th.float16), make_sgd(params, momentum=0.9)
+    trainer, sgd = make_trainer(params, True), make_sgd(params, momentum=0.9)
     trainer.backward(poisoned_loss(params, which, value))
     assert not trainer.optimize(sgd)
     assert trainer.lg_loss_scale == 19
@@ -116,7 +121,7 @@ def test_overflow_skips_the_step_and_halves_the_scale(which, value):
 
 def test_the_scale_falls_until_fp16_holds_the_gradients():
     w = nn.Parameter(th.tensor([3.0]))
-    trainer, sgd = MixedPrecisionTrainer([w], th.float16), th.optim.SGD([w], lr=0.01)
+    trainer, sgd = make_trainer([w], True), th.optim.SGD([w], lr=0.01)
     taken = []
     while not any(taken):
         trainer.zero_grad()
@@ -132,7 +137,7 @@ def test_the_scale_falls_until_fp16_holds_the_gradients():
 def test_no_scale_in_other_dtypes(dtype):
     params = make_params()
     before = [p.detach().clone() for p in params]
-    trainer = MixedPrecisionTrainer(params, dtype)
+    trainer = make_trainer(params, dtype == th.float16)
     trainer.backward(loss_of(params))
     assert all(th.equal(p.grad, b + 1) for p, b in zip(params, before))
     assert trainer.optimize(make_sgd(params))
@@ -144,7 +149,7 @@ def test_no_scale_in_other_dtypes(dtype):
 def test_backward_accumulates_and_zero_grad_drops():
     params = make_params()
     before = [p.detach().clone() for p in params]
-    trainer = MixedPrecisionTrainer(params, th.float16)
+    trainer = make_trainer(params, True)
     trainer.backward(loss_of(params) / 2)
     trainer.backward(loss_of(params) / 2)
     trainer.optimize(make_sgd(params))
@@ -157,7 +162,7 @@ def test_backward_accumulates_and_zero_grad_drops():
 def test_parameters_without_gradient_are_left_alone(dtype):
     params = make_params()
     frozen = nn.Parameter(th.ones(2))
-    trainer = MixedPrecisionTrainer([frozen, *params], dtype)
+    trainer = make_trainer([frozen, *params], dtype == th.float16)
     trainer.backward(loss_of(params))
     assert trainer.optimize(make_sgd([frozen, *params]))
     assert frozen.tolist() == [1, 1]
@@ -166,7 +171,7 @@ def test_parameters_without_gradient_are_left_alone(dtype):
 @pytest.mark.parametrize("dtype", [th.float32, th.float16])
 def test_the_norm_is_that_of_the_gradients(dtype):
     params = make_params()
-    trainer = MixedPrecisionTrainer(params, dtype)
+    trainer = make_trainer(params, dtype == th.float16)
     norm = math.sqrt(sum((p.detach() + 1).pow(2).sum().item() for p in params))
     trainer.backward(loss_of(params))
     trainer.optimize(make_sgd(params))
@@ -181,7 +186,7 @@ def test_gradients_are_clipped_by_their_common_norm(dtype):
     for clip in (norm / 4, norm * 4):
         with th.no_grad():
             th._foreach_copy_(params, before)
-        trainer = MixedPrecisionTrainer(params, dtype, grad_clip=clip)
+        trainer = make_trainer(params, dtype == th.float16, grad_clip=clip)
         trainer.backward(loss_of(params))
         trainer.optimize(make_sgd(params))
         trainer.zero_grad()
@@ -191,7 +196,7 @@ def test_gradients_are_clipped_by_their_common_norm(dtype):
 
 def test_the_scale_never_falls_below_one():
     params = make_params()
-    trainer = MixedPrecisionTrainer(params, th.float16, initial_lg_loss_scale=1.5)
+    trainer = make_trainer(params, True, initial_lg_loss_scale=1.5)
     for expected in (0.5, 0, 0):
         trainer.zero_grad()
         trainer.backward(poisoned_loss(params, 0, math.inf))
@@ -204,7 +209,7 @@ def test_the_scale_never_falls_below_one():
 def test_steps_that_are_not_finite_are_skipped_and_counted(dtype, fused):
     params = make_params()
     adam = th.optim.AdamW(params, lr=0.1, fused=fused)
-    trainer = MixedPrecisionTrainer(params, dtype)
+    trainer = make_trainer(params, dtype == th.float16)
     counts = []
     for value in (None, math.nan, math.inf, None, math.nan):
         before = [p.detach().clone() for p in params]
@@ -219,13 +224,117 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(dtype, fused):
 
 def test_its_state_is_taken_up():
     params = make_params()
-    trainer = MixedPrecisionTrainer(params, th.float16)
+    trainer = make_trainer(params, True)
     trainer.backward(poisoned_loss(params, 0, math.nan))
     trainer.optimize(make_sgd(params))
-    other = MixedPrecisionTrainer(make_params(), th.float16)
+    other = make_trainer(make_params(), True)
     other.load_state_dict(trainer.state_dict())
     assert (other.lg_loss_scale, other.skipped, other.skipped_in_a_row) == (19, 1, 1)
     assert other.state_dict() == trainer.state_dict()
+
+
+# ---- the reference's files ----
+
+
+class Mixed(nn.Module):
+    """Vectors and other parameters in turns, as in a network."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 2)
+
+
+def flat(tensors):
+    """The reference's two master parameters in fp16: all vectors one after another, and all others in one row."""
+    tensors = list(tensors)
+    vectors, others = ([t.flatten() for t in tensors if (t.ndim <= 1) == small] for small in (True, False))
+    return [th.cat(vectors), th.cat(others)[None]]
+
+
+def adam_state(params, settings=("lr", "betas", "eps", "weight_decay", "amsgrad"), step=lambda n: th.tensor(float(n))):
+    """The state_dict of an AdamW that has taken two steps on known gradients, as torch had it at the time."""
+    params = [nn.Parameter(p.clone()) for p in params]
+    adam = th.optim.AdamW(params, lr=1e-3, weight_decay=0.1)
+    for scale in (1, 2):
+        for p in params:
+            p.grad = (scale * p.detach()).cos()
+        adam.step()
+    state = adam.state_dict()
+    for entry in state["state"].values():
+        entry["step"] = step(entry["step"])
+    state["param_groups"] = [{name: group[name] for name in (*settings, "params")} for group in state["param_groups"]]
+    return state
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("step", [int, lambda n: th.tensor(float(n))])
+def test_its_optimiser_files_load_of_fp32_and_of_fp16(use_fp16, fused, step):
+    model = Mixed()
+    expected = adam_state(model.parameters())["state"]
+    files = (
+        adam_state(model.parameters(), step=step),
+        adam_state(flat(p.detach() for p in model.parameters()), step=step),
+    )
+    assert [len(file["state"]) for file in files] == [6, 2] and files[1]["state"][1]["exp_avg"].shape[0] == 1
+    for file in files:
+        trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16)
+        adam = th.optim.AdamW(trainer.master_params, lr=0.5, fused=fused)
+        trainer.load_optimizer_state(adam, file)
+        for k, p in enumerate(model.parameters()):
+            assert float(adam.state[p]["step"]) == 2
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert th.equal(adam.state[p][name], expected[k][name]), (k, name)
+        assert adam.param_groups[0]["lr"] == 0.5 and adam.param_groups[0]["weight_decay"] == 0.01
+        trainer.backward(loss_of(trainer.master_params))
+        assert trainer.optimize(adam)
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_our_optimiser_files_load_there(use_fp16):
+    model = Mixed()
+    trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16)
+    adam = th.optim.AdamW(trainer.master_params, fused=True)
+    trainer.load_optimizer_state(adam, adam_state(model.parameters()))
+    state = trainer.optimizer_state(adam)
+    # There the optimiser is of all parameters, or of the two flat ones, and is not fused.
+    tensors = [p.detach() for p in model.parameters()]
+    params = [nn.Parameter(t) for t in (flat(tensors) if use_fp16 else tensors)]
+    theirs = th.optim.AdamW(params)
+    theirs.load_state_dict(copy.deepcopy(state))  # which keeps the tensors themselves
+    expected = adam_state(model.parameters())["state"]
+    for name in ("exp_avg", "exp_avg_sq"):
+        values = [expected[k][name] for k in range(len(tensors))]
+        for p, value in zip(params, flat(values) if use_fp16 else values):
+            assert th.equal(theirs.state[p][name], value) and theirs.state[p]["step"] == 2
+    for p in params:
+        p.grad = th.ones_like(p)
+    theirs.step()
+    # And what was written is taken up again.
+    again = th.optim.AdamW(model.parameters(), fused=True)
+    trainer.load_optimizer_state(again, state)
+    for p in model.parameters():
+        assert all(th.equal(again.state[p][name], adam.state[p][name]) for name in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def test_another_models_optimiser_files_are_refused():
+    model, other = Mixed(), nn.Sequential(Mixed(), nn.Linear(2, 2))
+    trainer = MixedPrecisionTrainer(model=model)
+    files = [adam_state(other.parameters()), adam_state(flat(p.detach() for p in other.parameters()))]
+    turned = adam_state(reversed(list(model.parameters())))
+    for file in (*files, turned, {"state": {}, "param_groups": []}, {"a": th.zeros(1)}, {"state": {0: 1}}):
+        with pytest.raises(ValueError, match="no optimiser state of this model"):
+            trainer.load_optimizer_state(th.optim.AdamW(model.parameters()), file)
+
+
+def test_master_params_and_state_dicts():
+    model = Mixed()
+    trainer = MixedPrecisionTrainer(model=model, use_fp16=True, fp16_scale_growth=0.5)
+    doubled = trainer.master_params_to_state_dict([2 * p for p in trainer.master_params])
+    assert list(doubled) == list(model.state_dict())
+    assert all(th.equal(doubled[name], 2 * value) for name, value in model.state_dict().items())
+    back = trainer.state_dict_to_master_params(dict(reversed(doubled.items())))
+    assert all(th.equal(a, 2 * p) for a, p in zip(back, trainer.master_params, strict=True))
 
 
 # ---- dtypes ----
