@@ -5,6 +5,9 @@ Owns the choice of labels. Knows nothing of files or images: arrays in, labels o
 and a function of (points, options, seed); labels are strings, NOISE among them.
 """
 
+import functools
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +17,6 @@ REDUCERS = ("umap", "pca", "none")
 CLUSTERERS = ("hdbscan", "kmeans", "gmm")
 NOISE = "-1"
 KMEANS_STARTS = 10
-_CHUNK_ELEMENTS = 1 << 22  # of one block of distances: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,7 @@ class Options:
 
     :param reduce: one of REDUCERS; n_components: dimensions that are left.
     :param cluster: one of CLUSTERERS; n_clusters: of kmeans and gmm.
-    :param min_samples: of hdbscan, not counting the point itself, as its authors' package does; scikit-learn's own
-        parameter is one more.
-    :param min_cluster_size: of hdbscan.
+    :param min_samples, min_cluster_size: of hdbscan.
     """
 
     reduce: str = "umap"
@@ -172,27 +172,45 @@ def _reduced(train: np.ndarray, test: np.ndarray, options: Options, seed: int) -
 
 
 def _umap(n_components: int, seed: int, n: int) -> object:
-    import warnings
+    # One thread, which a fixed seed needs; more neighbours than there are points are refused.
+    neighbours = min(15, n - 1)
+    return import_umap()(
+        n_components=n_components, n_neighbors=neighbours, random_state=seed, transform_seed=seed, n_jobs=1
+    )
 
+
+def import_umap() -> type:
+    """
+    :return: the class UMAP.
+    :raises ImportError: where its package is missing.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TensorFlow, which only parametric UMAP wants
-            from umap import UMAP
+            try:
+                from umap import UMAP
+            except RuntimeError as error:
+                # Numba refuses to compile where it finds no folder to cache in: a package of another user, and no home.
+                if "cannot cache" not in str(error):
+                    raise
+                import numba
+
+                numba.config.CACHE_DIR = _cache_folder().name
+                from umap import UMAP
     except ImportError:
         raise ImportError("--reduce umap needs: pip install umap-learn; or take --reduce pca") from None
-    # One thread, which a fixed seed needs; more neighbours than there are points are refused.
-    neighbours = min(15, n - 1)
-    return UMAP(n_components=n_components, n_neighbors=neighbours, random_state=seed, transform_seed=seed, n_jobs=1)
+    return UMAP
+
+
+@functools.cache
+def _cache_folder() -> tempfile.TemporaryDirectory:
+    """A folder of this process alone: a lasting one whose name others can foresee could hold code of theirs."""
+    return tempfile.TemporaryDirectory(prefix="numba-")
 
 
 def _clustered(train: np.ndarray, test: np.ndarray, options: Options, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if options.cluster == "hdbscan":
-        from sklearn.cluster import HDBSCAN
-
-        labels = HDBSCAN(
-            min_cluster_size=options.min_cluster_size, min_samples=options.min_samples + 1, copy=True
-        ).fit_predict(train)
-        return labels, assign(train, labels, test, options.min_samples)
+        return _by_density(train, test, options)
     if options.cluster == "kmeans":
         from sklearn.cluster import KMeans
 
@@ -205,50 +223,16 @@ def _clustered(train: np.ndarray, test: np.ndarray, options: Options, seed: int)
     return labels, model.predict(test) if len(test) else np.zeros(0, labels.dtype)
 
 
-def assign(train: np.ndarray, labels: np.ndarray, points: np.ndarray, min_samples: int) -> np.ndarray:
-    """
-    Give new points the labels of an HDBSCAN clustering, which stays as it is (hdbscan's approximate_predict).
-
-    A point's core distance is that to its (min_samples + 1)-th nearest training point. Of its 2 * min_samples nearest
-    it takes the one of the smallest mutual reachability, max(core, core, distance), and that one's label if they meet
-    below the distance at which that cluster parts from all others; else it is noise. hdbscan reads the latter off its
-    condensed tree, which scikit-learn does not show. It is computed here: just before it merges, a cluster is one
-    connected component, so it merges at the smallest mutual reachability between a member and any other training
-    point. Unlike hdbscan's, a point that falls into a sub-cluster of the chosen cluster belongs to the latter.
-
-    :param train: an [N x d] array; labels: [N] integers, -1 = noise.
-    :param points: an [M x d] array.
-    :param min_samples: as in Options.
-    :return: [M] integers.
-    """
-    from sklearn.neighbors import NearestNeighbors
-
-    if not len(points):
-        return np.zeros(0, np.int64)
-    search = NearestNeighbors().fit(train)
-    core = search.kneighbors(train, min_samples + 1)[0][:, -1]
-    merge = merge_distances(train, labels, core)
-    distance, near = search.kneighbors(points, min(max(2 * min_samples, min_samples + 1), len(train)))
-    reach = np.maximum(np.maximum(distance, core[near]), distance[:, min(min_samples, len(train) - 1), None])
-    best = reach.argmin(1)
-    rows = np.arange(len(points))
-    label = labels[near[rows, best]]
-    limit = np.array([merge.get(int(one), -np.inf) for one in label])
-    return np.where(reach[rows, best] < limit, label, -1)
-
-
-def merge_distances(train: np.ndarray, labels: np.ndarray, core: np.ndarray) -> dict[int, float]:
-    """:return: label -> the smallest mutual reachability between its members and all others; inf if there are none."""
-    from scipy.spatial.distance import cdist
-
-    smallest = np.full(len(train), np.inf)
-    step = max(1, _CHUNK_ELEMENTS // len(train))
-    for start in range(0, len(train), step):
-        rows = slice(start, start + step)
-        reach = np.maximum(np.maximum(cdist(train[rows], train), core[rows, None]), core)
-        reach[labels[rows, None] == labels] = np.inf
-        smallest[rows] = reach.min(1)
-    return {int(label): float(smallest[labels == label].min()) for label in np.unique(labels) if label >= 0}
+def _by_density(train: np.ndarray, test: np.ndarray, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        import hdbscan
+    except ImportError:
+        raise ImportError("--cluster hdbscan needs: pip install hdbscan; or take --cluster kmeans") from None
+    model = hdbscan.HDBSCAN(options.min_cluster_size, options.min_samples, prediction_data=True, core_dist_n_jobs=1)
+    labels = model.fit_predict(train)
+    if not (labels >= 0).any():
+        return labels, np.full(len(test), -1)  # without clusters the package would warn
+    return labels, hdbscan.approximate_predict(model, test)[0]
 
 
 def _as_text(labels: np.ndarray) -> list[str]:

@@ -1,20 +1,13 @@
-"""Clusters of planted blobs, HDBSCAN's new points against brute force, and the seeded cascade of subsets."""
+"""Clusters of planted blobs, labels of new points, and the seeded cascade of subsets."""
 
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from guided_diffusion.histology.features.clustering import (
-    NOISE,
-    Options,
-    assign,
-    best_of,
-    fit,
-    merge_distances,
-    silhouette,
-    subset_cascade,
-)
+from guided_diffusion.histology.features import clustering
+from guided_diffusion.histology.features.clustering import NOISE, Options, best_of, fit, silhouette, subset_cascade
 
 pytest.importorskip("sklearn")
 CENTRES = np.array([[0, 0, 0], [10, 0, 0], [0, 10, 5]])
@@ -54,70 +47,56 @@ def test_umap_is_seeded_and_assigns_test_points():
     assert same_partition(one.train_labels, of) and one.test_labels == one.train_labels[::10]
 
 
-def test_missing_umap_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(ImportError, match="--reduce umap needs: pip install umap-learn"):
-        fit(blobs()[0], blobs()[0][:0], Options(min_cluster_size=10), 0)
+@pytest.mark.parametrize(
+    "package, message",
+    [("umap", "--reduce umap needs: pip install umap-learn"), ("hdbscan", "--cluster hdbscan needs: pip install")],
+)
+def test_missing_packages_are_named(package, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=message):
+        fit(blobs()[0], blobs()[0][:0], Options("umap" if package == "umap" else "none", min_cluster_size=10), 0)
 
 
-def hdbscan(train, min_samples, min_cluster_size):
-    from sklearn.cluster import HDBSCAN
+def test_numba_without_a_folder_to_cache_in(tmp_path, monkeypatch):
+    """As for another user than the one who installed the packages, and without a home."""
+    import numba
 
-    return HDBSCAN(min_cluster_size=min_cluster_size, min_samples=min_samples + 1, copy=True).fit(train)
-
-
-def core_distances(train, min_samples):
-    return np.sort(np.linalg.norm(train[:, None] - train[None], axis=2), axis=1)[:, min_samples]
-
-
-def test_a_cluster_merges_at_its_merge_distance():
-    """scikit-learn's own cut of the hierarchy: alone just below that distance, joined with others above it."""
-    train = blobs(seed=3)[0].astype(np.float64)
-    model = hdbscan(train, 4, 15)
-    merge = merge_distances(train, model.labels_, core_distances(train, 4))
-    assert len(merge) == 3
-    for label, at in merge.items():
-        members = model.labels_ == label
-        below = model.dbscan_clustering(at * (1 - 1e-9), min_cluster_size=2)
-        above = model.dbscan_clustering(at * (1 + 1e-9), min_cluster_size=2)
-        inside = set(below[members]) - {-1}
-        assert not inside & (set(below[~members]) - {-1})
-        assert (set(above[members]) - {-1}) & (set(above[~members]) - {-1})
+    package = tmp_path / "umap"
+    package.mkdir()
+    (package / "__pycache__").touch()  # where a folder cannot be made
+    (package / "__init__.py").write_text(
+        "import numba\n\n@numba.njit(cache=True)\ndef one():\n    return 1\n\nclass UMAP:\n    one = one\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "umap", raising=False)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(package / "__init__.py" / "none"))
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "/dev/null")
+    assert clustering.import_umap().one() == 1
 
 
-def test_assign_equals_brute_force():
+def noisy_blobs():
     rng = np.random.default_rng(1)
-    train = np.concatenate([blobs(seed=4)[0], rng.uniform(-5, 15, (40, 3))]).astype(np.float64)
-    labels = hdbscan(train, 4, 15).labels_
-    points = rng.uniform(-4, 14, (300, 3))
-    core = core_distances(train, 4)
-    merge = {}
-    for label in set(labels) - {-1}:
-        pairs = [
-            max(core[i], core[j], np.linalg.norm(train[i] - train[j]))
-            for i in np.flatnonzero(labels == label)
-            for j in np.flatnonzero(labels != label)
-        ]
-        merge[label] = min(pairs)
-    expected = []
-    for point in points:
-        far = np.linalg.norm(train - point, axis=1)
-        near = np.argsort(far)[:8]
-        own = far[near[4]]
-        reach = [max(own, core[i], far[i]) for i in near]
-        label = labels[near[int(np.argmin(reach))]]
-        expected.append(label if label >= 0 and min(reach) < merge[label] else -1)
-    assigned = assign(train, labels, points, 4)
-    assert assigned.tolist() == expected
-    assert -1 in expected and len(set(expected)) == 4
+    return np.concatenate([blobs(seed=4)[0], rng.uniform(-5, 15, (40, 3))]).astype(np.float64), rng
 
 
-def test_assign_agrees_with_the_fit_on_its_own_points():
-    train = blobs(seed=5)[0].astype(np.float64)
-    labels = hdbscan(train, 4, 15).labels_
-    kept = labels >= 0
-    assert (assign(train, labels, train, 4)[kept] == labels[kept]).mean() > 0.95
-    assert assign(train, labels, train[:0], 4).shape == (0,)
+def test_new_points_get_the_labels_of_where_they_fall():
+    train, rng = noisy_blobs()
+    options = Options("none", "hdbscan", min_samples=4, min_cluster_size=15)
+    found = fit(train, np.concatenate([CENTRES, rng.uniform(40, 50, (5, 3))]), options, 0)
+    names = [Counter(found.train_labels[60 * k : 60 * k + 60]).most_common(1)[0][0] for k in range(3)]
+    assert sorted(names) == ["0", "1", "2"] and found.test_labels == [*names, *[NOISE] * 5]
+    own = fit(train, train, options, 0)
+    assert [b for a, b in zip(own.train_labels, own.test_labels) if a != NOISE] == [
+        label for label in own.train_labels if label != NOISE
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_without_clusters_all_is_noise():
+    train = np.random.default_rng(0).uniform(size=(40, 3))
+    found = fit(train, train[:2], Options("none", min_samples=10, min_cluster_size=39), 0)
+    assert found.train_labels == [NOISE] * 40 and found.test_labels == [NOISE] * 2
 
 
 def test_best_of_takes_the_best_silhouette():
