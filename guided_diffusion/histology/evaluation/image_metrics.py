@@ -4,15 +4,18 @@ How near synthetic images are to real ones: distribution distances on features, 
 Owns the formulas, on arrays. Knows nothing of files, backbones or tables.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.spatial.distance import pdist
 from scipy.stats import wasserstein_distance
+from sklearn.metrics import pairwise_distances_chunked
+from sklearn.neighbors import NearestNeighbors
 
 KID_SUBSETS = 100
 NEIGHBOURS = 3  # of the manifolds in precision_recall, as in the paper
-_CHUNK_ELEMENTS = 1 << 22  # of a block of distances
+_BLOCK = 32  # MiB of distances at a time
 _ALIGNED_SIDE = 32  # in px: what images are reduced to before they are laid over each other
 
 
@@ -28,21 +31,6 @@ class Estimate:
     def of(cls, values: Sequence[float] | np.ndarray) -> "Estimate":
         """:return: the mean of resampled values, and their 0.025 and 0.975 quantiles."""
         return cls(float(np.mean(values)), *map(float, np.quantile(values, (0.025, 0.975))))
-
-
-def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """:return: the [N x M] Euclidean distances between the rows of an [N x D] and an [M x D] array, float64."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    squares = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
-    return np.sqrt(np.maximum(squares, 0))
-
-
-def _blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Distances of some rows of `a` to all of `b`, so many at a time as take little memory."""
-    rows = max(1, _CHUNK_ELEMENTS // max(len(b), 1))
-    for start in range(0, len(a), rows):
-        part = slice(start, start + rows)
-        yield part, distances(a[part], b)
 
 
 # ---- distributions ----
@@ -112,10 +100,12 @@ def precision_recall(real: np.ndarray, synthetic: np.ndarray, k: int = NEIGHBOUR
 
 def _share_within(points: np.ndarray, manifold: np.ndarray, k: int) -> float:
     """The share of points no further from some point of the manifold than that one's k-th neighbour is."""
-    # The nearest one of all is the point itself.
-    radii = np.concatenate([np.partition(block, k, axis=1)[:, k] for _, block in _blocks(manifold, manifold)])
-    within = [(block <= radii).any(axis=1) for _, block in _blocks(points, manifold)]
-    return float(np.concatenate(within).mean())
+    points, manifold = (np.asarray(x, np.float64) for x in (points, manifold))
+    radii = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(manifold).kneighbors()[0][:, -1]
+    within = pairwise_distances_chunked(
+        points, manifold, reduce_func=lambda block, _: (block <= radii).any(axis=1), working_memory=_BLOCK
+    )
+    return float(np.concatenate(list(within)).mean())
 
 
 # ---- colours ----
@@ -144,18 +134,16 @@ def _grey_distance(a: np.ndarray, b: np.ndarray) -> float:
 # ---- copies and diversity ----
 
 
-def nearest(points: np.ndarray, others: np.ndarray, count: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def nearest(points: np.ndarray, others: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """
     Find each point's nearest others.
 
     :param points: [N x D]; others: [M x D], with at least `count` rows.
     :return: their indices and distances, both [N x count], the nearest first.
     """
-    found = []
-    for _, block in _blocks(points, others):
-        order = np.argsort(block, axis=1, kind="stable")[:, :count]
-        found.append((order, np.take_along_axis(block, order, axis=1)))
-    return tuple(np.concatenate(parts) for parts in zip(*found))
+    search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(np.asarray(others, np.float64))
+    away, indices = search.kneighbors(np.asarray(points, np.float64))
+    return indices, away
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
@@ -197,9 +185,5 @@ def diversity(features: np.ndarray, conditions: Sequence[object]) -> float | Non
     groups: dict[object, list[int]] = {}
     for i, condition in enumerate(conditions):
         groups.setdefault(condition, []).append(i)
-    means = [
-        distances(features[group], features[group])[np.triu_indices(len(group), 1)].mean()
-        for group in groups.values()
-        if len(group) > 1
-    ]
+    means = [pdist(features[group]).mean() for group in groups.values() if len(group) > 1]
     return float(np.mean(means)) if means else None

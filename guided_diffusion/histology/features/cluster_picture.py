@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from sklearn.decomposition import PCA
 
 from .clustering import NOISE
 
@@ -78,20 +79,16 @@ def _plane(points: np.ndarray, is_test: np.ndarray) -> np.ndarray:
         return np.concatenate([points, np.zeros_like(points)], axis=1)
     if points.shape[1] == 2:
         return points
-    basis = points[~is_test]
-    centre = basis.mean(0)
-    _, axes = np.linalg.eigh(np.cov((basis - centre).T))
-    axes = axes[:, :-3:-1]
-    return (points - centre) @ (axes * np.where(axes[np.abs(axes).argmax(0), [0, 1]] < 0, -1, 1))
+    return PCA(2).fit(points[~is_test]).transform(points)
 
 
 def _scatter(axis: object, plane: np.ndarray, labels: np.ndarray, is_test: np.ndarray, colours: dict) -> None:
-    paint = np.array([colours.get(label, NOISE_COLOUR) for label in labels])
+    colour = np.array([colours.get(label, NOISE_COLOUR) for label in labels])
     order = np.argsort(labels != NOISE, kind="stable")  # noise beneath
     train, test = order[~is_test[order]], order[is_test[order]]
-    axis.scatter(*plane[train].T, s=6, c=paint[train], linewidths=0, label="training")
+    axis.scatter(*plane[train].T, s=6, c=colour[train], linewidths=0, label="training")
     if len(test):
-        axis.scatter(*plane[test].T, s=14, facecolors="none", edgecolors=paint[test], linewidths=0.6, label="test")
+        axis.scatter(*plane[test].T, s=14, facecolors="none", edgecolors=colour[test], linewidths=0.6, label="test")
         axis.legend(fontsize=7, loc="best")
     for name in sorted(set(labels) - {NOISE}):
         at = np.median(plane[labels == name], axis=0)

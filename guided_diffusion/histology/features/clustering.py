@@ -12,6 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.metrics import silhouette_score
+from sklearn.mixture import GaussianMixture
 
 REDUCERS = ("umap", "pca", "none")
 CLUSTERERS = ("hdbscan", "kmeans", "gmm")
@@ -132,8 +136,6 @@ def silhouette(points: np.ndarray, labels: Sequence[str]) -> float | None:
 
     :return: in [-1, 1], or None where fewer than two clusters, or as many as points, are left.
     """
-    from sklearn.metrics import silhouette_score
-
     labels = np.asarray(labels)
     kept = labels != NOISE
     if not 2 <= len(set(labels[kept])) < kept.sum():
@@ -162,8 +164,6 @@ def _reduced(train: np.ndarray, test: np.ndarray, options: Options, seed: int) -
     if options.reduce == "none":
         return train, test
     if options.reduce == "pca":
-        from sklearn.decomposition import PCA
-
         reducer = PCA(options.n_components, random_state=seed)
     else:
         reducer = _umap(options.n_components, seed, len(train))
@@ -212,12 +212,8 @@ def _clustered(train: np.ndarray, test: np.ndarray, options: Options, seed: int)
     if options.cluster == "hdbscan":
         return _by_density(train, test, options)
     if options.cluster == "kmeans":
-        from sklearn.cluster import KMeans
-
         model = KMeans(options.n_clusters, n_init=KMEANS_STARTS, random_state=seed)
     else:
-        from sklearn.mixture import GaussianMixture
-
         model = GaussianMixture(options.n_clusters, random_state=seed)
     labels = model.fit_predict(train)
     return labels, model.predict(test) if len(test) else np.zeros(0, labels.dtype)

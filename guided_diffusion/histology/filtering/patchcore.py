@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch as th
 import torch.nn.functional as F
+from sklearn.decomposition import PCA
+from sklearn.metrics import roc_auc_score
 
 NEIGHBOURHOOD, STRIDE = 21, 4  # cells of the finer map
 MAP_CHANNELS = 128
@@ -186,16 +188,16 @@ class PatchCore:
         :param fraction: the share that is kept, in (0, 1]; max_bank: never more than so many.
         :param seed: of the projection to 128 dimensions.
         """
-        mean = _mean(features)
-        centred = features.sub_(mean.to(features.dtype))
-        covariance = sum(part.double().T @ part.double() for part in centred.split(_ROWS)) / len(centred)
-        variances, directions = th.linalg.eigh(covariance)
-        used = variances > max(_FLAT * float(variances[-1]), 1e-30)
-        whiten = (directions[:, used] / variances[used].sqrt()).to(features.dtype)
-        x = centred @ whiten
+        pca = PCA(svd_solver="covariance_eigh").fit(features.double().cpu().numpy())
+        variances = pca.explained_variance_
+        used = variances > max(_FLAT * variances[0], 1e-30)
+        mean, whiten = (
+            th.from_numpy(array).to(features) for array in (pca.mean_, pca.components_[used].T / variances[used] ** 0.5)
+        )
+        x = features.sub_(mean) @ whiten
         count = bank_size(len(x), fraction, max_bank)
         chosen = greedy_coreset(projected(x, seed), count, progress)
-        return cls(mean.to(features.dtype), whiten, x[chosen.to(x.device)])
+        return cls(mean, whiten, x[chosen.to(x.device)])
 
     def _whitened(self, features: th.Tensor) -> th.Tensor:
         return (features - self.mean) @ self.whiten
@@ -244,10 +246,6 @@ class PatchCore:
     def _closest(self, x: th.Tensor, count: int) -> th.Tensor:
         """Indices of the `count` nearest bank vectors of each, [N x count]."""
         return (self.bank.square().sum(1) - 2 * x @ self.bank.T).topk(count, dim=1, largest=False).indices
-
-
-def _mean(features: th.Tensor) -> th.Tensor:
-    return sum(part.double().sum(0) for part in features.split(_ROWS)) / len(features)  # in fp64, without a copy in it
 
 
 def bank_size(vectors: int, fraction: float, max_bank: int) -> int:
@@ -310,6 +308,4 @@ def held_out_slides(slides: Sequence[str], share: float, seed: int) -> set[str]:
 
 def auroc(real: np.ndarray, synthetic: np.ndarray) -> float:
     """:return: the chance that a synthetic score exceeds a real one, ties counting half: 0.5 is indistinguishable."""
-    order = np.sort(real)
-    below = np.searchsorted(order, synthetic, "left") + np.searchsorted(order, synthetic, "right")
-    return float(below.mean() / (2 * len(real)))
+    return float(roc_auc_score(np.repeat([0, 1], [len(real), len(synthetic)]), np.concatenate([real, synthetic])))

@@ -18,21 +18,12 @@ def image(rng, size=48) -> np.ndarray:
     return np.kron(small, np.ones((8, 8, 1))).astype(np.uint8)
 
 
-def test_distances_and_nearest(rng):
+def test_nearest(rng):
     a, b = rng.normal(size=(7, 5)), rng.normal(size=(9, 5))
     direct = np.linalg.norm(a[:, None] - b[None], axis=2)
-    np.testing.assert_allclose(metrics.distances(a, b), direct, atol=1e-12)
     indices, found = metrics.nearest(a, b, 3)
     np.testing.assert_array_equal(indices, np.argsort(direct, axis=1)[:, :3])
     np.testing.assert_allclose(found, np.sort(direct, axis=1)[:, :3], atol=1e-12)
-
-
-def test_blocks_change_nothing(rng, monkeypatch):
-    a, b = rng.normal(size=(50, 4)), rng.normal(size=(40, 4)) + 0.5
-    whole = metrics.precision_recall(a, b), metrics.nearest(a, b, 2)
-    monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", 64)
-    assert metrics.precision_recall(a, b) == whole[0]
-    np.testing.assert_array_equal(metrics.nearest(a, b, 2)[0], whole[1][0])
 
 
 def test_kernel_distance(rng):

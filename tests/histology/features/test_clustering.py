@@ -9,7 +9,6 @@ import pytest
 from guided_diffusion.histology.features import clustering
 from guided_diffusion.histology.features.clustering import NOISE, Options, best_of, fit, silhouette, subset_cascade
 
-pytest.importorskip("sklearn")
 CENTRES = np.array([[0, 0, 0], [10, 0, 0], [0, 10, 5]])
 
 
