@@ -1,6 +1,7 @@
 """Sample labelled patches from trained models: python image_sample.py --model_path M --data_dir DATA ..."""
 
 import argparse
+import contextlib
 import json
 
 from guided_diffusion import checkpoint, cli, dist_util, logger
@@ -8,7 +9,7 @@ from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.histology.features.embeddings import load_features
 from guided_diffusion.image_datasets import load_dataset
-from guided_diffusion.results import check_results_path, check_same_run, remove_run, save_run
+from guided_diffusion.results_path import check_results_path, check_same_run, claimed
 from guided_diffusion.samplers import SAMPLERS, make_schedule
 from guided_diffusion.script_util import (
     add_dict_to_argparser,
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         return model
 
     def load_model(path: str) -> UNetModel:
-        checkpoint.load_weights(model, path)
+        checkpoint.load_weights(model, path, alone=True)
         return model
 
     ready(model)
@@ -180,17 +181,12 @@ def main(argv: list[str] | None = None) -> None:
         guide=guide,
         **args_to_dict(args, ["seed", "batch_size", "num_workers", "clip_denoised", "spade_cache"]),
     )
-    if not args.overwrite:
-        sweep.check_count()
-    if dist_util.rank() == 0:
-        if args.overwrite:
-            remove_run(args.results_path)
-        save_run(args.results_path, run)
-    dist_util.barrier()
     if len(schedule) == diffusion.original_num_steps > 25:
         times = len(schedule) / 25
         logger.log(f"{len(schedule)} steps a sample; --sampler dpmpp_2m_sde --num_steps 25 is {times:.0f} times faster")
-    sweep.run(load_model)
+    with contextlib.ExitStack() as stack:
+        dist_util.from_rank_0(lambda: stack.enter_context(claimed(args.results_path, run, args.overwrite)))
+        sweep.run(load_model)
     dist_util.shutdown()
 
 

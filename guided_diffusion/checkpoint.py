@@ -210,20 +210,18 @@ def load(path: str) -> dict[str, Any]:
     :raises FileNotFoundError: where there is no such file.
     :raises ValueError: where it is truncated, no checkpoint, or holds anything else.
     """
-
-    def read() -> bytes | None:
-        if dist_util.rank() != 0:
-            return None
-        try:
-            if not bf.exists(path) or bf.isdir(path):
-                raise FileNotFoundError(f"checkpoint {path} is not a file: check the path")
-            with bf.BlobFile(path, "rb") as file:
-                return file.read()
-        except bf.Error as error:
-            raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
-
-    data = dist_util.broadcast_bytes(dist_util.agree(read))
+    data = dist_util.broadcast_bytes(dist_util.agree(lambda: _read(path) if dist_util.rank() == 0 else None))
     return _parse(io.BytesIO(data), path)
+
+
+def _read(path: str) -> bytes:
+    try:
+        if not bf.exists(path) or bf.isdir(path):
+            raise FileNotFoundError(f"checkpoint {path} is not a file: check the path")
+        with bf.BlobFile(path, "rb") as file:
+            return file.read()
+    except bf.Error as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
 
 
 def _parse(source: io.BytesIO | str, path: str, **options: Any) -> dict[str, Any]:
@@ -260,13 +258,14 @@ def check_weights(model: nn.Module, path: str) -> None:
         dist_util.agree(check)
 
 
-def load_weights(model: nn.Module, path: str) -> None:
+def load_weights(model: nn.Module, path: str, alone: bool = False) -> None:
     """
-    Load a checkpoint's weights into a model. Collective.
+    Load a checkpoint's weights into a model. Collective, unless alone.
 
+    :param alone: this rank reads the file itself.
     :raises ValueError: where a name or a shape differs; the first is named.
     """
-    state = load(path)
+    state = _parse(io.BytesIO(_read(path)), path) if alone else load(path)
     check_fit(model, state, path)
     model.load_state_dict(state, strict=True)
 

@@ -262,3 +262,8 @@ def agree(function: Callable[[], T]) -> T:
     if messages:
         raise ValueError(messages[0]) from error
     return result
+
+
+def from_rank_0(function: Callable[[], T]) -> T:
+    """:return: what a function gives on rank 0 alone, a picklable object; its mistake is raised on all. Collective."""
+    return all_gather(agree(lambda: function() if rank() == 0 else None))[0]

@@ -2,23 +2,26 @@
 Knows what goes where and in which order; nothing of flags."""
 
 import contextlib
+import functools
 import glob
+import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import blobfile as bf
 import torch as th
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from . import dist_util, logger
+from . import dealing, dist_util, logger
+from .background import BackgroundWriter
 from .conditioning import ConditionSpec
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import NucleiDataset
-from .results import BackgroundWriter, ResultFolder, draw_grid, folder_name, unique_stems
+from .pictures import draw_grid
+from .results import ResultFolder, folder_name, unique_stems
 from .samplers import Schedule, kept_conditions, sample, to_uint8
 from .unet import UNetModel
 
@@ -126,99 +129,97 @@ class Sweep:
             for scale in self.scales
         }
 
-    def check_count(self) -> None:
-        """:raises ValueError: where an earlier run made more samples than are asked for now."""
-        for folder in self.folders.values():
-            have = max(folder.rows(), default=-1) + 1
-            if have > self.count:
-                raise ValueError(
-                    f"{folder.path} holds {have} samples of this run, more than --num_samples {self.count}: give as "
-                    "many, or another --results_path"
-                )
-
     def run(self, load_model: Callable[[str], UNetModel]) -> None:
         """
-        Sample all that is not finished yet, each rank its share. Collective.
+        Sample all that is not finished yet, each rank as much as it finds time for. Collective.
 
-        :param load_model: gives the model with a checkpoint's weights, on this rank's device; called once for each.
+        :param load_model: gives the model with a checkpoint's weights, on this rank's device. Ranks call it when they
+            come to a checkpoint, at different times, and not for all: it must not be collective.
+        :raises ValueError: where an earlier run made other samples.
+        :raises OSError: where not all that was sampled is there in the end.
         """
-        pending = self._pending()
-        for folder in self.folders.values():
-            folder.open()
+        pending = dist_util.from_rank_0(self._take_up)
         total, left = self.count * len(pending), sum(map(len, pending.values()))
         if left < total:
             logger.log(f"{total - left} of {total} samples are finished already")
-        shares = {path: self._share(path, pending) for path in self.checkpoints}
-        own = sum(len(ks) for share in shares.values() for ks in share.values())
-        with dist_util.progress_bar(total=own, desc="sampling", unit="image") as bar, BackgroundWriter() as writer:
-            for path, share in shares.items():
-                if not any(pending[path, scale] for scale in self.scales):
-                    continue
-                model = load_model(path)  # on all ranks, also those that have nothing left to do
-                if share:
-                    for made in self._sample_from(model, path, share, writer):
-                        bar.update(made)
-        dist_util.barrier()
-        if dist_util.rank() == 0:
-            for folder in self.folders.values():
-                folder.close()
-            self._draw()
+        batches = dealing.cut(pending, self.batch_size, dist_util.world_size())
+        dealt = dealing.dealt(batches, self.dataset, self.num_workers)
+        with dist_util.progress_bar(total=left, desc="sampling", unit="image") as bar:
+            with BackgroundWriter() as writer:
+                for path, own in itertools.groupby(dealt, lambda item: item[0].checkpoint):
+                    for made in self._sample_from(load_model(path), own, writer):
+                        bar.update(made - bar.n)
+            dist_util.barrier()
+            bar.update(left - bar.n)
+        dist_util.from_rank_0(self._finish)
 
-    def _pending(self) -> dict[tuple[str, Scale], set[int]]:
-        """The samples that are not finished, as rank 0 finds them, so that all ranks go by the same list."""
+    def _take_up(self) -> dict[tuple[str, Scale], set[int]]:
+        """Put what earlier runs left in order; :return: the samples that are not finished."""
+        for pair, folder in self.folders.items():
+            self._check_rows(*pair, folder)
         pending = {}
-        if dist_util.rank() == 0:
-            for pair, folder in self.folders.items():
-                pending[pair] = set(range(self.count)) - folder.finished().keys()
-        return dist_util.all_gather(pending)[0]
+        for pair, folder in self.folders.items():
+            folder.open()
+            pending[pair] = set(range(self.count)) - folder.merge().keys()
+        return pending
 
-    def _share(self, path: str, pending: dict[tuple[str, Scale], set[int]]) -> dict[Scale, set[int]]:
-        """What this rank is to do for a checkpoint: of each sample all scales, since they share its condition."""
-        numbers = sorted(set.union(*(pending[path, scale] for scale in self.scales)))
-        mine = set(numbers[dist_util.rank() :: dist_util.world_size()])
-        return {scale: own for scale in self.scales if (own := pending[path, scale] & mine)}
+    def _check_rows(self, path: str, scale: Scale, folder: ResultFolder) -> None:
+        """:raises ValueError: where an earlier run made more samples than are asked for now, or others."""
+        rows = folder.rows()
+        have = max(rows, default=-1) + 1
+        if have > self.count:
+            raise ValueError(
+                f"{folder.path} holds {have} samples of this run, more than --num_samples {self.count}: give as "
+                "many, or another --results_path"
+            )
+        for k, row in rows.items():
+            now = self._row(path, scale, k)
+            for field in ("structure", "appearance", "stem"):
+                if row[field] != now[field]:
+                    raise ValueError(
+                        f"{folder.path}: sample {k} was made of {field} {row[field]}, and the data now give "
+                        f"{now[field]}: give another --results_path, or --overwrite True to start anew"
+                    )
+
+    def _finish(self) -> None:
+        """Merge the manifests and draw; :raises OSError: where samples are missing."""
+        for folder in self.folders.values():
+            have = len(folder.merge())
+            if have < self.count:
+                raise OSError(f"{folder.path} holds {have} of {self.count} samples: run the same again to go on")
+        self._draw()
 
     def _sample_from(
-        self, model: UNetModel, path: str, todo: dict[Scale, set[int]], writer: BackgroundWriter
+        self, model: UNetModel, own: Iterable[tuple[dealing.Batch, th.Tensor, dict]], writer: BackgroundWriter
     ) -> Iterator[int]:
-        """Sample what is to do for one checkpoint; :return: an iterator over how many samples each step made."""
+        """Sample batches of one checkpoint; :return: an iterator over how many samples all ranks have made, about."""
         device = dist_util.dev()
-        numbers = sorted(set.union(*todo.values()))
-        loader = DataLoader(
-            self.dataset,
-            batch_size=self.batch_size,
-            sampler=[divmod(k, len(self.dataset)) for k in numbers],
-            num_workers=self.num_workers,
-        )
         size = self.dataset.image_size
         zeros = self.spec.null(th.empty(1, self.spec.channels, size, size, device=device))
         cache = self._use_cache(model, size)
-        first = 0
         with kept_conditions(model, zeros, enabled=cache):
-            for batch, cond in loader:
-                indices = numbers[first : first + len(batch)]
-                first += len(batch)
+            for batch, images, cond in own:
+                made = batch.before
                 y = self.spec.assemble({key: value.to(device) for key, value in cond.items() if th.is_tensor(value)})
                 null = self.spec.null(y, keep_colour=True) if self.keep_colour else zeros
                 pictures = self.spec.render(y)
                 with self._kept(model, y, null, cache):
-                    for scale, left in todo.items():
-                        wanted = [place for place, k in enumerate(indices) if k in left]
-                        if not wanted:
-                            continue
-                        samples = to_uint8(self._sample(model, y, null, scale, indices))
-                        for place in wanted:
+                    for scale, wanted in batch.wanted.items():
+                        samples = to_uint8(self._sample(model, y, null, scale, batch.numbers))
+                        for i, k in enumerate(batch.numbers):
+                            if k not in wanted:
+                                continue
                             parts = dict(
-                                image=to_uint8(batch[place : place + 1])[0],
-                                label=cond["label_ori"][place].numpy(),
-                                cond=pictures[place],
-                                sample=samples[place],
-                                inst=cond["instance"][place, 0].numpy(),
+                                image=to_uint8(images[i : i + 1])[0],
+                                label=cond["label_ori"][i].numpy(),
+                                cond=pictures[i],
+                                sample=samples[i],
+                                inst=cond["instance"][i, 0].numpy(),
                             )
-                            row = self._row(path, scale, indices[place])
-                            folder = self.folders[path, scale]
-                            writer(lambda folder=folder, row=row, parts=parts: folder.write(row, **parts))
-                        yield len(wanted)
+                            row, folder = self._row(batch.checkpoint, scale, k), self.folders[batch.checkpoint, scale]
+                            writer(functools.partial(folder.write, row, **parts))
+                        made += len(wanted)
+                        yield made
 
     def _sample(
         self, model: UNetModel, y: th.Tensor, null: th.Tensor, scale: Scale, indices: Sequence[int]
@@ -292,16 +293,11 @@ class Sweep:
                 + [folder.picture("samples", stem) for folder in self.folders.values()]
                 for stem in self.stems[:SWEEP_ROWS]
             ]
-            captions = [f"{_shortened(PurePath(path).stem)} s{scale.text}" for path, scale in self.folders]
+            captions = [f"{PurePath(path).stem} s{scale.text}" for path, scale in self.folders]
             picture = draw_grid(
                 rows, ["condition", "appearance", *captions], what, Path(self.results_path) / "sweep.png"
             )
         logger.log(f"{self.count * len(self.folders)} samples; look at {picture}")
-
-
-def _shortened(stem: str, length: int = 14) -> str:
-    """The end of a checkpoint's name, which tells it from others, as far as it fits above a picture."""
-    return stem if len(stem) <= length else f"..{stem[2 - length :]}"
 
 
 def free_memory(device: th.device) -> int:

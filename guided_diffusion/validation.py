@@ -13,7 +13,7 @@ from .conditioning import ConditionSpec, as_rgb
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import NucleiDataset
 from .meters import LossMeter
-from .results import draw_grid
+from .pictures import draw_grid
 from .samplers import SampleNoise, kept_conditions, make_schedule, sample, to_uint8
 from .unet import UNetModel
 

@@ -44,6 +44,7 @@ def write_run(path, count=8, s="1.5", checkpoint="ema_0.99_000100.pt", size=32, 
             sample=image,
             inst=inst,
         )
+    folder.merge()
     return path
 
 

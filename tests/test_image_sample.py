@@ -1,10 +1,12 @@
 """Sampling from the command line: files, numbers, seeds, ranks, and mistakes."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ from PIL import Image
 import image_sample
 from guided_diffusion import checkpoint, cli
 from guided_diffusion.histology.features.embeddings import Features, save_features
-from guided_diffusion.results import FOLDERS
+from guided_diffusion.results import FOLDERS, ResultFolder
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,7 +174,7 @@ def two_models(model_path) -> list[str]:
 def test_checkpoints_by_scales(data_dir, two_models, tmp_path):
     out = run(data_dir, ",".join(two_models), tmp_path / "out", "--s", "1,1.5", "--num_samples", "4")
     names = ["model000007_s1", "model000007_s1.5", "model000008_s1", "model000008_s1.5"]
-    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "run.json", "sweep.png"])
+    assert sorted(path.name for path in out.iterdir()) == sorted([".lock", *names, "run.json", "sweep.png"])
     pattern = str(Path(two_models[0]).with_name("model*.pt"))
     again = run(data_dir, pattern, tmp_path / "again", "--s", "1.5,1", "--num_samples", "4")
     for name in names:
@@ -188,7 +190,9 @@ def test_checkpoints_by_scales(data_dir, two_models, tmp_path):
 
 
 def snapshot(out):
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    """All files but the lock, which names a process."""
+    files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def assert_same(left, right):
@@ -210,7 +214,7 @@ def test_overwrite_takes_an_earlier_sweep_away(data_dir, model_path, tmp_path):
     kept = (out / "model000007_s1" / "manifest.csv").read_bytes()
     (out / "kept" / "manifest.csv").write_bytes(kept)  # as filter_ood.py makes one of samples
     run(data_dir, model_path, out, "--s", "1.5,2", "--num_samples", "2", "--seed", "7", "--overwrite", "True")
-    names = ["apart", "kept", "model000007_s1", "model000007_s1.5", "model000007_s2", "run.json", "sweep.png"]
+    names = [".lock", "apart", "kept", "model000007_s1", "model000007_s1.5", "model000007_s2", "run.json", "sweep.png"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert [path.name for path in (out / "model000007_s1").iterdir()] == ["mine.txt"]
     assert {row["seed"] for row in manifest(out / "model000007_s1.5")} == {"7"} and len(manifest(out / "apart")) == 1
@@ -273,24 +277,53 @@ def test_another_run_in_the_same_folder_is_refused(data_dir, model_path, tmp_pat
     assert len(manifest(out)) == 2 and snapshot(out) != before
 
 
+def launched(n, *arguments):
+    """A command that samples on n ranks."""
+    mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", str(n)] if n > 1 else []
+    return [*mpiexec, sys.executable, str(ROOT / "image_sample.py"), *arguments]
+
+
+def running(out):
+    """The process numbers of the ranks that write to a folder, and of their launcher."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(out).encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def kill(process, out, rng):
+    """Kill all of a run at once, or its last process, whereupon the others are to end."""
+    for pid in running(out) if rng.random() < 0.5 else running(out)[-1:]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(60)
+    deadline = time.monotonic() + 30
+    while running(out):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments(data_dir, two_models, tmp_path):
-    """SIGKILL, again and again; what is there afterwards is what an undisturbed run writes."""
+    """SIGKILL, again and again, each time on another number of ranks; what is there afterwards is what an undisturbed
+    run writes."""
 
     def images():
         return [path for path in (tmp_path / "out").rglob("samples/*.png") if not path.name.startswith(".")]
 
     options = ["--s", "1,1.5", "--num_samples", "8", "--batch_size", "2"]
     calm = run(data_dir, ",".join(two_models), tmp_path / "calm", *options)
-    command = [sys.executable, str(ROOT / "image_sample.py")]
-    command += flags(data_dir, ",".join(two_models), tmp_path / "out", *options)
+    arguments = flags(data_dir, ",".join(two_models), tmp_path / "out", *options)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     rng = np.random.default_rng(0)
     written = 0
-    for kills in range(1, 31):
+    for kills in range(1, 21):
+        command = launched(1 + kills % 3, *arguments)
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         # Alternately once another sample is there, and at any moment of the start.
-        deadline = time.monotonic() + (60 if kills % 2 else 3 * rng.random())
+        deadline = time.monotonic() + (60 if kills % 2 else 6 * rng.random())
         while process.poll() is None and time.monotonic() < deadline:
             if kills % 2 and len(images()) > written:
                 time.sleep(0.02 * rng.random())
@@ -299,16 +332,14 @@ def test_killed_at_random_moments(data_dir, two_models, tmp_path):
         if process.poll() is not None:
             assert process.returncode == 0
             break
-        process.kill()
-        process.wait()
+        kill(process, tmp_path / "out", rng)
         written = len(images())
         for path in images():
             Image.open(path).load()
     else:
         subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
     assert kills > 1
-    left = {name: data for name, data in snapshot(tmp_path / "out").items() if ".part" not in name}
-    assert_same(left, snapshot(calm))
+    assert_same(snapshot(tmp_path / "out"), snapshot(calm))
 
 
 def test_a_full_disk_leaves_a_run_that_goes_on(data_dir, model_path, tmp_path, small_disk, capsys):
@@ -318,7 +349,8 @@ def test_a_full_disk_leaves_a_run_that_goes_on(data_dir, model_path, tmp_path, s
         cli.run(lambda: run(data_dir, model_path, disk / "out", "--num_samples", "12"))
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and re.fullmatch(r"error: .*No space left on device.*", error), error
-    finished = {row["stem"]: (disk / "out" / "samples" / f"{row['stem']}.png").stat() for row in manifest(disk / "out")}
+    rows = ResultFolder(disk / "out").finished().values()
+    finished = {row["stem"]: (disk / "out" / "samples" / f"{row['stem']}.png").stat() for row in rows}
     assert 0 < len(finished) < 12
     subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
     run(data_dir, model_path, disk / "out", "--num_samples", "12")

@@ -1,23 +1,14 @@
-"""The results folder: names, formats, manifest, what is finished, pictures, and the writer thread."""
+"""The results folder: names, formats, the manifest and its parts, what is finished."""
 
 import csv
-import threading
-from pathlib import Path
+import json
+import multiprocessing
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion.results import (
-    FOLDERS,
-    MANIFEST_FIELDS,
-    BackgroundWriter,
-    ResultFolder,
-    check_results_path,
-    check_same_run,
-    save_run,
-    unique_stems,
-)
+from guided_diffusion.results import FOLDERS, MANIFEST_FIELDS, ResultFolder, unique_stems
 
 
 @pytest.fixture
@@ -54,6 +45,7 @@ def test_names_repeat_with_numbers_and_never_collide():
 @pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (1, "L")])
 def test_files(folder, channels, mode):
     inst = write(folder, 0, "s_000", channels=channels)
+    folder.merge()
     assert sorted(path.name for path in folder.path.iterdir()) == sorted([*FOLDERS, "manifest.csv"])
     read = {path.parent.name: Image.open(path) for path in folder.path.rglob("s_000.*")}
     assert {name: image.mode for name, image in read.items()} == {
@@ -74,57 +66,119 @@ def test_ids_beyond_16_bits_are_kept(folder):
     np.testing.assert_array_equal(np.asarray(Image.open(folder.path / "inst_masks" / "a.tif")), inst)
 
 
-def test_manifest_is_put_in_order(folder):
+def part(folder):
+    """The rows that processes noted and nobody merged."""
+    (path,) = folder.path.glob(".manifest.*.jsonl")
+    return path
+
+
+def test_manifest_is_in_order_and_written_when_it_changes(folder):
+    assert folder.merge() == {} and not (folder.path / "manifest.csv").exists()
     for index in (2, 0, 1):
         write(folder, index, f"s{index}")
-    assert folder.close() == 3
+    assert sorted(folder.merge()) == [0, 1, 2]
     rows = manifest(folder)
     assert [row["index"] for row in rows] == ["0", "1", "2"] and tuple(rows[0]) == MANIFEST_FIELDS
     assert rows[0]["structure"] == 'a "quoted", path'
+    before = (folder.path / "manifest.csv").stat().st_mtime_ns
+    folder.merge()
+    assert (folder.path / "manifest.csv").stat().st_mtime_ns == before and not list(folder.path.glob(".*"))
 
 
-def spoil(folder, what):
-    sample, mask = folder.path / "samples" / "s1.png", folder.path / "inst_masks" / "s1.tif"
+def test_processes_write_at_once_and_one_merges(folder):
+    write(folder, 60, "earlier")
+    folder.merge()
+    fork = multiprocessing.get_context("fork")
+
+    def share(rank):
+        for k in range(rank, 60, 4):
+            write(folder, k, f"s{k}")
+
+    processes = [fork.Process(target=share, args=(rank,)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(list(folder.path.glob(".manifest.*.jsonl"))) == 4 and len(manifest(folder)) == 1
+    assert sorted(folder.finished()) == list(range(61))
+    folder.merge()
+    assert [row["index"] for row in manifest(folder)] == [str(k) for k in range(61)]
+    assert not list(folder.path.glob(".*"))
+
+
+ODD = ["a b", " a", "a,b", 'a"b', '"a"', "a'b", "a#b", "a;b", "a\tb", "a\nb", "a\r\nb", "%s", "a%20b", "{a}"]
+ODD += [".a", "-a", "ä日", "a.part"]
+
+
+def test_odd_names_survive(folder):
+    for index, stem in enumerate(ODD):
+        write(folder, index, stem)
+    assert [row["stem"] for row in folder.merge().values()] == ODD
+    assert [row["stem"] for row in manifest(folder)] == ODD and len(folder.finished()) == len(ODD)
+    assert (folder.picture("samples", "a\nb") == 200).all()
+
+
+def test_a_part_cut_anywhere_loses_the_row_that_is_cut(folder):
+    for index in range(2):
+        write(folder, index, f"s{index}")
+    whole = part(folder).read_bytes()
+    first = len(whole) - len(whole.splitlines()[-1]) - 1
+    for length in range(len(whole)):
+        part(folder).write_bytes(whole[:length])
+        assert sorted(folder.rows()) == ([0] if length >= first else [])
+        write(folder, 2, "s2")
+        assert sorted(folder.rows()) == ([0, 2] if length >= first else [2])
+
+
+@pytest.mark.parametrize("left", ["", "1", "1,s1,0", '1,s1,0,"an open quote', "1,s1\0", "1,s1,0," + 200_000 * '"'])
+def test_a_manifest_that_is_cut_spoils_no_other_row(folder, left):
+    write(folder, 0, "s0")
+    folder.merge()
+    with open(folder.path / "manifest.csv", "a") as file:
+        file.write(left)
+    write(folder, 2, "s2")
+    assert {k: row["stem"] for k, row in folder.finished().items()} == {0: "s0", 2: "s2"}
+    (folder.path / "manifest.csv").write_text("")
+    assert sorted(folder.merge()) == [2] and [row["stem"] for row in manifest(folder)] == ["s2"]
+
+
+def test_rows_of_files_elsewhere_are_none(folder):
+    write(folder, 0, "s0")
+    row = json.loads(part(folder).read_text())
+    others = [{**row, "stem": "../s0"}, {**row, "index": "-1"}, {**row, "index": 1}, {**row, "x": ""}, [], "s0"]
+    part(folder).write_text("\n".join(json.dumps(other) for other in others))
+    assert folder.rows() == {} and folder.remove() is None
+    assert not (folder.path / "manifest.csv").exists() and list(folder.path.rglob("s0.png"))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("what", ["gone", "cut", "empty"])
+def test_only_whole_samples_are_finished(folder, what, merged):
+    assert folder.finished() == {}
+    for index in range(3):
+        write(folder, index, f"s{index}")
+    if merged:
+        folder.merge()
+    assert sorted(folder.finished()) == [0, 1, 2]
+    sample = folder.path / "samples" / "s1.png"
     if what == "gone":
         sample.unlink()
     elif what == "cut":
         sample.write_bytes(sample.read_bytes()[:-20])
-    elif what == "empty":
-        mask.write_bytes(b"")
-    elif what == "row cut":
-        lines = (folder.path / "manifest.csv").read_text().splitlines(keepends=True)
-        (folder.path / "manifest.csv").write_text("".join(lines[:2]) + lines[2][:5] + "\n" + lines[3])
-
-
-def test_a_manifest_that_a_kill_left_empty(folder):
-    (folder.path / "manifest.csv").touch()
-    assert folder.finished() == {}
-    write(folder, 0, "a")
-    write(folder, 1, "b")
-    assert [row["stem"] for row in manifest(folder)] == ["a", "b"] and sorted(folder.finished()) == [0, 1]
-
-
-@pytest.mark.parametrize("left", ["1", "1,s1,0", '1,s1,0,"an open quote'])
-def test_half_a_row_at_the_end_spoils_no_other(folder, left):
-    write(folder, 0, "s0")
-    with open(folder.path / "manifest.csv", "a") as file:
-        file.write(left)
-    for index in (2, 3):
-        write(folder, index, f"s{index}")
-    assert {k: row["stem"] for k, row in folder.finished().items()} == {0: "s0", 2: "s2", 3: "s3"}
-
-
-@pytest.mark.parametrize("what", ["gone", "cut", "empty", "row cut"])
-def test_only_whole_samples_are_finished(folder, what):
-    assert folder.finished() == {}
-    for index in range(3):
-        write(folder, index, f"s{index}")
-    assert sorted(folder.finished()) == [0, 1, 2]
-    spoil(folder, what)
+    else:
+        (folder.path / "inst_masks" / "s1.tif").write_bytes(b"")
     assert sorted(folder.finished()) == [0, 2]
-    assert folder.close() == 2 and sorted(folder.finished()) == [0, 2]
+    assert sorted(folder.merge()) == [0, 2] == [int(row["index"]) for row in manifest(folder)]
     write(folder, 1, "s1")
     assert sorted(folder.finished()) == [0, 1, 2]
+
+
+def test_what_killed_runs_had_begun_goes(folder):
+    for left in (folder.path / ".manifest.csv.7.part", folder.path / "samples" / ".a.png.7.part"):
+        left.write_text("half")
+    write(folder, 0, "a")
+    folder.open()
+    assert not list(folder.path.rglob("*.part")) and sorted(folder.finished()) == [0]
 
 
 def test_grid_shows_what_was_written(folder):
@@ -146,77 +200,11 @@ def test_remove_leaves_what_is_not_ours(folder):
     assert left == ["notes.txt", "samples/mine.png"]
 
 
-def test_folders_of_others_are_refused(tmp_path):
-    (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match="holds images that no sampling run made"):
-        check_results_path(str(tmp_path))
-    with pytest.raises(ValueError, match="is a URL"):
-        check_results_path("gs://bucket/out")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="is a file"):
-        check_results_path(str(tmp_path / "link"))
-
-
-def test_path_that_is_a_file(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match="--results_path .* is a file"):
-            check_results_path(str(path))
-    check_results_path(str(tmp_path / "new" / "folder"))
-    assert not (tmp_path / "new").exists()
-
-
-def test_results_do_not_mix_with_appearances(tmp_path):
-    (tmp_path / "unannotated").mkdir()
-    check_results_path(str(tmp_path / "out"), appearance_dir=str(tmp_path / "unannotated"))
-    for path in (tmp_path / "unannotated", tmp_path / "unannotated" / "out"):
-        with pytest.raises(ValueError, match=r"--results_path .* lies in --appearance_dir"):
-            check_results_path(str(path), appearance_dir=str(tmp_path / "unannotated"))
-
-
-def test_another_run_is_refused_by_name(tmp_path):
-    path = str(tmp_path / "out")
-    check_same_run(path, {"s": "1.5"})
-    save_run(path, {"s": "1.5", "seed": 0})
-    check_same_run(path, {"s": "1.5", "seed": 0})
-    with pytest.raises(ValueError, match="begun with --s 1.5, this run has 1.6"):
-        check_same_run(path, {"s": "1.6", "seed": 0})
-    check_same_run(path, {"s": "1.5", "seed": 0, "a_later_flag": ""})
-    with pytest.raises(ValueError, match="begun with --a_later_flag None, this run has on"):
-        check_same_run(path, {"s": "1.5", "seed": 0, "a_later_flag": "on"})
-    Path(path, "run.json").write_text("{")
-    with pytest.raises(ValueError, match="does not parse"):
-        check_same_run(path, {})
-    Path(path, "run.json").unlink()
-    Path(path, "manifest.csv").write_text("")
-    with pytest.raises(ValueError, match="unknown run"):
-        check_same_run(path, {})
-
-
-def test_writer_keeps_order_and_waits():
-    done = []
-    with BackgroundWriter(waiting=2) as writer:
-        for i in range(20):
-            writer(lambda i=i: done.append((i, threading.current_thread().name)))
-    assert done == [(i, "writer") for i in range(20)]
-
-
-def test_writer_raises_what_a_job_raised():
-    def fail():
-        raise OSError("disk full")
-
-    done = []
-    with pytest.raises(OSError, match="disk full"), BackgroundWriter() as writer:
-        writer(fail)
-        writer(lambda: done.append(1))
-    assert done == []
-
-
 def test_a_failed_write_leaves_no_half(folder, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match=r"a\.png cannot be written \(No space left on device\)"):
+    with pytest.raises(OSError, match=r"cannot write .*a\.png: No space left on device"):
         write(folder, 0, "a")
     assert folder.finished() == {} and not list(folder.path.rglob("*.p*"))

@@ -1,0 +1,84 @@
+"""How a sweep's work is cut into batches and dealt to the ranks. Knows sample numbers and data sets, no models."""
+
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import torch as th
+from torch.utils.data import DataLoader, Dataset
+
+from . import dist_util
+
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    What one rank samples at a time.
+
+    :param checkpoint: with which weights.
+    :param numbers: the sample numbers, which share what their conditions cost.
+    :param wanted: guidance scale -> those of the numbers that are left to sample with it.
+    :param before: how many samples the batches before this one make.
+    """
+
+    checkpoint: str
+    numbers: Sequence[int]
+    wanted: Mapping[Hashable, Set[int]]
+    before: int
+
+    def __len__(self) -> int:
+        return sum(map(len, self.wanted.values()))
+
+
+def cut(pending: Mapping[tuple[str, Hashable], Set[int]], batch_size: int, ranks: int = 1) -> list[Batch]:
+    """
+    Cut work into batches, small enough that no rank stays without.
+
+    :param pending: (checkpoint, guidance scale) -> the samples that are left.
+    :param batch_size: samples a batch, at most.
+    :param ranks: how many share the work.
+    :return: the batches, by checkpoint in the order given.
+    """
+    batches: list[Batch] = []
+    for checkpoint in dict.fromkeys(path for path, _ in pending):
+        left = {scale: numbers for (path, scale), numbers in pending.items() if path == checkpoint}
+        numbers = sorted(set().union(*left.values()))
+        size = max(1, min(batch_size, -(-len(numbers) // ranks)))
+        for first in range(0, len(numbers), size):
+            part = numbers[first : first + size]
+            wanted = {scale: own for scale in left if (own := left[scale] & set(part))}
+            before = batches[-1].before + len(batches[-1]) if batches else 0
+            batches.append(Batch(checkpoint, part, wanted, before))
+    return batches
+
+
+def dealt(batches: Sequence[Batch], dataset: Dataset, num_workers: int) -> Iterator[tuple[Batch, th.Tensor, dict]]:
+    """
+    Take batches, with their data, as this rank gets free. Collective, but no rank waits for another.
+
+    Processes that read ahead hold what they have read for this rank. So they only do where enough is left for all.
+
+    :param batches: the same on every rank.
+    :param dataset: has keys (epoch, index); sample k has item k modulo its length.
+    :param num_workers: processes that read ahead.
+    :return: an iterator over batches, in order, each with the data set's images and conditions.
+    """
+    ranks = dist_util.world_size()
+    last = (num_workers + 1) * ranks if num_workers and ranks > 1 else 0
+    shared = max(0, len(batches) - last)
+    yield from _loaded(batches[:shared], dataset, num_workers)
+    yield from _loaded(batches[shared:], dataset, 0)
+
+
+def _loaded(batches: Sequence[Batch], dataset: Dataset, num_workers: int) -> Iterator[tuple[Batch, th.Tensor, dict]]:
+    own: deque[Batch] = deque()
+
+    def keys() -> Iterator[list[tuple[int, int]]]:
+        for place in dist_util.deal(len(batches)):
+            own.append(batches[place])
+            yield [divmod(k, len(dataset)) for k in batches[place].numbers]
+
+    if batches:
+        ahead = 1 if num_workers else None
+        for images, cond in DataLoader(dataset, batch_sampler=keys(), num_workers=num_workers, prefetch_factor=ahead):
+            yield own.popleft(), images, cond

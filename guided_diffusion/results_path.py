@@ -1,0 +1,95 @@
+"""What --results_path may be, and which run it belongs to: run.json holds the flags that decide what is written. Knows
+nothing of how samples are made."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import files
+from .results import FOLDERS, MANIFEST, RUN, ResultFolder, folder_name
+
+
+def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "") -> None:
+    """
+    :param data_dir: the data that are sampled from; appearance_dir: the images without masks.
+    :raises ValueError: where a results folder cannot be made at the path, or would mix with the data.
+    """
+    if not path:
+        raise ValueError("--results_path is empty: give the folder to write to")
+    if "://" in path:
+        raise ValueError(f"--results_path {path} is a URL: give a local folder")
+    data, results = Path(data_dir).resolve(), Path(path).resolve()
+    split = results.relative_to(data).parts[:1] if data_dir and results.is_relative_to(data) else None
+    if (split is not None and (data.joinpath(*split) / "images").is_dir()) or split == ():
+        raise ValueError(f"--results_path {path} lies among the images of --data_dir {data_dir}: give another folder")
+    if appearance_dir and results.is_relative_to(Path(appearance_dir).resolve()):
+        raise ValueError(f"--results_path {path} lies in --appearance_dir {appearance_dir}: give another folder")
+    nearest = Path(path)
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ValueError(f"--results_path {path}: {nearest} is a file; give a folder")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"--results_path {path}: {nearest} cannot be written to; give another folder")
+    strangers = [name for name in FOLDERS if os.path.lexists(Path(path) / name)]
+    known = (Path(path) / MANIFEST).is_file() or (Path(path) / RUN).is_file()
+    if strangers and not known:
+        raise ValueError(f"--results_path {path} holds {strangers[0]} that no sampling run made: give another folder")
+
+
+def check_same_run(path: str, config: dict[str, Any]) -> None:
+    """
+    Compare a run with the one that a results folder was begun by.
+
+    :param config: flag -> value, of all that decides what is written.
+    :raises ValueError: naming the first flag that differs.
+    """
+    file = Path(path) / RUN
+    if not file.exists():
+        if (Path(path) / MANIFEST).exists():
+            raise ValueError(f"--results_path {path} holds samples of an unknown run: give another folder")
+        return
+    try:
+        before = json.loads(file.read_text())
+    except ValueError:
+        raise ValueError(f"{file} does not parse: give another --results_path, or --overwrite True") from None
+    for name in sorted({*before, *config}):
+        # A flag that came after the run began was at its default, which changes nothing.
+        if before.get(name) != config.get(name) and (name in before or config[name]):
+            raise ValueError(
+                f"--results_path {path} was begun with --{name} {before.get(name)}, this run has "
+                f"{config.get(name)}: give another folder, or --overwrite True to start anew"
+            )
+
+
+@contextlib.contextmanager
+def claimed(path: str, config: dict[str, Any], overwrite: bool = False) -> Iterator[None]:
+    """
+    Have a results folder to oneself while the with block lasts; run.json says from now on which run it belongs to.
+
+    :param config: see check_same_run.
+    :param overwrite: delete what an earlier run left.
+    :raises ValueError: where another run is at it, or has begun it with other flags.
+    """
+    with files.locked(path, "--results_path"):
+        if overwrite:
+            remove_run(path)
+        check_same_run(path, config)
+        files.write_json(Path(path) / RUN, config)
+        yield
+
+
+def remove_run(path: str) -> None:
+    """Delete what an earlier run wrote in its results folder: its own samples, and a sweep's in the folders below."""
+    for manifest in Path(path).glob(f"*/{MANIFEST}"):
+        folder = ResultFolder(manifest.parent)
+        made_here = {folder_name(row["checkpoint"], row["s"]) for row in folder.rows().values()} == {folder.path.name}
+        # Else it is a folder of another run, or what a later stage made of samples.
+        if made_here and not (folder.path / RUN).exists():
+            folder.remove()
+            with contextlib.suppress(OSError):  # what holds other files stays
+                folder.path.rmdir()
+    ResultFolder(path).remove()
