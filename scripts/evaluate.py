@@ -25,6 +25,7 @@ import torch as th
 from tqdm import tqdm
 
 from guided_diffusion import cli, image_files
+from guided_diffusion.bridge import load_backbone
 from guided_diffusion.histology.evaluation import image_metrics, instance_metrics, runs
 from guided_diffusion.histology.evaluation import report as evaluation_report
 from guided_diffusion.histology.evaluation.evaluator import (
@@ -35,10 +36,9 @@ from guided_diffusion.histology.evaluation.evaluator import (
     PatchSet,
     StructureMetric,
 )
-from guided_diffusion.histology.features.backbones import Backbone, load_backbone
+from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
 from scripts.extract_features import find_device
-from scripts.sdm_backbone import load_sdm
 
 PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16}
 
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"--segmenter {how}, which is to set the floor: give another")
     backbone = None
     if set(metrics) & set(BY_FEATURES):
-        backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision], {"sdm": load_sdm})
+        backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision])
     train = real_set("real, training", train_items, backbone, args.batch_size)
     held_out = real_set("real, held out", held_out_items, backbone, args.batch_size)
     sizes = {"real": train.images.shape[1:3]}

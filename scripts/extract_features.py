@@ -28,8 +28,8 @@ import torch as th
 from tqdm import tqdm
 
 from guided_diffusion import cli
+from guided_diffusion.bridge import load_backbone
 from guided_diffusion.histology.evaluation.runs import slide_of
-from guided_diffusion.histology.features.backbones import load_backbone
 from guided_diffusion.histology.features.embeddings import (
     Features,
     data_root,
@@ -40,7 +40,6 @@ from guided_diffusion.histology.features.embeddings import (
     same_slide_share,
     save_features,
 )
-from scripts.sdm_backbone import load_sdm
 
 PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16}
 
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     check_out(args.out)
     files = find_images(args.dirs)
     root = data_root(files, args.root)
-    backbone = load_backbone(args.backbone, find_device(args.device), PRECISIONS[args.precision], {"sdm": load_sdm})
+    backbone = load_backbone(args.backbone, find_device(args.device), PRECISIONS[args.precision])
     with ThreadPoolExecutor(max(args.num_workers, 1)) as pool:
         digests = list(tqdm(pool.map(digest, files), "checking", len(files), leave=False, disable=None))
 

@@ -34,6 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from guided_diffusion import cli, results
+from guided_diffusion.bridge import load_backbone
 from guided_diffusion.histology.assembly import (
     Kept,
     check_apart,
@@ -44,14 +45,13 @@ from guided_diffusion.histology.assembly import (
     write_whole,
 )
 from guided_diffusion.histology.evaluation.runs import find_runs, slide_of
-from guided_diffusion.histology.features.backbones import Backbone, load_backbone
+from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.features.embeddings import digest, list_images, read_image
 from guided_diffusion.histology.filtering import patchcore
 from guided_diffusion.histology.filtering.picture import SHOWN, Scored, draw_scores
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT, check_complete
 from guided_diffusion.script_util import str2bool
 from scripts.extract_features import PRECISIONS, find_device
-from scripts.sdm_backbone import load_sdm
 
 REPORT = "report.json"
 SCORE_FIELDS = ("path", "run", "stem", "score", "weight", "kept")
@@ -187,9 +187,7 @@ class Extractor:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = find_device(args.device)
-        self.backbone: Backbone = load_backbone(
-            args.backbone, self.device, PRECISIONS[args.precision], {"sdm": load_sdm}
-        )
+        self.backbone: Backbone = load_backbone(args.backbone, self.device, PRECISIONS[args.precision])
         self.batch_size = args.batch_size
         self.windows = (args.neighbourhood, args.stride)
         self.grid = (0, 0)

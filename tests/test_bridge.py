@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch as th
 
-from guided_diffusion.histology.features.backbones import load_backbone
+from guided_diffusion.bridge import load_backbone
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
-from scripts.sdm_backbone import load_sdm
 
 CPU = th.device("cpu")
 SMALL = dict(
@@ -35,7 +34,7 @@ def images(count=4, size=16):
 
 
 def load(name, dtype=th.float32):
-    return load_backbone(name, CPU, dtype, {"sdm": load_sdm})
+    return load_backbone(name, CPU, dtype)
 
 
 def test_pools_each_level_and_the_middle(trained):

@@ -1,30 +1,28 @@
 """
-The features of our own diffusion model: sdm:CHECKPOINT[@T] as a backbone of guided_diffusion.histology.backbones.
+What knows both sides: the diffusion model as a backbone of histology's features, sdm:CHECKPOINT[@T].
 
-No program: extract_features.py and filter_ood.py hand `load_sdm` to load_backbone. It knows both worlds, so that
-neither knows the other.
+Nothing of either side imports it; programs do, so that neither side knows the other.
 """
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch as th
 
-from guided_diffusion import checkpoint
-from guided_diffusion.conditioning import ConditionSpec
-from guided_diffusion.histology.features.backbones import as_batch, hash_weights, resized
-from guided_diffusion.script_util import (
-    condition_spec,
-    create_model_and_diffusion,
-    model_and_diffusion_defaults,
-)
+from . import checkpoint
+from .conditioning import ConditionSpec
+from .histology.features import backbones
+from .histology.features.backbones import as_batch, hash_weights, resized
+from .script_util import condition_spec, create_model_and_diffusion, model_and_diffusion_defaults
 
 TIMESTEP = 100  # of 1000, where the name does not say
 NOISE_SEED = 0
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, for a model of grey images
+
+
+def load_backbone(name: str, device: th.device, dtype: th.dtype = th.float32) -> backbones.Backbone:
+    """As backbones.load_backbone, which see, with sdm:CHECKPOINT[@T] beside the rest."""
+    return backbones.load_backbone(name, device, dtype, {"sdm": load_sdm})
 
 
 def load_sdm(name: str, device: th.device, dtype: th.dtype = th.float32) -> "DiffusionBackbone":
