@@ -9,10 +9,13 @@ from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.histology.features.embeddings import load_features
 from guided_diffusion.image_datasets import load_dataset
+from guided_diffusion.model_options import DiffusionOptions, ModelOptions
+from guided_diffusion.options import add_flags
 from guided_diffusion.results_path import check_results_path, check_same_run, claimed
-from guided_diffusion.samplers import SAMPLERS, make_schedule
+from guided_diffusion.run_options import DataOptions, RunOptions
+from guided_diffusion.sample_options import SampleOptions
+from guided_diffusion.samplers import make_schedule
 from guided_diffusion.script_util import (
-    add_dict_to_argparser,
     args_to_dict,
     check_data_flags,
     condition_spec,
@@ -20,43 +23,26 @@ from guided_diffusion.script_util import (
     data_defaults,
     model_and_diffusion_defaults,
 )
-from guided_diffusion.sweep import SPADE_CACHE, Sweep, find_checkpoints, parse_interval, parse_scales
+from guided_diffusion.sweep import Sweep, find_checkpoints, parse_interval, parse_scales
 from guided_diffusion.unet import UNetModel
 
 # What decides how a run is carried out, and not what it writes.
 HOW = "batch_size num_workers results_path num_samples spade_cache compile overwrite dry_run use_checkpoint".split()
 
-NULL_CONDITIONS = ("zeros", "keep_colour", "")
+FLAGS = {
+    "data": DataOptions,
+    "condition": ConditionSpec,
+    "model": ModelOptions,
+    "diffusion": DiffusionOptions,
+    "running": RunOptions,
+    "sampling": SampleOptions,
+}
 
 
 def create_argparser() -> argparse.ArgumentParser:
     """:return: a parser of every flag, with its default."""
-    defaults = dict(
-        use_train=False,
-        clip_denoised=True,
-        num_samples=10_000,
-        batch_size=1,
-        use_ddim=False,
-        sampler="",
-        num_steps=0,
-        model_path="",
-        results_path="",
-        s="1.0",
-        guidance_interval="",
-        guide_path="",
-        null_condition="",
-        precision="",
-        compile=False,
-        spade_cache="auto",
-        overwrite=False,
-        dry_run=False,
-        match_other_slide=False,
-        appearance_dir="",
-        features="",
-    )
-    defaults = {**data_defaults(), **defaults, **ConditionSpec.flags(), **model_and_diffusion_defaults()}
     parser = cli.FlagParser(description=__doc__)
-    add_dict_to_argparser(parser, defaults)
+    add_flags(parser, FLAGS)
     return parser
 
 
@@ -86,21 +72,9 @@ def resolve(argv: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """:raises ValueError: where a flag's value is out of range, or contradicts another's."""
     check_data_flags(vars(args))
-    for name, least in (("num_samples", 0), ("batch_size", 1), ("num_steps", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
-    if args.spade_cache not in SPADE_CACHE:
-        raise ValueError(f"unknown --spade_cache {args.spade_cache}: choose one of {', '.join(SPADE_CACHE)}")
-    if args.null_condition not in NULL_CONDITIONS:
-        raise ValueError(
-            f"unknown --null_condition {args.null_condition}: choose one of {', '.join(NULL_CONDITIONS[:2])}"
-        )
+    SampleOptions.read(vars(args))
     if args.null_condition == "keep_colour" and not args.use_col_map:
         raise ValueError("--null_condition keep_colour without --use_col_map True: there is no colour map to keep")
-    if args.sampler and args.sampler not in SAMPLERS:
-        raise ValueError(f"unknown --sampler {args.sampler}: choose one of {', '.join(SAMPLERS)}")
-    if args.use_ddim and args.sampler not in ("", "ddim"):
-        raise ValueError(f"--use_ddim True with --sampler {args.sampler}: give one of them")
     if args.features and (args.match_struct or not args.match_app):
         raise ValueError(
             f"--features {args.features} needs --match_app True, and no --match_struct: nothing else reads it"

@@ -12,9 +12,11 @@ from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.image_datasets import NucleiDataset, load_dataset
+from guided_diffusion.model_options import DiffusionOptions, ModelOptions
+from guided_diffusion.options import add_flags
 from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.run_options import DataOptions, RunOptions
 from guided_diffusion.script_util import (
-    add_dict_to_argparser,
     args_to_dict,
     check_data_flags,
     condition_spec,
@@ -26,41 +28,20 @@ from guided_diffusion.train_options import TrainOptions
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.validation import Validation
 
-VAL_SPLITS = ("slides", "test", "none")
+FLAGS = {
+    "data": DataOptions,
+    "condition": ConditionSpec,
+    "model": ModelOptions,
+    "diffusion": DiffusionOptions,
+    "running": RunOptions,
+    "training": TrainOptions,
+}
 
 
 def create_argparser() -> argparse.ArgumentParser:
     """:return: a parser of every flag, with its default."""
-    defaults = dict(
-        schedule_sampler="uniform",
-        lr=1e-4,
-        weight_decay=0.0,
-        lr_anneal_steps=0,
-        batch_size=1,
-        microbatch="-1",
-        ema_rate="0.9999",
-        drop_rate=0.0,
-        drop_hvb_only=False,
-        grad_clip=0.0,
-        log_interval=10,
-        save_interval=10_000,
-        val_interval=1000,
-        val_split="slides",
-        val_share=0.1,
-        keep_checkpoints="all",
-        preview_samples=4,
-        max_steps=0,
-        precision="",
-        compile=False,
-        resume_checkpoint="",
-        init_checkpoint="",
-        fp16_scale_growth=1e-3,
-        is_train=True,
-        dry_run=False,
-    )
-    defaults = {**data_defaults(), **defaults, **ConditionSpec.flags(), **model_and_diffusion_defaults()}
     parser = cli.FlagParser(description=__doc__)
-    add_dict_to_argparser(parser, defaults)
+    add_flags(parser, FLAGS)
     return parser
 
 
@@ -70,12 +51,6 @@ def check(args: argparse.Namespace) -> None:
     for name in ("shuffle_masks", "match_struct", "match_app"):
         if getattr(args, name):
             raise ValueError(f"--{name} True pairs images with the masks of others, which is for image_sample.py only")
-    if args.val_split not in VAL_SPLITS:
-        raise ValueError(f"unknown --val_split {args.val_split}: choose one of {', '.join(VAL_SPLITS)}")
-    if not 0 < args.val_share < 1:
-        raise ValueError(f"--val_share {args.val_share} must lie between 0 and 1")
-    if args.resume_checkpoint and args.init_checkpoint:
-        raise ValueError("--resume_checkpoint and --init_checkpoint both say where to begin: give one of them")
     if args.resume_checkpoint and not checkpoint.parse_step(args.resume_checkpoint):
         raise ValueError(
             f"--resume_checkpoint {args.resume_checkpoint} has no step in its name, as model040000.pt has: "
@@ -115,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check(args)
     spec = condition_spec(vars(args))
-    options = TrainOptions(**args_to_dict(args, TrainOptions.__dataclass_fields__))
+    options = TrainOptions.read(vars(args))
     th.manual_seed(args.seed)  # the initial weights; all later draws have generators of their own
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
     schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion.num_timesteps)

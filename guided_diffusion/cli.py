@@ -3,18 +3,46 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 # The exit code of what was stopped before it was done, and goes on with the same command: sysexits.h's EX_TEMPFAIL.
 NOT_FINISHED = 75
 
 
+class FlagFormatter(argparse.RawDescriptionHelpFormatter):
+    """Says each flag's default and which of its spellings is deprecated; the usage line names what must be given."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def add_usage(self, usage: str | None, actions: Iterable[argparse.Action], *rest: Any, **named: Any) -> None:
+        shown = [action for action in actions if action.required]
+        super().add_usage(usage, [*shown, argparse.Action(["flags"], "flags", nargs=0)], *rest, **named)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.option_strings and action.default not in (None, "", [], argparse.SUPPRESS):
+            text += " (default %(default)s)"
+        for spelling in action.option_strings[1:]:
+            if spelling != "--help":
+                text += f"; {spelling}: deprecated spelling"
+        return text
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
+
+
 class FlagParser(argparse.ArgumentParser):
-    """A parser that raises ValueError, so that a mistyped flag is reported like every other mistake: in one line."""
+    """
+    A parser that raises ValueError, so that a mistyped flag is reported like every other mistake: in one line. Its help
+    keeps the description's lines and says defaults; of several spellings of a flag, all but the first are deprecated.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(**{"formatter_class": FlagFormatter, **options})
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)

@@ -1,60 +1,53 @@
 """The condition y: the only owner of its channel layout. Makes a sample's parts from arrays, a batch's tensor from its
 parts, and pictures from the tensor. Knows nothing of files, models or diffusion."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch as th
 import torch.nn.functional as F
 
 from .hv_maps import gen_instance_hv_map, vis_hv_map
+from .options import Options, flag
 
 COLOUR_NAMES = {1: ("colour",), 3: ("colour_r", "colour_g", "colour_b")}
 
 
 @dataclass(frozen=True)
-class ConditionSpec:
+class ConditionSpec(Options):
     """
     Which parts make up the condition, and in which order.
 
     Without class_cond: HV map (2) or binary mask (1), colour map (in_channels), instance edges (1).
     With class_cond: one-hot classes (num_classes), instance edges (1), colour map (in_channels).
 
-    :param use_hv_map: horizontal and vertical distances to each nucleus's centre, instead of the binary mask.
-    :param use_col_map: the appearance image with its pixels shuffled.
-    :param no_instance: leave the edges out.
-    :param class_cond: the mask holds class ids.
-    :param num_classes: with class_cond the number of classes; else the number of channels of the whole condition.
-    :param in_channels: channels of the images, 1 or 3.
     :raises ValueError: where the flags contradict each other.
     """
 
-    use_hv_map: bool = False
-    use_col_map: bool = False
-    no_instance: bool = False
-    class_cond: bool = False
-    num_classes: int = 2
-    in_channels: int = 3
+    use_hv_map: bool = flag(False, "distances to each nucleus's centre (2 channels) in place of the binary mask")
+    use_col_map: bool = flag(False, "the appearance image with its pixels shuffled")
+    no_instance: bool = flag(False, "leave the edges of the instances out")
+    class_cond: bool = flag(False, "the mask holds class ids, which become one channel each")
+    num_classes: int = flag(
+        2,
+        "channels of the whole condition; with --class_cond True the number of classes, which edges and colours add to",
+        within="[1, inf)",
+    )
+    in_channels: int = flag(3, "channels of the images: 1 (grey) or 3 (RGB)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.in_channels not in COLOUR_NAMES:
             raise ValueError(f"--in_channels {self.in_channels}: images are grey (1) or RGB (3)")
         if self.class_cond and self.use_hv_map:
             raise ValueError(
                 "--class_cond True with --use_hv_map True: an HV map replaces the class map; turn one of them off"
             )
-        if self.num_classes < 1:
-            raise ValueError(f"--num_classes {self.num_classes} must be at least 1")
         if not self.class_cond and self.num_classes != self.channels:
             raise ValueError(
                 f"--num_classes {self.num_classes}, but the condition has {self.channels} channels "
                 f"({', '.join(self.channel_names)}): give --num_classes {self.channels}"
             )
-
-    @classmethod
-    def flags(cls) -> dict[str, bool | int]:
-        """:return: the flags that make a spec, with their defaults."""
-        return asdict(cls())
 
     @property
     def _layout(self) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""From flags to objects: defaults, parsing, factories. Knows every flag's name and none of the training or sampling."""
+"""From flags to objects: defaults, parsing, factories, by the reference's names. Knows none of training or sampling."""
 
 import argparse
 from collections.abc import Iterable
@@ -6,8 +6,14 @@ from typing import Any
 
 from . import gaussian_diffusion as gd
 from .conditioning import ConditionSpec
+from .model_options import DiffusionOptions, ModelOptions
+from .options import str2bool as str2bool
+from .options import value_type
 from .respace import SpacedDiffusion, space_timesteps
+from .run_options import DataOptions, RunOptions
 from .unet import UNetModel
+
+NUM_CLASSES = ConditionSpec.flags()["num_classes"]
 
 # Levels of the U-Net by image size, where --channel_mult is not given.
 DEFAULT_CHANNEL_MULT = {
@@ -18,73 +24,36 @@ DEFAULT_CHANNEL_MULT = {
 }
 
 
+# (use_kl, rescale_learned_sigmas) -> what is minimised.
+LOSS_TYPES = {
+    (False, False): gd.LossType.MSE,
+    (False, True): gd.LossType.RESCALED_MSE,
+    (True, False): gd.LossType.RESCALED_KL,
+    (True, True): gd.LossType.RESCALED_KL,
+}
+
+
 def diffusion_defaults() -> dict[str, Any]:
     """:return: the flags that make a diffusion process, with their defaults."""
-    return dict(
-        learn_sigma=False,
-        diffusion_steps=1000,
-        noise_schedule="linear",
-        timestep_respacing="",
-        use_kl=False,
-        predict_xstart=False,
-        rescale_timesteps=False,
-        rescale_learned_sigmas=False,
-    )
+    return DiffusionOptions.flags()
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
     """:return: the flags that make a model and a diffusion process, with their defaults."""
-    return dict(
-        image_size=64,
-        num_classes=2,
-        in_channels=3,
-        num_channels=128,
-        num_res_blocks=2,
-        num_heads=4,
-        num_heads_upsample=-1,
-        num_head_channels=-1,
-        attention_resolutions="16,8",
-        channel_mult="",
-        dropout=0.0,
-        class_cond=False,
-        no_instance=False,
-        use_col_map=False,
-        use_checkpoint=False,
-        use_scale_shift_norm=True,
-        resblock_updown=False,
-        use_fp16=False,
-        use_new_attention_order=False,
-        **diffusion_defaults(),
-    )
+    condition = ConditionSpec.flags()
+    del condition["use_hv_map"]  # which of its channels are what is no business of the model
+    return {**ModelOptions.flags(), **condition, **DiffusionOptions.flags()}
 
 
 def data_defaults() -> dict[str, Any]:
     """:return: the flags that choose and arrange the data, in training and sampling alike, with their defaults."""
-    return dict(
-        data_dir="",
-        dataset_mode="monuseg",
-        augment=False,
-        stain_jitter=0.0,
-        preserve_nuclei_col=False,
-        subsample=1.0,
-        shuffle_masks=False,
-        match_struct=False,
-        match_app=False,
-        num_workers=1,
-        seed=0,
-    )
+    return {**DataOptions.flags(), **{name: RunOptions.flags()[name] for name in ("num_workers", "seed")}}
 
 
 def check_data_flags(flags: dict[str, Any]) -> None:
-    """:raises ValueError: where a number among data_defaults is out of range, whatever the data."""
-    if not 0 <= flags["stain_jitter"] < 1:
-        raise ValueError(f"--stain_jitter {flags['stain_jitter']} must be in [0, 1)")
-    if flags["stain_jitter"] and flags["in_channels"] != 3:
+    """:raises ValueError: where a flag of DataOptions is out of range, or contradicts the images."""
+    if DataOptions.read(flags).stain_jitter and flags["in_channels"] != 3:
         raise ValueError(f"--stain_jitter with --in_channels {flags['in_channels']}: only RGB images have stains")
-    if not 0 <= flags["seed"] < 2**63:
-        raise ValueError(f"--seed {flags['seed']} is out of range: give 0 to 2**63 - 1")
-    if flags["num_workers"] < 0:
-        raise ValueError(f"--num_workers {flags['num_workers']} must be at least 0")
 
 
 def condition_spec(flags: dict[str, Any]) -> ConditionSpec:
@@ -93,36 +62,34 @@ def condition_spec(flags: dict[str, Any]) -> ConditionSpec:
 
     :param flags: flag -> value; others than the spec's are ignored.
     """
-    return ConditionSpec(**{name: flags[name] for name in ConditionSpec.flags()})
+    return ConditionSpec.read(flags)
 
 
 def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:
     """
     Make a model and its diffusion process.
 
-    :param flags: all of model_and_diffusion_defaults.
+    :param flags: those of model_and_diffusion_defaults; one that is missing has its default.
+    :raises ValueError: where a value is out of range, or does not fit another.
     """
-    names = diffusion_defaults()
-    diffusion_flags = {name: flags.pop(name) for name in names}
-    model = create_model(learn_sigma=diffusion_flags["learn_sigma"], **flags)
-    diffusion_flags["steps"] = diffusion_flags.pop("diffusion_steps")
-    return model, create_gaussian_diffusion(**diffusion_flags)
+    flags = {**model_and_diffusion_defaults(), **flags}
+    ModelOptions.read(flags)
+    of_diffusion = vars(DiffusionOptions.read(flags))
+    of_model = {name: value for name, value in flags.items() if name not in of_diffusion}
+    model = create_model(learn_sigma=of_diffusion["learn_sigma"], **of_model)
+    steps = of_diffusion.pop("diffusion_steps")
+    return model, create_gaussian_diffusion(steps=steps, **of_diffusion)
 
 
 def create_model(
     image_size: int,
     num_channels: int,
     num_res_blocks: int,
-    *,
-    num_classes: int,
-    in_channels: int = 3,
     channel_mult: str = "",
     learn_sigma: bool = False,
     class_cond: bool = False,
-    no_instance: bool = False,
-    use_col_map: bool = False,
     use_checkpoint: bool = False,
-    attention_resolutions: str = "16,8",
+    attention_resolutions: str = "16",
     num_heads: int = 1,
     num_head_channels: int = -1,
     num_heads_upsample: int = -1,
@@ -131,6 +98,11 @@ def create_model(
     resblock_updown: bool = False,
     use_fp16: bool = False,
     use_new_attention_order: bool = False,
+    *,
+    num_classes: int = NUM_CLASSES,
+    in_channels: int = 3,
+    no_instance: bool = False,
+    use_col_map: bool = False,
 ) -> UNetModel:
     """
     Make a U-Net from flags.
@@ -217,12 +189,6 @@ def create_gaussian_diffusion(
     """
     if steps < 1:
         raise ValueError(f"--diffusion_steps {steps} must be at least 1")
-    if use_kl:
-        loss_type = gd.LossType.RESCALED_KL
-    elif rescale_learned_sigmas:
-        loss_type = gd.LossType.RESCALED_MSE
-    else:
-        loss_type = gd.LossType.MSE
     if learn_sigma:
         var_type = gd.ModelVarType.LEARNED_RANGE
     else:
@@ -232,7 +198,7 @@ def create_gaussian_diffusion(
         betas=gd.get_named_beta_schedule(noise_schedule, steps),
         model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
         model_var_type=var_type,
-        loss_type=loss_type,
+        loss_type=LOSS_TYPES[use_kl, rescale_learned_sigmas],
         rescale_timesteps=rescale_timesteps,
     )
 
@@ -248,25 +214,9 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[st
     :param default_dict: flag -> default; None makes a string.
     """
     for name, default in default_dict.items():
-        kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
-        parser.add_argument(f"--{name}", default=default, type=kind)
+        parser.add_argument(f"--{name}", default=default, type=value_type(default))
 
 
 def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
     """:return: flag -> value for the flags named."""
     return {key: getattr(args, key) for key in keys}
-
-
-def str2bool(text: str | bool) -> bool:
-    """
-    Read a boolean flag's value.
-
-    :param text: yes, true, t, y, 1 or no, false, f, n, 0, in any case.
-    """
-    if isinstance(text, bool):
-        return text
-    if text.lower() in ("yes", "true", "t", "y", "1"):
-        return True
-    if text.lower() in ("no", "false", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")

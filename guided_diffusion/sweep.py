@@ -26,7 +26,6 @@ from .samplers import Schedule, kept_conditions, sample, to_uint8
 from .unet import UNetModel
 
 GRID_ROWS, SWEEP_ROWS = 12, 6
-SPADE_CACHE = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)

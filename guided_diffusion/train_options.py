@@ -1,62 +1,81 @@
-"""How to train: the numbers that decide it, checked. Knows flags' names, and nothing of what they are used for."""
+"""The flags of training. Knows nothing of what they are used for."""
 
-import math
 from dataclasses import dataclass
 
+from .options import flag
+from .resample import SCHEDULE_SAMPLERS
+from .run_options import RunOptions
 
-@dataclass
-class TrainOptions:
+VAL_SPLITS = ("slides", "test", "none")
+
+
+@dataclass(frozen=True)
+class TrainOptions(RunOptions):
     """
-    How to train.
+    How to train. What is marked changeable may differ from config.json when a run goes on; the rest makes another run.
 
-    :param batch_size: samples a step, on each rank.
-    :param microbatch: samples a forward pass, which must divide batch_size; -1 means the whole batch, "auto" the most
-        that fits in memory.
-    :param lr: learning rate; it falls linearly to 0 over lr_anneal_steps, where that is not 0.
-    :param ema_rate: comma-separated rates of the weight averages.
-    :param drop_rate: the share of samples whose condition is dropped.
-    :param drop_hvb_only: a dropped condition keeps its colour map.
-    :param grad_clip: gradients are scaled down to this norm; 0 leaves them.
-    :param log_interval: steps between two rows of the log; save_interval: between two checkpoints; val_interval:
-        between two validations, where there is something to validate on.
-    :param keep_checkpoints: how many checkpoints stay, the newest; "all" deletes none. The best is kept apart.
-    :param preview_samples: how many conditions are painted at each save; 0 paints none.
-    :param max_steps: the run ends after so many steps, counted from the very first; 0 means never.
-    :param seed: of noise, timesteps and drops; step n of a run is a function of (seed, n).
+    :raises ValueError: where a value is out of range, does not parse, or contradicts another.
     """
 
-    batch_size: int = 1
-    microbatch: str = "-1"
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    lr_anneal_steps: int = 0
-    ema_rate: str = "0.9999"
-    drop_rate: float = 0.0
-    drop_hvb_only: bool = False
-    grad_clip: float = 0.0
-    log_interval: int = 10
-    save_interval: int = 10_000
-    val_interval: int = 1000
-    keep_checkpoints: str = "all"
-    preview_samples: int = 4
-    max_steps: int = 0
-    fp16_scale_growth: float = 1e-3
-    seed: int = 0
+    lr: float = flag(1e-4, "learning rate", within="(0, inf)", changeable=True)
+    weight_decay: float = flag(0.0, "of AdamW", within="[0, inf)", changeable=True)
+    lr_anneal_steps: int = flag(
+        0,
+        "the learning rate falls to 0 over so many steps, where training ends; 0: neither",
+        within="[0, inf)",
+        changeable=True,
+    )
+    microbatch: str = flag(
+        "-1",
+        "samples of a forward pass, a divisor of --batch_size; -1: all of it, auto: as many as fit in memory",
+        changeable=True,
+    )
+    ema_rate: str = flag("0.9999", "comma-separated rates of the averages of weights, each in (0, 1)")
+    schedule_sampler: str = flag("uniform", "how timesteps are drawn", choices=SCHEDULE_SAMPLERS)
+    drop_rate: float = flag(0.0, "share of samples whose condition is dropped", within="[0, 1]", changeable=True)
+    drop_hvb_only: bool = flag(False, "a dropped condition keeps its colour map")
+    grad_clip: float = flag(
+        0.0, "scale gradients down to this norm; 0 leaves them", within="[0, inf)", changeable=True, ours=True
+    )
+    fp16_scale_growth: float = flag(
+        1e-3, "log2 by which the loss scale grows at each step in fp16", within="[0, inf)", changeable=True
+    )
+    max_steps: int = flag(
+        0,
+        "end after so many steps, counted from the very first; 0 goes on",
+        within="[0, inf)",
+        changeable=True,
+        ours=True,
+    )
+    log_interval: int = flag(10, "steps between two rows of the log", within="[1, inf)", changeable=True)
+    save_interval: int = flag(10_000, "steps between two checkpoints", within="[1, inf)", changeable=True)
+    keep_checkpoints: str = flag(
+        "all", "keep the newest so many; the best one is kept apart", changeable=True, ours=True
+    )
+    resume_checkpoint: str = flag("", "go on from this checkpoint, with the state beside it", changeable=True)
+    init_checkpoint: str = flag(
+        "", "begin with these weights, at step 0 with a fresh optimiser: for fine-tuning", ours=True
+    )
+    is_train: bool = flag(True, "train on the training set; False: on the test set")
+    val_split: str = flag(
+        "slides",
+        "what to validate on: slides (a share of the slides, held out), test (the test set) or none",
+        choices=VAL_SPLITS,
+        ours=True,
+    )
+    val_share: float = flag(
+        0.1,
+        "share of the slides that is held out, by --seed; at least one slide, and none of fewer than three",
+        within="(0, 1)",
+        ours=True,
+    )
+    val_interval: int = flag(1000, "steps between two validations", within="[1, inf)", changeable=True, ours=True)
+    preview_samples: int = flag(
+        4, "held-out conditions that are sampled at each checkpoint", within="[0, inf)", changeable=True, ours=True
+    )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "log_interval", "save_interval", "val_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        for name in ("lr_anneal_steps", "max_steps", "preview_samples", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
-        if not 0 <= self.drop_rate <= 1:
-            raise ValueError(f"--drop_rate {self.drop_rate} must lie in [0, 1]")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"--lr {self.lr} must be a positive number")
-        for name in ("weight_decay", "fp16_scale_growth", "grad_clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} {getattr(self, name)} must be a number of at least 0")
+        super().__post_init__()
         size = self.microbatch_size
         if size is not None and (size < 1 or self.batch_size % size):
             raise ValueError(
@@ -66,6 +85,8 @@ class TrainOptions:
         _ = self.kept_checkpoints  # which raises
         if not self.ema_rates:
             raise ValueError("--ema_rate is empty: give one rate or more, such as 0.9999")
+        if self.resume_checkpoint and self.init_checkpoint:
+            raise ValueError("--resume_checkpoint and --init_checkpoint both say where to begin: give one of them")
 
     @property
     def ema_rates(self) -> list[float]:
@@ -81,7 +102,7 @@ class TrainOptions:
 
     @property
     def microbatch_size(self) -> int | None:
-        """Samples a forward pass; None is to be found out."""
+        """Samples of a forward pass; None is to be found out."""
         if self.microbatch == "auto":
             return None
         try:
@@ -95,7 +116,7 @@ class TrainOptions:
         """How many checkpoints stay; None is all."""
         if self.keep_checkpoints == "all":
             return None
-        if not self.keep_checkpoints.isdecimal() or int(self.keep_checkpoints) < 1:
+        if not str(self.keep_checkpoints).isdecimal() or int(self.keep_checkpoints) < 1:
             raise ValueError(f"--keep_checkpoints {self.keep_checkpoints}: give at least 1, or all")
         return int(self.keep_checkpoints)
 

@@ -447,7 +447,7 @@ MISTAKES = {
     "no model given": (["--model_path", ""], "--model_path is empty"),
     "results": (["--results_path", ""], "--results_path is empty"),
     "channels": (["--num_classes", "7"], "--num_classes 7.*6 channels"),
-    "seed": (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is out of range"),
+    "seed": (["--seed", "99999999999999999999"], "--seed 99999999999999999999 must lie in"),
     "workers": (["--num_workers", "-1"], "--num_workers -1"),
     "count": (["--num_samples", "-1"], "--num_samples -1"),
     "batch": (["--batch_size", "0"], "--batch_size 0"),
@@ -477,7 +477,7 @@ MISTAKES = {
     ),
     "no appearances": (["--appearance_dir", "nowhere"], "--appearance_dir 'nowhere' is not a folder: give one"),
     "no appearance": (["--appearance_dir", str(ROOT / "scripts")], "--appearance_dir .*/scripts holds no image"),
-    "jitter": (["--stain_jitter", "-0.1"], r"--stain_jitter -0.1 must be in \[0, 1\)"),
+    "jitter": (["--stain_jitter", "-0.1"], r"--stain_jitter -0.1 must lie in \[0, 1\)"),
     "other slide": (["--match_other_slide", "True"], "--match_other_slide True needs --match_struct"),
 }
 

@@ -10,6 +10,7 @@ from guided_diffusion import cli
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from guided_diffusion.script_util import (
+    NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
     condition_spec,
@@ -170,8 +171,41 @@ def test_create_model_and_diffusion_takes_all_flags():
     assert (diffusion.num_timesteps, spaced.num_timesteps, spaced.original_num_steps) == (1000, 10, 40)
     with pytest.raises(TypeError):
         create_model_and_diffusion(**flags, no_such_flag=1)
-    with pytest.raises(KeyError):
-        create_model_and_diffusion(**{name: value for name, value in flags.items() if name != "learn_sigma"})
+
+
+def test_a_script_that_knows_only_the_reference_s_flags_builds():
+    theirs = dict(SMALL, class_cond=False, learn_sigma=True, diffusion_steps=50, timestep_respacing="ddim5")
+    with th.device("meta"):
+        model, diffusion = create_model_and_diffusion(**theirs)
+    assert model.num_classes == NUM_CLASSES == model_and_diffusion_defaults()["num_classes"]
+    assert (model.out[2].weight.shape[0], diffusion.num_timesteps) == (6, 5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(image_size=0), "--image_size 0 must be at least 1"),
+        (dict(num_res_blocks=0), "--num_res_blocks 0"),
+        (dict(dropout=1.0), "--dropout 1.0"),
+        (dict(diffusion_steps=0), "--diffusion_steps 0"),
+        (dict(noise_schedule="sigmoid"), "unknown --noise_schedule sigmoid: choose one of linear, cosine"),
+    ],
+)
+def test_flags_of_model_and_diffusion_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        create_model_and_diffusion(**{**model_and_diffusion_defaults(), **SMALL, **changes})
+
+
+def test_positional_order_of_create_model():
+    positional = [p.name for p in inspect.signature(create_model).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    assert (
+        positional
+        == (
+            "image_size num_channels num_res_blocks channel_mult learn_sigma class_cond use_checkpoint "
+            "attention_resolutions num_heads num_head_channels num_heads_upsample use_scale_shift_norm dropout "
+            "resblock_updown use_fp16 use_new_attention_order"
+        ).split()
+    )
 
 
 # ---- the process ----

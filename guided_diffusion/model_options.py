@@ -1,0 +1,47 @@
+"""The flags of a model and of its diffusion process. Knows nothing of what is built from them."""
+
+from dataclasses import dataclass
+
+from .gaussian_diffusion import NOISE_SCHEDULES
+from .options import Options, flag
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """The U-Net, without what its condition decides (see ConditionSpec)."""
+
+    image_size: int = flag(64, "height and width of the images, in pixels", within="[1, inf)")
+    num_channels: int = flag(128, "channels of the first level", within="[1, inf)")
+    num_res_blocks: int = flag(2, "residual blocks a level", within="[1, inf)")
+    channel_mult: str = flag(
+        "",
+        "multiples of --num_channels, one a level, such as 1,1,2,3,4; empty: by --image_size, for 64, 128, 256 and 512",
+    )
+    num_heads: int = flag(4, "attention heads, where --num_head_channels is -1")
+    num_heads_upsample: int = flag(-1, "the same in the decoder; -1: as --num_heads")
+    num_head_channels: int = flag(-1, "channels of an attention head; -1: by --num_heads")
+    attention_resolutions: str = flag("16,8", "heights of the feature maps that get attention, in pixels")
+    dropout: float = flag(0.0, "share of activations dropped in training", within="[0, 1)")
+    use_checkpoint: bool = flag(
+        False, "compute activations again in the backward pass: less memory, more time", changeable=True
+    )
+    use_scale_shift_norm: bool = flag(True, "the time embedding scales and shifts features; False: it is added to them")
+    resblock_updown: bool = flag(False, "change resolution inside residual blocks")
+    use_fp16: bool = flag(
+        False, "compute in fp16; on a CPU in bf16 where it has units for it, else in fp32", changeable=True
+    )
+    use_new_attention_order: bool = flag(False, "lay out the channels of queries, keys and values one after another")
+
+
+@dataclass(frozen=True)
+class DiffusionOptions(Options):
+    """The diffusion process and the loss."""
+
+    learn_sigma: bool = flag(False, "the model predicts the reverse process's variance, too")
+    diffusion_steps: int = flag(1000, "steps of the process that the model is trained on", within="[1, inf)")
+    noise_schedule: str = flag("linear", "how noise grows over the steps", choices=NOISE_SCHEDULES)
+    timestep_respacing: str = flag("", "keep so many of the steps: 250, 10,15,20 for sections, ddim25; empty: all")
+    use_kl: bool = flag(False, "train on the variational bound rather than the squared error")
+    predict_xstart: bool = flag(False, "the model predicts the image rather than the noise")
+    rescale_timesteps: bool = flag(False, "scale timesteps to 0..1000 before the model sees them")
+    rescale_learned_sigmas: bool = flag(False, "weigh the variance's part of the loss as a sum over all steps")
