@@ -48,8 +48,7 @@ class SampleOptions(RunOptions):
     )
     spade_cache: str = flag(
         "auto",
-        "keep what the decoder makes of a condition: on, off, or auto, if memory allows (123.5 MiB an image in fp16 "
-        "at 128 px)",
+        "keep what the decoder makes of a condition (123.5 MiB an image in fp16 at 128 px); auto: if memory allows",
         choices=SPADE_CACHE,
         ours=True,
     )

@@ -59,7 +59,7 @@ class TrainOptions(RunOptions):
     is_train: bool = flag(True, "train on the training set; False: on the test set")
     val_split: str = flag(
         "slides",
-        "what to validate on: slides (a share of the slides, held out), test (the test set) or none",
+        "what to validate on: a share of the slides, held out; the test set; nothing",
         choices=VAL_SPLITS,
         ours=True,
     )
