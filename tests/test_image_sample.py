@@ -342,6 +342,74 @@ def test_killed_at_random_moments(data_dir, two_models, tmp_path):
     assert_same(snapshot(tmp_path / "out"), snapshot(calm))
 
 
+def test_two_runs_at_once(data_dir, model_path, tmp_path):
+    """The second is told who uses the folder, before it changes anything, and the first goes on undisturbed."""
+    options = ["--num_samples", "16", "--batch_size", "1"]
+    calm = run(data_dir, model_path, tmp_path / "calm", *options)
+    out = tmp_path / "out"
+    command = launched(1, *flags(data_dir, model_path, out, *options))
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("samples/*.png")):
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.01)
+    for extra in ([], ["--overwrite", "True"]):
+        with pytest.raises(ValueError, match=rf"--results_path .*out is in use by process {first.pid} on "):
+            run(data_dir, model_path, out, *options, *extra)
+    assert first.poll() is None
+    assert first.wait(60) == 0
+    assert_same(snapshot(out), snapshot(calm))
+
+
+def test_samples_of_data_that_have_changed_are_refused(data_dir, model_path, tmp_path):
+    """An image more, and sample k has another structure."""
+    out = run(data_dir, model_path, tmp_path / "out", "--num_samples", "6")
+    before = snapshot(out)
+    for path in list((data_dir / "MoNuSegTrainingData").rglob("slide-0_002.*")):
+        path.with_stem("slide-0_001a").write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=r"sample 2 was made of structure .*slide-0_002.png, and the data now give "):
+        run(data_dir, model_path, out, "--num_samples", "6")
+    assert snapshot(out) == before
+    run(data_dir, model_path, out, "--num_samples", "2", "--overwrite", "True")
+
+
+def test_samples_that_are_lost_are_an_error(data_dir, two_models, tmp_path, monkeypatch):
+    out, load = tmp_path / "out", checkpoint.load_weights
+
+    def lose(model, path, **options):
+        sample = out / "model000007_s1.0" / "samples" / "slide-0_001.png"
+        while path == two_models[1] and not sample.exists():  # it is written in the background
+            time.sleep(0.01)
+        sample.unlink(missing_ok=True)
+        load(model, path, **options)
+
+    monkeypatch.setattr(checkpoint, "load_weights", lose)
+    arguments = (data_dir, ",".join(two_models), out, "--num_samples", "4", "--batch_size", "4")
+    with pytest.raises(OSError, match=r"model000007_s1.0 holds 3 of 4 samples: run the same again to go on"):
+        run(*arguments)
+    monkeypatch.undo()
+    run(*arguments)
+    assert len(manifest(out / "model000007_s1.0")) == 4
+
+
+def test_odd_names(data_dir, model_path, tmp_path):
+    """What a file may be called, a sample may be; from data to manifest, and again."""
+    stems = ["a b_000", "a,b_001", 'q"q_000', "'_000", "h#sh_000", "%d{}_000", "-x_000", "ä;日_000"]
+    split = data_dir / "MoNuSegTrainingData"
+    for path in list(split.rglob("*.*")):
+        path.rename(path.with_stem(stems[4 * int(path.stem[6]) + int(path.stem[-1])]))
+    options = ["--num_samples", "10", "--match_app", "True", "--s", "1,2"]
+    out = run(data_dir, model_path, tmp_path / "a, b#'\"ä", *options)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("samples/*")}
+    run(data_dir, model_path, out, *options)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("samples/*")} == times and len(times) == 20
+    for folder in (out / "model000007_s1", out / "model000007_s2"):
+        rows = manifest(folder)
+        assert sorted(Path(row["structure"]).stem for row in rows[:8]) == sorted(stems)
+        for row in rows:
+            assert Path(row["structure"]).is_file() and row["stem"].startswith(Path(row["appearance"]).stem)
+            assert {path.stem for path in (folder / "samples").iterdir()} == {row["stem"] for row in rows}
+
+
 def test_a_full_disk_leaves_a_run_that_goes_on(data_dir, model_path, tmp_path, small_disk, capsys):
     calm = run(data_dir, model_path, tmp_path / "calm", "--num_samples", "12")
     disk = small_disk(140)
