@@ -1,5 +1,6 @@
 """
-Files: written whole or not at all, and folders that one run at a time writes to. The only place that renames and syncs.
+Files: which there are, written whole or not at all, and folders that one run at a time writes to. The only place that
+lists data folders, renames and syncs.
 
 Knows nothing of what the files hold, of flags but by the names it is told, and of ranks.
 """
@@ -8,19 +9,96 @@ import contextlib
 import fcntl
 import json
 import os
+import re
+import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import blobfile as bf
 
 LOCK = ".lock"  # in a folder that a run writes to
+# What a name may hold on a disk and a line of UTF-8 may not: control characters, line separators, lone surrogates.
+_UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def is_remote(path: str | Path) -> bool:
     """:return: whether a path is a URL, which blobfile reads and writes."""
     return "://" in str(path)
+
+
+# ---- which files there are ----
+
+
+def list_files(folder: str | Path, suffixes: Sequence[str], deep: bool = False) -> list[str]:
+    """
+    List the files of a folder; hidden ones are passed over, links are followed.
+
+    :param folder: a folder, which exists, or a blobfile URL of one.
+    :param suffixes: in lower case, with their dots; files may have them in upper case.
+    :param deep: those in sub-folders, too.
+    :return: paths that begin with the folder as it was given, sorted.
+    :raises ValueError: where a path is not UTF-8 or holds control characters, which no manifest could keep.
+    """
+    paths = sorted(path for path in _walk(str(folder), deep) if os.path.splitext(path)[1].lower() in suffixes)
+    above = "" if is_remote(folder) else os.getcwd()  # features.npz and links hold absolute paths
+    for path in (above, *paths):
+        _check_path(path)
+    return paths
+
+
+def by_stem(folder: str | Path, suffixes: Sequence[str], deep: bool = False) -> dict[str, str]:
+    """
+    Find the files of a folder by their stems: their paths below it, without suffix, which name their partners in other
+    folders. Parameters as list_files'.
+
+    :return: stem -> path, sorted by stem.
+    :raises ValueError: as list_files, and where two files share a stem.
+    """
+    paths: dict[str, str] = {}
+    for path in list_files(folder, suffixes, deep):
+        stem = os.path.splitext(path[len(str(folder)) :].lstrip("/"))[0]
+        if stem in paths:
+            raise ValueError(f"{paths[stem]} and {path} share a stem: keep one of them")
+        paths[stem] = path
+    return dict(sorted(paths.items()))
+
+
+def _walk(folder: str, deep: bool, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """The files below a folder, by paths that begin with it; a link to a folder that holds it is not followed."""
+    if is_remote(folder):
+        for root, _, names in bf.walk(folder):
+            if "/." not in root[len(folder) :] and (deep or root.rstrip("/") == folder.rstrip("/")):
+                yield from (bf.join(root, name) for name in names if not name.startswith("."))
+        return
+    above = (*above, os.path.realpath(folder))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                yield path
+            elif deep and os.path.realpath(path) not in above:
+                yield from _walk(path, deep, above)
+
+
+def _check_path(path: str) -> None:
+    """:raises ValueError: where a line of UTF-8 cannot hold a path."""
+    found = _UNWRITABLE.findall(path)
+    if found:
+        what = "is not UTF-8" if max(found) >= "\ud800" else "has control characters"
+        raise ValueError(f"{_UNWRITABLE.sub(_shown, path)}: a name that {what} fits no manifest: rename it")
+
+
+def _shown(match: re.Match) -> str:
+    """Escape a character that cannot be shown; a byte that is no UTF-8 is one of U+DC80 ... U+DCFF in Python."""
+    number = ord(match[0])
+    return f"\\x{number & 0xFF:02x}" if number >= 0xD800 else f"\\u{number:04x}"
+
+
+# ---- writing ----
 
 
 @contextlib.contextmanager
@@ -79,6 +157,37 @@ def write_json(path: str | Path, value: Any, durable: bool = True) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n", durable)
 
 
+def replace_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
+    """
+    Make a local folder aside and put it in the place of what is there, which must be a folder or nothing.
+
+    :param fill: is given the folder aside, in the same parent, so that relative links in it stay right.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside, before = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    try:
+        aside.mkdir()
+        fill(aside)
+        if path.exists():
+            os.replace(path, before)
+        os.replace(aside, path)
+    finally:
+        for folder in (aside, before):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_link(path: str | Path, target: str | Path) -> None:
+    """Make a symbolic link, in the place of what file or link was there."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        os.symlink(target, aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     """Have the new name survive a power cut, too, where the file system can sync folders."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -94,6 +203,9 @@ def remove_leftovers(folder: str | Path) -> None:
     if not is_remote(folder) and os.path.isdir(folder):
         for path in Path(folder).glob(".*.part"):
             path.unlink(missing_ok=True)
+
+
+# ---- one run at a time ----
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from . import data_util, dist_util
 from .conditioning import ConditionSpec, as_rgb, as_signed, hv_planes
 from .data_stream import Key, stream
-from .image_files import Item, list_images, list_items, read_image, read_mask, slide_of, split_slides
 from .image_transforms import center_crop, jitter_stains, random_crop, random_flip_turn
+from .images import Item, list_images, list_items, read_image, read_inst_mask, read_mask, slide_of, split_slides
 
 # Decoded files and HV maps are kept in memory up to this many bytes a process; MoNuSeg's patches take 0.6 GB.
 CACHE_BYTES = 2 << 30
@@ -48,9 +48,9 @@ def read_sample(item: Item, spec: ConditionSpec, image_size: int) -> Sample:
             "prepare larger patches or lower --image_size"
         )
     masks = {}
-    for path in (item.class_mask, item.inst_mask):
+    for path, read in ((item.class_mask, read_mask), (item.inst_mask, read_inst_mask)):
         if path is not None:
-            masks[path] = read_mask(path)
+            masks[path] = read(path)
             if masks[path].shape != image.shape[:2]:
                 raise ValueError(
                     f"{path} is {masks[path].shape[1]} x {masks[path].shape[0]} px, its image {item.image} "

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .files import writing
+
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
 FORMATS = ("stdout", "log", "csv", "json", "tensorboard")
@@ -107,11 +109,9 @@ class CsvSink(Sink):
         if os.path.exists(self.path):
             with open(self.path, newline="", encoding="utf-8") as file:
                 rows = list(csv.reader(file))[1:]
-        draft = f"{self.path}.tmp"
-        with open(draft, "w", newline="", encoding="utf-8") as file:
+        with writing(self.path, "w") as file:
             file.write(_csv_line(columns) + "\n")
             file.writelines(_csv_line(row + [""] * (len(columns) - len(row))) + "\n" for row in rows)
-        os.replace(draft, self.path)
 
 
 class JsonSink(Sink):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .fp16_util import PRECISIONS
-from .image_files import LAYOUTS
+from .images import LAYOUTS
 from .options import Options, flag
 
 

@@ -23,14 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from guided_diffusion import cli
+from guided_diffusion.files import replace_folder, write_text
 from guided_diffusion.histology.assembly import (
     check_apart,
     check_sizes,
     draw,
     name_synthetic,
-    replace_folder,
     write_set,
-    write_whole,
 )
 from guided_diffusion.histology.evaluation.runs import find_runs
 from guided_diffusion.histology.features.cluster_folders import list_patches
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         def fill(folder: Path) -> None:
             write_set(folder, args.real, real, synthetic, args.copy, bar.update)
             made = {"settings": settings, "real": len(real), "synthetic": len(synthetic)}
-            write_whole(folder / RECORD, json.dumps(made, indent=1) + "\n")
+            write_text(folder / RECORD, json.dumps(made, indent=1) + "\n")
 
         replace_folder(args.out, fill)
     print(f"{args.out}: {len(real)} real and {len(synthetic)} synthetic training patches")

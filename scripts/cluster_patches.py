@@ -30,14 +30,13 @@ import numpy as np
 from tqdm import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.histology.evaluation.runs import slide_of
+from guided_diffusion.files import write_bytes, write_text
 from guided_diffusion.histology.features.cluster_folders import (
     RECORD,
     ClusterFolder,
     Patch,
     list_patches,
     plan,
-    write_whole,
 )
 from guided_diffusion.histology.features.cluster_picture import by_size, draw_clusters
 from guided_diffusion.histology.features.clustering import (
@@ -48,8 +47,9 @@ from guided_diffusion.histology.features.clustering import (
     silhouette,
     subset_cascade,
 )
-from guided_diffusion.histology.features.embeddings import Features, load_features, read_image
+from guided_diffusion.histology.features.embeddings import Features, load_features
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
+from guided_diffusion.images import read_image, slide_of
 from guided_diffusion.script_util import str2bool
 
 OWN_FILES = ("clusters.csv", "scores.json", "clusters.png")
@@ -91,9 +91,9 @@ def main(argv: list[str] | None = None) -> None:
         made.write(bar.update)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     sizes = {name: size_of(labels, patches, name) for name in by_size(np.array(labels))[0]}
-    write_whole(folder / "clusters.csv", table(patches, labels, args.data))
-    write_whole(folder / "clusters.png", picture)
-    write_whole(folder / "scores.json", json.dumps({**scores, "sizes": sizes, "settings": settings}, indent=1) + "\n")
+    write_text(folder / "clusters.csv", table(patches, labels, args.data))
+    write_bytes(folder / "clusters.png", picture)
+    write_text(folder / "scores.json", json.dumps({**scores, "sizes": sizes, "settings": settings}, indent=1) + "\n")
     report(folder, labels, scores, subsets, percents)
 
 

@@ -12,9 +12,8 @@ training, and prints a table.
 
 import argparse
 import hashlib
-import json
-import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
@@ -24,8 +23,9 @@ import numpy as np
 import torch as th
 from tqdm import tqdm
 
-from guided_diffusion import cli, image_files
+from guided_diffusion import cli
 from guided_diffusion.bridge import load_backbone
+from guided_diffusion.files import by_stem, write_json, writing
 from guided_diffusion.histology.evaluation import image_metrics, instance_metrics, runs
 from guided_diffusion.histology.evaluation import report as evaluation_report
 from guided_diffusion.histology.evaluation.evaluator import (
@@ -38,8 +38,10 @@ from guided_diffusion.histology.evaluation.evaluator import (
 )
 from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
+from guided_diffusion.images import Item, list_items, read_image, read_inst_mask, slide_of
 from scripts.extract_features import find_device
 
+MASK_SUFFIXES = (".png", ".tif", ".tiff")
 PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16}
 
 
@@ -86,9 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     held_out = real_set("real, held out", held_out_items, backbone, args.batch_size)
     sizes = {"real": train.images.shape[1:3]}
     sets = []
-    by_stem = {item.stem: item for item in [*every_train_item, *every_held_out_item]} if segmenter else {}
+    known = by_name([*every_train_item, *every_held_out_item]) if segmenter else {}
     for run in found:
-        sets.append(synthetic_set(run, backbone, args, by_stem))
+        sets.append(synthetic_set(run, backbone, args, known))
         sizes[run.name] = sets[-1].images.shape[1:3]
         if sizes[run.name] != sizes["real"]:
             raise ValueError(
@@ -134,16 +136,23 @@ def check(args: argparse.Namespace) -> list[str]:
 # ---- reading ----
 
 
-def real_items(data: Path) -> tuple[list[image_files.Item], list[image_files.Item]]:
+def real_items(data: Path) -> tuple[list[Item], list[Item]]:
     """:return: the training and the test patches; :raises ValueError: where a slide is on both sides."""
-    train, test = (image_files.list_items(str(data), "monuseg", is_train) for is_train in (True, False))
-    both = {runs.slide_of(item.stem) for item in train} & {runs.slide_of(item.stem) for item in test}
+    train, test = (list_items(str(data), "monuseg", is_train) for is_train in (True, False))
+    both = {slide_of(item.stem) for item in train} & {slide_of(item.stem) for item in test}
     if both:
         raise ValueError(
             f"--real {data} has slide {min(both)} among training and test patches: the floor would be none; "
             "move it to one side"
         )
     return train, test
+
+
+def by_name(items: Sequence[Item]) -> dict[str, Item]:
+    """:return: the items by their images' names, as manifests know them; none of a name that comes twice."""
+    names = [PurePath(item.image).stem for item in items]
+    counts = Counter(names)
+    return {name: item for name, item in zip(names, items) if counts[name] == 1}
 
 
 def spread(items: Sequence, limit: int) -> list:
@@ -153,9 +162,9 @@ def spread(items: Sequence, limit: int) -> list:
     return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
 
 
-def read_pair(image: str, mask: str) -> tuple[np.ndarray, np.ndarray]:
+def read_pair(image: str | Path, mask: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """An image, [H x W x 3] uint8, and its instance map, which must be of its size."""
-    pixels, ids = image_files.read_image(image, 3), image_files.read_mask(mask)
+    pixels, ids = read_image(image), read_inst_mask(mask)
     if ids.shape != pixels.shape[:2]:
         raise ValueError(
             f"{mask} is {ids.shape[1]} x {ids.shape[0]} px, its image {image} {pixels.shape[1]} x {pixels.shape[0]}: "
@@ -183,31 +192,31 @@ def embed(name: str, images: np.ndarray, backbone: Backbone | None, batch_size: 
     return np.concatenate([backbone.embed(images[start : start + batch_size]) for start in starts])
 
 
-def real_set(name: str, items: list[image_files.Item], backbone: Backbone | None, batch_size: int) -> PatchSet:
+def real_set(name: str, items: list[Item], backbone: Backbone | None, batch_size: int) -> PatchSet:
     for item in items:
         if item.inst_mask is None:
             raise ValueError(f"{item.image} has no instance mask in inst_masks: evaluation needs one")
     pairs = [read_pair(item.image, item.inst_mask) for item in tqdm(items, f"{name}: reading", leave=False, delay=2)]
     images = stacked([image for image, _ in pairs], [item.image for item in items])
     inst_maps = np.stack([inst_map for _, inst_map in pairs])
-    stems = [item.stem for item in items]
+    stems = [PurePath(item.image).stem for item in items]
     features = embed(name, images, backbone, batch_size)
-    return PatchSet(name, images, inst_maps, features, list(map(runs.slide_of, stems)), structures=stems)
+    return PatchSet(name, images, inst_maps, features, list(map(slide_of, stems)), structures=stems)
 
 
 def synthetic_set(
-    run: runs.Run, backbone: Backbone | None, args: argparse.Namespace, real: dict[str, image_files.Item]
+    run: runs.Run, backbone: Backbone | None, args: argparse.Namespace, real: dict[str, Item]
 ) -> PatchSet:
     """:param real: stem -> real patch, among which the samples' originals are looked for."""
     samples = spread(run.samples, args.limit)
     pairs = [
-        read_pair(str(sample.sample), str(sample.inst_mask))
+        read_pair(sample.sample, sample.inst_mask)
         for sample in tqdm(samples, f"{run.name}: reading", leave=False, delay=2)
     ]
     images = stacked([image for image, _ in pairs], [sample.sample for sample in samples])
     appearances = None
     if all(sample.appearance for sample in samples):
-        read = [image_files.read_image(str(sample.appearance), 3) for sample in samples]
+        read = [read_image(sample.appearance) for sample in samples]
         appearances = stacked(read, [sample.appearance for sample in samples])
     structures = [PurePath(sample.row.get("structure", sample.stem)).stem for sample in samples]
     inst_maps = np.stack([inst_map for _, inst_map in pairs])
@@ -216,7 +225,7 @@ def synthetic_set(
         images=images,
         inst_maps=inst_maps,
         features=embed(run.name, images, backbone, args.batch_size),
-        slides=[runs.slide_of(stem) for stem in structures],
+        slides=[slide_of(stem) for stem in structures],
         appearances=appearances,
         conditions=[f"{stem} {sample.row.get('appearance', sample.stem)}" for stem, sample in zip(structures, samples)],
         originals=find_originals([real.get(stem) for stem in structures], inst_maps),
@@ -224,7 +233,7 @@ def synthetic_set(
     )
 
 
-def find_originals(items: Sequence[image_files.Item | None], inst_maps: np.ndarray) -> np.ndarray | None:
+def find_originals(items: Sequence[Item | None], inst_maps: np.ndarray) -> np.ndarray | None:
     """
     Read the real patches whose nuclei samples should show.
 
@@ -312,9 +321,8 @@ def report(
         },
     )
     places = {run.name: place(run) for run in found}
-    aside = args.out / ".metrics.png.part"
-    evaluation_report.draw_figures(floor, figures, places, aside)
-    os.replace(aside, args.out / "metrics.png")
+    with writing(args.out / "metrics.png") as file:
+        evaluation_report.draw_figures(floor, figures, places, file)
     print(evaluation_report.table(rows))
     print(f"look at {args.out / 'metrics.png'}")
 
@@ -328,14 +336,7 @@ def place(run: runs.Run) -> tuple[str, float | None]:
     return PurePath(checkpoint).stem, s
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, path)
-
-
-def draw_copies(evaluator: Evaluator, sets: list[PatchSet], items: list[image_files.Item], path: Path) -> None:
+def draw_copies(evaluator: Evaluator, sets: list[PatchSet], items: list[Item], path: Path) -> None:
     """
     Draw the samples that look copied beside the patches they look copied from: those told by pixels, the closest first,
     then those told by features alone.
@@ -353,9 +354,8 @@ def draw_copies(evaluator: Evaluator, sets: list[PatchSet], items: list[image_fi
             pairs.append(((what != "pixels", distance), (patches.images[i], evaluator.train.images[j], caption)))
     path.unlink(missing_ok=True)
     if pairs:
-        aside = path.with_name(f".{path.name}.part")
-        evaluation_report.draw_pairs([pair for _, pair in sorted(pairs, key=lambda pair: pair[0])], aside)
-        os.replace(aside, path)
+        with writing(path) as file:
+            evaluation_report.draw_pairs([pair for _, pair in sorted(pairs, key=lambda pair: pair[0])], file)
         print(f"{len(pairs)} samples lie nearer to a training patch than real ones do: look at {path}")
 
 
@@ -370,24 +370,24 @@ def compare_masks(args: argparse.Namespace) -> None:
         raise ValueError(f"{there} has {stem}, {missing} has not: the folders must hold the same stems")
     rows = {}
     for stem in tqdm(sorted(truth), "comparing", leave=False, delay=2):
-        pair = [image_files.read_mask(str(path)) for path in (truth[stem], predicted[stem])]
+        pair = [read_inst_mask(path) for path in (truth[stem], predicted[stem])]
         if pair[0].shape != pair[1].shape:
             sizes = [f"{mask.shape[1]} x {mask.shape[0]} px" for mask in pair]
             raise ValueError(f"{predicted[stem]} is {sizes[1]}, {truth[stem]} {sizes[0]}: they must be of one size")
         rows[stem] = instance_metrics.measure(*pair)
-    means = instance_metrics.summarise(list(rows.values()), list(map(runs.slide_of, rows)), args.seed)
+    means = instance_metrics.summarise(list(rows.values()), list(map(slide_of, rows)), args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "metrics.json", {"mean": means, "images": rows})
     print(evaluation_report.table({name: {"mean": estimate(mean)} for name, mean in means.items()}))
 
 
-def masks_in(folder: Path) -> dict[str, Path]:
-    """:return: stem -> path of the .tif or .png masks in a folder."""
+def masks_in(folder: Path) -> dict[str, str]:
+    """:return: stem -> path of the masks in a folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give one of instance masks")
-    masks = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".tif", ".png")}
+    masks = by_stem(folder, MASK_SUFFIXES)
     if not masks:
-        raise ValueError(f"{folder} holds no mask (.tif, .png)")
+        raise ValueError(f"{folder} holds no mask ({', '.join(MASK_SUFFIXES)})")
     return masks
 
 

@@ -9,7 +9,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from scipy import stats
 
 from guided_diffusion import cli
+from guided_diffusion.files import write_bytes
 
 FIGURES = ("f1@0.5", "aji", "pq", "dice")
 VARIANTS = {
@@ -49,10 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows(args.out)
     if not rows:
         raise FileNotFoundError(f"{args.out} holds no f*-s*/VARIANT/test/metrics.json: run experiment.sh first")
-    write(args.out / "results.csv", as_csv(rows).encode())
+    write_bytes(args.out / "results.csv", as_csv(rows).encode())
     text = as_markdown(rows)
-    write(args.out / "results.md", text.encode())
-    write(args.out / "results.png", as_picture(rows))
+    write_bytes(args.out / "results.md", text.encode())
+    write_bytes(args.out / "results.png", as_picture(rows))
     print(text, end="")
 
 
@@ -144,13 +144,6 @@ def as_picture(rows: list[Row]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
     return buffer.getvalue()
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")  # jobs that share OUT write it, too
-    aside.write_bytes(data)
-    os.replace(aside, path)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from guided_diffusion import cli
 from guided_diffusion.bridge import load_backbone
-from guided_diffusion.histology.evaluation.runs import slide_of
 from guided_diffusion.histology.features.embeddings import (
     Features,
     data_root,
@@ -40,6 +39,7 @@ from guided_diffusion.histology.features.embeddings import (
     same_slide_share,
     save_features,
 )
+from guided_diffusion.images import slide_of
 
 PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16}
 

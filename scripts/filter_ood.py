@@ -30,26 +30,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch as th
-from PIL import Image
 from tqdm import tqdm
 
 from guided_diffusion import cli, results
 from guided_diffusion.bridge import load_backbone
+from guided_diffusion.files import list_files, replace_folder, write_bytes, write_text
 from guided_diffusion.histology.assembly import (
     Kept,
     check_apart,
     is_kept,
-    replace_folder,
     table,
     write_kept,
-    write_whole,
 )
-from guided_diffusion.histology.evaluation.runs import find_runs, slide_of
+from guided_diffusion.histology.evaluation.runs import find_runs
 from guided_diffusion.histology.features.backbones import Backbone
-from guided_diffusion.histology.features.embeddings import digest, list_images, read_image
 from guided_diffusion.histology.filtering import patchcore
 from guided_diffusion.histology.filtering.picture import SHOWN, Scored, draw_scores
-from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT, check_complete
+from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
+from guided_diffusion.images import EXTENSIONS, check_complete, check_image, read_image, slide_of
 from guided_diffusion.script_util import str2bool
 from scripts.extract_features import PRECISIONS, find_device
 
@@ -160,7 +158,7 @@ def find_real(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"--real {folder} is not a folder: give a data folder, or a folder of images")
     check_complete(folder, "--real")
     images = folder / TRAIN_SPLIT / "images"
-    files = list_images(images if images.is_dir() else folder)
+    files = [Path(file) for file in list_files(images if images.is_dir() else folder, EXTENSIONS, images.is_dir())]
     if not files:
         raise ValueError(f"--real {folder} holds no image, nor {TRAIN_SPLIT}/images that does: give real patches")
     return files
@@ -169,13 +167,8 @@ def find_real(folder: Path) -> list[Path]:
 def check_images(files: Sequence[Path]) -> None:
     """Refuse files that cannot be read, and those of another size than the first: a bank compares like with like."""
 
-    def size(file: Path) -> tuple[int, int]:
-        digest(file)
-        with Image.open(file) as image:
-            return image.size
-
     with ThreadPoolExecutor(2) as pool:
-        sizes = list(tqdm(pool.map(size, files), "checking", len(files), leave=False, disable=None))
+        sizes = list(tqdm(pool.map(check_image, files), "checking", len(files), leave=False, disable=None))
     for file, found in zip(files, sizes):
         if found != sizes[0]:
             first, other = (" x ".join(map(str, pair)) for pair in (sizes[0], found))
@@ -276,9 +269,9 @@ def write_out(out: Path, judged: list[Kept], kept: np.ndarray, picture: bytes, r
         }
         for item, keeps in zip(judged, kept)
     ]
-    write_whole(out / "scores.csv", table(SCORE_FIELDS, rows))
-    write_whole(out / "ood.png", picture)
-    write_whole(out / REPORT, json.dumps(report, indent=1) + "\n")
+    write_text(out / "scores.csv", table(SCORE_FIELDS, rows))
+    write_bytes(out / "ood.png", picture)
+    write_text(out / REPORT, json.dumps(report, indent=1) + "\n")
 
 
 def by_run(names: list[str], scores: np.ndarray, kept: np.ndarray, real_scores: np.ndarray) -> dict[str, dict]:

@@ -24,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from guided_diffusion import cli
+from guided_diffusion.files import write_text
 from guided_diffusion.histology.slides import annotations, patches
-from guided_diffusion.histology.slides.annotations import MANIFEST, TEST_SPLIT, TRAIN_SPLIT, Slide
+from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, Slide
+from guided_diffusion.images import MANIFEST
 
 Counts = dict[str, dict[str, int]]
 
@@ -178,9 +180,7 @@ def make_folders(out: Path, counts: Counts) -> None:
 
 def write_manifest(out: Path, settings: dict, counts: Counts, complete: bool) -> None:
     content = {"settings": settings, "complete": complete, "patches": counts}
-    aside = out / f".{MANIFEST}.{os.getpid()}.part"
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, out / MANIFEST)
+    write_text(out / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

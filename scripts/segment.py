@@ -11,9 +11,7 @@ weights by, are refused then.
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,14 +21,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from guided_diffusion import cli
+from guided_diffusion.files import write_json, writing
 from guided_diffusion.histology.evaluation import instance_metrics
-from guided_diffusion.histology.evaluation.runs import slide_of
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter, outlined
-from guided_diffusion.histology.slides import annotations
+from guided_diffusion.images import EXTENSIONS, read_image, slide_of
 from guided_diffusion.script_util import str2bool
 from scripts.extract_features import find_device
-from scripts.train_segmenter import write_json
 
 METRICS = "metrics.json"
 FOUND, TRUE = (255, 230, 0), (0, 90, 255)
@@ -42,9 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.centre < 0 or args.seed < 0:
         raise ValueError(f"--centre {args.centre} and --seed {args.seed} must be at least 0")
     segmenter = load_segmenter(args.model, find_device(args.device), args.flips)
-    images = segmenter_data.image_files(args.images)
+    images = segmenter_data.files_in(args.images)
     if not images:
-        raise ValueError(f"IMAGES {args.images} holds no image ({', '.join(annotations.IMAGE_SUFFIXES)})")
+        raise ValueError(f"IMAGES {args.images} holds no image ({', '.join(EXTENSIONS)})")
     check_out(args)
     masks = truth_files(args.truth, images, segmenter) if args.truth else None
     for stem in tqdm(images, "checking", leave=False, mininterval=1, disable=None):
@@ -92,7 +89,7 @@ def truth_files(folder: Path, images: dict[str, Path], segmenter: Segmenter) -> 
     :return: stem -> mask, for the images.
     :raises ValueError: where stems differ, or a slide was trained on or chose the weights.
     """
-    masks = segmenter_data.mask_files(folder)
+    masks = segmenter_data.files_in(folder)
     segmenter_data.check_partners(images, masks, folder)
     for stem in sorted(masks.keys() - images.keys()):
         raise ValueError(f"{masks[stem]} has no image {stem}.* among IMAGES: add it or remove the mask")
@@ -105,7 +102,7 @@ def truth_files(folder: Path, images: dict[str, Path], segmenter: Segmenter) -> 
 def read(stem: str, images: dict[str, Path], masks: dict[str, Path] | None) -> tuple[np.ndarray, np.ndarray | None]:
     """An image, and its true instance map where there is one."""
     if masks is None:
-        return annotations.read_image(images[stem]), None
+        return read_image(images[stem]), None
     example = segmenter_data.read_example(stem, images[stem], masks[stem])
     return example.image, example.inst_map
 
@@ -122,19 +119,13 @@ def write_pictures(out: Path, stem: str, image: np.ndarray, found: np.ndarray, t
     if found.max(initial=0) > np.iinfo(np.uint16).max:
         raise ValueError(f"{stem} has {found.max()} nuclei, more than a uint16 mask can number: cut the image")
     picture = image if truth is None else outlined(image, truth, TRUE)
-    save(Image.fromarray(outlined(picture, found, FOUND)).save, out / "overlays" / f"{stem}.png", "PNG")
-    save(Image.fromarray(found.astype(np.uint16)).save, out / "inst_masks" / f"{stem}.tif", "TIFF")
-
-
-def save(write: Callable[..., None], path: Path, kind: str) -> None:
-    """Write a picture whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        write(aside, format=kind)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    for array, path, kind in (
+        (outlined(picture, found, FOUND), out / "overlays" / f"{stem}.png", "PNG"),
+        (found.astype(np.uint16), out / "inst_masks" / f"{stem}.tif", "TIFF"),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path, durable=False) as file:
+            Image.fromarray(array).save(file, kind)
 
 
 def table(average: dict[str, dict[str, float | None]]) -> str:

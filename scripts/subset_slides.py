@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from guided_diffusion import cli, image_files
+from guided_diffusion import cli, images
 
-LAYOUT = image_files.LAYOUTS["monuseg"]
+LAYOUT = images.LAYOUTS["monuseg"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,10 +28,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not 0 < args.percent <= 100:
         raise ValueError(f"--percent {args.percent:g} must lie in (0, 100]")
-    items = image_files.list_items(str(args.data), "monuseg")
-    slides = choose_slides([image_files.slide_of(item.stem) for item in items], args.percent, args.seed)
-    kept = [item for item in items if image_files.slide_of(item.stem) in slides]
-    wanted = {f"{LAYOUT.train}/{folder}/{Path(path).name}": Path(path) for item in kept for folder, path in parts(item)}
+    items = images.list_items(str(args.data), "monuseg")
+    slides = choose_slides([images.slide_of(item.stem) for item in items], args.percent, args.seed)
+    kept = [item for item in items if images.slide_of(item.stem) in slides]
+    wanted = {
+        f"{LAYOUT.train}/{folder}/{item.stem}{Path(path).suffix}": Path(path)
+        for item in kept
+        for folder, path in parts(item)
+    }
     if (args.data / LAYOUT.test).is_dir():
         wanted[LAYOUT.test] = args.data / LAYOUT.test
     present = {p.relative_to(args.out).as_posix() for p in args.out.rglob("*") if p.is_symlink() or p.is_file()}
@@ -58,7 +62,7 @@ def choose_slides(slides: list[str], percent: float, seed: int) -> set[str]:
     return {names[i] for i in order[:count]}
 
 
-def parts(item: image_files.Item) -> list[tuple[str, str]]:
+def parts(item: images.Item) -> list[tuple[str, str]]:
     """:return: (folder, path) of each of an item's files."""
     files = (("images", item.image), (LAYOUT.class_folder, item.class_mask), (LAYOUT.instance_folder, item.inst_mask))
     return [(folder, path) for folder, path in files if path]

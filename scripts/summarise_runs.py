@@ -2,13 +2,13 @@
 
 import csv
 import json
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from guided_diffusion import cli
+from guided_diffusion.files import writing
 
 FIELDS = ("cluster", "images", "steps", "best_val_loss", "path")
 
@@ -28,12 +28,10 @@ def main(argv: list[str] | None = None) -> None:
     """Write the table, whole or not at all."""
     out, *runs = sys.argv[1:] if argv is None else argv
     rows = [row(*run.split("=", 1)) for run in runs]
-    aside = f"{out}.part"
-    with open(aside, "w", newline="") as file:
+    with writing(out, "w") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(aside, out)
 
 
 if __name__ == "__main__":

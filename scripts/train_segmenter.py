@@ -12,7 +12,6 @@ command goes on. By steps, and on a CPU, equal seeds give equal weights; by minu
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from guided_diffusion import cli
+from guided_diffusion.files import write_json
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.data import Pair
 from guided_diffusion.histology.segmenter.decoding import FILE
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs = segmenter_data.training_pairs(args.data)
     test_images = args.data / TEST_SPLIT / "images"
     if test_images.is_dir():
-        segmenter_data.check_no_overlap(pairs, segmenter_data.image_files(test_images), test_images)
+        segmenter_data.check_no_overlap(pairs, segmenter_data.files_in(test_images, deep=True), test_images)
     train, held, left_out = segmenter_data.hold_out(pairs, args.val_share, args.seed)
     config = config_of(args, settings, train, held, left_out)
     check_out(args.out, config)
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         print("no slide is held out (--val_share 0, or fewer than three): no early stop, the last weights are kept")
     if left_out:
         print(f"{len(left_out)} synthetic images made from held-out slides are left out")
+    args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / CONFIG, config)
     result = training.run(args.num_workers, report)
     write_json(args.out / RESULT, result)
@@ -172,13 +173,6 @@ def report(row: dict[str, float]) -> None:
 
 def line(figures: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, path)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "guided_diffusion"
 
 RANKS = {
+    # Shared by the core and histology:
+    "files": -2,
+    "images": -1,
     "cli": 0,
-    "files": 0,
     "logger": 0,
     "nn": 0,
     "losses": 0,
     "resample": 0,
     "dist_util": 0,
     "hv_maps": 0,
-    "image_files": 0,
     "data_util": 0,
     "guidance": 0,
     "background": 0,
@@ -85,7 +86,7 @@ ROOMS = {
     "assembly": {"evaluation", "features", "slides"},
     "bridge": {"", "features"},
 }
-SHARED = {"files"}
+SHARED = {"files", "images"}
 
 
 def module_files() -> dict[str, Path]:

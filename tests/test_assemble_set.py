@@ -13,7 +13,7 @@ from test_evaluate import write_run
 from guided_diffusion import cli
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.image_datasets import load_dataset
-from guided_diffusion.image_files import slide_of
+from guided_diffusion.images import slide_of
 from scripts import assemble_set
 
 TRAIN = "MoNuSegTrainingData"

@@ -19,6 +19,54 @@ with files.locked(sys.argv[1], "--out"):
 """
 
 
+def touched(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder
+
+
+def test_listing(tmp_path):
+    folder = touched(tmp_path, "b.png", "a.PNG", "c.txt", ".hidden.png", "x/a.png", ".git/a.png", "x/y, z/ä b.png")
+    (folder / "x" / "round").symlink_to("..")
+    (folder / "gone.png").symlink_to("nowhere")
+    flat = [f"{folder}/{name}" for name in ("a.PNG", "b.png", "gone.png")]
+    assert files.list_files(folder, (".png",)) == flat
+    deep = [*flat, f"{folder}/x/a.png", f"{folder}/x/y, z/ä b.png"]
+    assert files.list_files(folder, (".png",), deep=True) == deep
+    stems = files.by_stem(f"{folder}/", (".png",), deep=True)
+    assert list(stems) == ["a", "b", "gone", "x/a", "x/y, z/ä b"] and list(stems.values()) == deep
+    touched(folder, "x/a.tif")
+    with pytest.raises(ValueError, match=r"x/a.png and .*x/a.tif share a stem"):
+        files.by_stem(folder, (".png", ".tif"), deep=True)
+
+
+def test_a_folder_of_a_url(monkeypatch):
+    """What blobfile says of a folder of a bucket, whose names it gives with their separators."""
+    walked = [("gs://b/d/", ("x",), ("a.png", ".h.png")), *((f"gs://b/d/{x}/", (), ("a.png",)) for x in ("x", ".git"))]
+    monkeypatch.setattr(files.bf, "walk", lambda folder: iter(walked))
+    assert files.list_files("gs://b/d", (".png",)) == ["gs://b/d/a.png"]
+    assert files.by_stem("gs://b/d", (".png",), deep=True) == {"a": "gs://b/d/a.png", "x/a": "gs://b/d/x/a.png"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"Pr\xe4parat_000.png", r"Pr\\xe4parat_000\.png: a name that is not UTF-8"),
+        (b"d\xe4/a.png", r"d\\xe4/a\.png: a name that is not UTF-8"),
+        (b"a\nb.png", r"a\\u000ab\.png: a name that has control characters"),
+        ("a\u2028b.png".encode(), r"a\\u2028b\.png: a name that has control"),
+    ],
+)
+def test_names_that_no_line_can_hold_are_refused(tmp_path, name, shown):
+    touched(tmp_path, "fine, really ;'\".png", os.fsdecode(name))
+    with pytest.raises(ValueError, match=shown) as caught:
+        files.list_files(tmp_path, (".png",), deep=True)
+    assert len(str(caught.value).splitlines()) == 1 and str(caught.value).encode()
+    assert files.list_files(tmp_path, (".tif",), deep=True) == []
+
+
 def test_a_file_appears_whole(tmp_path):
     with files.writing(tmp_path / "a.bin") as file:
         file.write(b"half")
@@ -56,6 +104,28 @@ def test_a_full_disk_is_named_through_an_archive(tmp_path):
 def test_a_missing_folder_is_an_error_with_the_path(tmp_path):
     with pytest.raises(OSError, match=r"cannot write .*none/a: No such file"):
         files.write_bytes(tmp_path / "none" / "a", b"")
+
+
+def test_a_folder_is_replaced_whole_or_stays(tmp_path):
+    folder = tmp_path / "out"
+    files.replace_folder(folder, lambda aside: (aside / "old").write_text("1"))
+
+    def fail(aside):
+        (aside / "new").write_text("2")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.replace_folder(folder, fail)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    files.replace_folder(folder, lambda aside: (aside / "new").write_text("2"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_a_link_takes_the_place_of_another(tmp_path):
+    for target in ("a", "b"):
+        files.write_link(tmp_path / "link", target)
+        assert os.readlink(tmp_path / "link") == target
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
 def test_leftovers_of_killed_runs_go(tmp_path):

@@ -112,7 +112,7 @@ def float_mask(model, split):
         (lambda model, split: (split / "images" / "slide-2_000.png").unlink(), "slide-2_000.tif has no image"),
         (lambda model, split: [path.unlink() for path in (split / "images").iterdir()], "holds no image"),
         (other_size, "60 x 64 px but .*64 x 64 px"),
-        (float_mask, "whole numbers, this holds float32"),
+        (float_mask, "floating-point numbers"),
         (trained_slide, "trained on slide slide-0 of --truth"),
         (lambda model, split: rename(split, "Human_01"), "trained on slide Human_01 of --truth"),
         (lambda model, split: rename(split, "slide-9_000"), "chosen by slide slide-9 of --truth"),

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from guided_diffusion.histology.evaluation.runs import slide_of
-from guided_diffusion.image_files import list_items
+from guided_diffusion.images import list_items, slide_of
 from scripts import make_toy_monuseg
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ import pytest
 from conftest import write_patches
 
 from guided_diffusion import cli
-from guided_diffusion.image_files import list_items, slide_of
+from guided_diffusion.images import list_items, slide_of
 from scripts import subset_slides
 
 

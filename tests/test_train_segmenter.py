@@ -173,7 +173,7 @@ def no_nuclei(data):
         (remove("inst_masks/slide-1_002.tif"), "slide-1_002.png has no mask"),
         (remove("images/slide-1_002.png"), "slide-1_002.tif has no image"),
         (resize_mask, "32 x 30 px but .*32 x 32 px"),
-        (float_mask, "whole numbers, this holds float32"),
+        (float_mask, "floating-point numbers"),
         (no_nuclei, "shows no nucleus"),
         (lambda data: write_patches(data / "MoNuSegTestData", count=4), "slide slide-0 of .* is trained on"),
         (

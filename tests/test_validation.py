@@ -14,7 +14,7 @@ from PIL import Image
 import image_sample
 import image_train
 from guided_diffusion import checkpoint, dist_util
-from guided_diffusion.image_files import slide_of
+from guided_diffusion.images import slide_of
 from guided_diffusion.script_util import (
     args_to_dict,
     condition_spec,

@@ -15,7 +15,9 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image
 
-from .evaluation.runs import MANIFEST, Run, Sample, slide_of
+from ..files import write_text
+from ..images import check_image, read_inst_mask, slide_of
+from .evaluation.runs import MANIFEST, Run, Sample
 from .features.cluster_folders import Patch
 from .slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from .slides.patches import SUFFIXES
@@ -38,35 +40,6 @@ def table(fields: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """
-    Make a folder aside and put it in the place of what is there, which must be a folder or nothing.
-
-    :param fill: is given the folder aside, in the same parent, so that relative links in it stay right.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside, before = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
-    try:
-        aside.mkdir()
-        fill(aside)
-        if path.exists():
-            os.replace(path, before)
-        os.replace(aside, path)
-    finally:
-        for folder in (aside, before):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def put(source: Path, target: Path, copy: bool = False) -> None:
@@ -128,7 +101,7 @@ def write_kept(
                 put(source, folder / name / f"{stem}{source.suffix}")
         run = {"run": item.run.name, "sample": item.sample.stem, "score": item.score, "weight": item.weight}
         rows.append({**item.sample.row, "index": index, "stem": stem, **run})
-    write_whole(folder / MANIFEST, table([*fields, *KEPT_FIELDS], rows))
+    write_text(folder / MANIFEST, table([*fields, *KEPT_FIELDS], rows))
 
 
 def is_kept(folder: Path) -> bool:
@@ -228,20 +201,14 @@ def appearance_stem(sample: Sample, real: set[str]) -> str:
 
 def check_sizes(real: Patch, samples: Sequence[Synthetic]) -> None:
     """:raises ValueError: where a sample, or its mask, is not of the size of the real patches, or cannot be read."""
-    size = _size(real.image)
+    size = check_image(real.image)
     for item in samples:
         for path in (item.sample.sample, item.sample.inst_mask):
-            if _size(path) != size:
-                found = " x ".join(map(str, _size(path)))
-                raise ValueError(f"{path} is {found} px, real patches {size[0]} x {size[1]}: they must be of one size")
-
-
-def _size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError):
-        raise ValueError(f"{path} is not an image that can be read: replace it or remove it") from None
+            width, height = check_image(path)
+            if (width, height) != size:
+                raise ValueError(
+                    f"{path} is {width} x {height} px, real patches {size[0]} x {size[1]}: they must be of one size"
+                )
 
 
 def write_set(
@@ -264,13 +231,16 @@ def write_set(
         (train / name).mkdir(parents=True)
     rows = []
     for patch in real:
-        for name, source in patch.files.items():
-            put(source, train / name / source.name, copy)
+        for name, source in patch.places():
+            (train / name).parent.mkdir(parents=True, exist_ok=True)
+            put(source, train / name, copy)
         if "bin_masks" not in patch.files:
+            (train / "bin_masks" / patch.stem).parent.mkdir(parents=True, exist_ok=True)
             _write_binary(patch.files["inst_masks"], train / "bin_masks" / f"{patch.stem}.png")
         slide = slide_of(patch.stem)
-        own = dict(structure=patch.image.name, appearance=patch.image.name, slide=slide, structure_slide=slide)
-        rows.append({**own, "file": f"{TRAIN_SPLIT}/images/{patch.image.name}", "stem": patch.stem, "source": "real"})
+        name = f"{patch.stem}{patch.image.suffix}"
+        own = dict(structure=name, appearance=name, slide=slide, structure_slide=slide)
+        rows.append({**own, "file": f"{TRAIN_SPLIT}/images/{name}", "stem": patch.stem, "source": "real"})
         progress()
     for item in synthetic:
         put(item.sample.sample, train / "images" / f"{item.stem}.png", copy)
@@ -282,9 +252,8 @@ def write_set(
         shutil.copytree(data / TEST_SPLIT, folder / TEST_SPLIT)
     elif (data / TEST_SPLIT).is_dir():
         put(data / TEST_SPLIT, folder / TEST_SPLIT)
-    write_whole(folder / MANIFEST, table(SET_FIELDS, rows))
+    write_text(folder / MANIFEST, table(SET_FIELDS, rows))
 
 
 def _write_binary(inst_mask: Path, target: Path) -> None:
-    with Image.open(inst_mask) as image:
-        Image.fromarray(np.where(np.asarray(image) > 0, 255, 0).astype(np.uint8)).save(target)
+    Image.fromarray(np.where(read_inst_mask(inst_mask) > 0, 255, 0).astype(np.uint8)).save(target)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from guided_diffusion import files
 from guided_diffusion.histology import assembly
-from guided_diffusion.histology.evaluation.runs import Run, Sample, slide_of
+from guided_diffusion.histology.evaluation.runs import Run, Sample
 from guided_diffusion.histology.features.cluster_folders import Patch
+from guided_diffusion.images import slide_of
 
 
 def sample(stem, folder="run", **row):
@@ -84,7 +86,7 @@ def real_patch(folder, stem="slide-0_000", size=8):
     files = {"images": folder / f"images/{stem}.png", "inst_masks": folder / f"inst_masks/{stem}.tif"}
     Image.fromarray(np.zeros((size, size, 3), np.uint8)).save(files["images"])
     Image.fromarray(np.eye(size, dtype=np.int32) * 70_000).save(files["inst_masks"])
-    return Patch("MoNuSegTrainingData", files)
+    return Patch("MoNuSegTrainingData", stem, files)
 
 
 @pytest.mark.parametrize("copy", [False, True])
@@ -94,7 +96,7 @@ def test_a_set(tmp_path, copy):
     (tmp_path / "data/MoNuSegTestData/file").write_text("test")
     named = assembly.name_synthetic([write_sample(tmp_path / "run", "slide-0_001")], ["slide-0_000"])
     out = tmp_path / "deep/er/out"
-    assembly.replace_folder(out, lambda folder: assembly.write_set(folder, tmp_path / "data", [real], named, copy))
+    files.replace_folder(out, lambda folder: assembly.write_set(folder, tmp_path / "data", [real], named, copy))
     train = out / "MoNuSegTrainingData"
     for name, stem in (("70000", "slide-0_000"), ("60000", "slide-0_001")):
         stem = stem if name == "70000" else named[0].stem
@@ -126,7 +128,7 @@ def test_kept_files_are_relative_links_that_survive_a_move(tmp_path):
     folder = tmp_path / "in" / "kept"
     folders, fields = ("images", "labels", "samples", "inst_masks"), ("index", "stem", "s")
     assert not assembly.is_kept(folder)
-    assembly.replace_folder(folder, lambda aside: assembly.write_kept(aside, kept, folders, fields, several=True))
+    files.replace_folder(folder, lambda aside: assembly.write_kept(aside, kept, folders, fields, several=True))
     assert assembly.is_kept(folder)
     os.rename(tmp_path / "in", tmp_path / "moved")
     moved = tmp_path / "moved" / "kept"
@@ -137,21 +139,6 @@ def test_kept_files_are_relative_links_that_survive_a_move(tmp_path):
         ("x__a_000", "x", "1.5"),
         ("y__a_000", "y", "2.5"),
     ]
-
-
-def test_a_folder_is_replaced_whole_or_stays(tmp_path):
-    folder = tmp_path / "out"
-    assembly.replace_folder(folder, lambda aside: (aside / "old").write_text("1"))
-
-    def fail(aside):
-        (aside / "new").write_text("2")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        assembly.replace_folder(folder, fail)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
-    assembly.replace_folder(folder, lambda aside: (aside / "new").write_text("2"))
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
 def test_outputs_among_inputs_are_refused(tmp_path):

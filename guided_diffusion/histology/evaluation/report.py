@@ -7,6 +7,7 @@ Owns their look. Knows nothing of how figures are measured.
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -67,7 +68,10 @@ def _cell(value: Value) -> str:
 
 
 def draw_figures(
-    floor: dict[str, Value], rows: dict[str, dict[str, Value]], places: dict[str, tuple[str, float | None]], path: Path
+    floor: dict[str, Value],
+    rows: dict[str, dict[str, Value]],
+    places: dict[str, tuple[str, float | None]],
+    path: Path | IO[bytes],
 ) -> None:
     """
     Draw each figure: over s, a line a checkpoint, where there are several s; else a point a set. Beside the lines a set
@@ -129,7 +133,7 @@ def _draw_points(axes, values: dict[str, Value], places: dict[str, tuple[str, fl
     axes.margins(x=0.4)
 
 
-def draw_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]], path: Path) -> None:
+def draw_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]], path: Path | IO[bytes]) -> None:
     """
     Draw samples beside the training patches they look copied from.
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...files import list_files
+
 MANIFEST = "manifest.csv"
 
 
@@ -36,12 +38,6 @@ class Run:
     name: str
     path: Path
     samples: list[Sample]
-
-
-def slide_of(stem: str) -> str:
-    """:return: the slide a patch was cut from: NAME of NAME_000; a stem that ends otherwise is a slide of its own."""
-    name, _, number = stem.rpartition("_")
-    return name if name and number.isdecimal() else stem
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -76,7 +72,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 def read_run(path: Path, name: str) -> Run:
     """Read one results folder; parameters, result and errors as find_runs'."""
     rows = _rows(path / MANIFEST)
-    files = sorted(file for file in (path / "samples").iterdir() if file.suffix == ".png" and file.name[0] != ".")
+    files = [Path(file) for file in list_files(path / "samples", (".png",))]
     if not files:
         raise FileNotFoundError(f"{path / 'samples'} holds no .png: sample first")
     samples = []

@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..slides.annotations import TEST_SPLIT, TRAIN_SPLIT, check_complete
+from ...files import by_stem, write_link, write_text, writing
+from ...images import EXTENSIONS, check_complete
+from ..slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from ..slides.patches import SUFFIXES
-from .embeddings import list_images
 
 # Paths in the folder and where their links lead, or a copy's SHA-256: "links", what the last run wrote or was to write,
 # and "earlier", what was there before it, empty once it is finished.
@@ -25,9 +26,14 @@ COPY = "sha256:"
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch's files by the folder they lie in, images among them, and its split."""
+    """
+    A patch's files by the folder they lie in, images among them, and its split.
+
+    :param stem: their path below that folder, without suffix.
+    """
 
     split: str
+    stem: str
     files: Mapping[str, Path]
 
     @property
@@ -35,10 +41,10 @@ class Patch:
         """The image's path."""
         return self.files["images"]
 
-    @property
-    def stem(self) -> str:
-        """The name its files share."""
-        return self.image.stem
+    def places(self) -> Iterator[tuple[str, Path]]:
+        """:return: each file's path below the split's folder, as FOLDER/STEM.SUFFIX, and the file."""
+        for name, file in self.files.items():
+            yield f"{name}/{self.stem}{file.suffix}", file
 
 
 def list_patches(data: Path) -> list[Patch]:
@@ -59,23 +65,26 @@ def list_patches(data: Path) -> list[Patch]:
 
 
 def _list_split(folder: Path) -> list[Patch]:
-    images = sorted(list_images(folder / "images"), key=lambda image: image.stem)
-    masks = {name: {mask.stem: mask for mask in list_images(folder / name)} for name in SUFFIXES if name != "images"}
-    masks = {name: by_stem for name, by_stem in masks.items() if (folder / name).is_dir()}
-    if images and not masks:
+    found = {name: _files_in(folder / name) for name in SUFFIXES if (folder / name).is_dir()}
+    images = found.pop("images", {})
+    if images and not found:
         raise FileNotFoundError(f"DATA: {folder} has neither bin_masks nor inst_masks")
     patches = []
-    for image in images:
+    for stem, image in images.items():
         files = {"images": image}
-        for name, by_stem in masks.items():
-            if image.stem not in by_stem:
-                raise ValueError(f"{image} has no mask {image.stem}.* in {folder / name}: add it or remove the image")
-            files[name] = by_stem[image.stem]
+        for name, masks in found.items():
+            if stem not in masks:
+                raise ValueError(f"{image} has no mask {stem}.* in {folder / name}: add it or remove the image")
+            files[name] = masks[stem]
         for file in files.values():
             if not file.exists():
                 raise FileNotFoundError(f"{file} is a link that leads nowhere: mend it or remove it")
-        patches.append(Patch(folder.name, files))
+        patches.append(Patch(folder.name, stem, files))
     return patches
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
+    return {stem: Path(file) for stem, file in by_stem(folder, EXTENSIONS, deep=True).items()}
 
 
 def plan(
@@ -95,8 +104,8 @@ def plan(
     entries: dict[str, Path] = {}
 
     def place(base: str, patch: Patch) -> None:
-        for name, file in patch.files.items():
-            entries[f"{base}/{patch.split}/{name}/{file.name}"] = file
+        for name, file in patch.places():
+            entries[f"{base}/{patch.split}/{name}"] = file
 
     of_label: dict[str, dict[str, list[Patch]]] = {}
     for patch, label in zip(patches, labels):
@@ -182,12 +191,11 @@ class ClusterFolder:
         if self._is_own(name, mark):
             return
         place.parent.mkdir(parents=True, exist_ok=True)
-        aside = place.with_name(f".{place.name}.{os.getpid()}.part")
-        try:
-            shutil.copyfile(self.entries[name], aside) if self.copy else os.symlink(mark, aside)
-            os.replace(aside, place)
-        finally:
-            aside.unlink(missing_ok=True)
+        if not self.copy:
+            write_link(place, mark)
+            return
+        with writing(place, durable=False) as file, open(self.entries[name], "rb") as source:
+            shutil.copyfileobj(source, file)
 
     def _is_own(self, name: str, mark: str) -> bool:
         """Whether a path is still what the record says this class put there."""
@@ -229,17 +237,7 @@ class ClusterFolder:
 
     def _write_record(self, marks: Mapping[str, str], earlier: Mapping[str, set[str]]) -> None:
         pairs = [[name, mark] for name, marks in sorted(earlier.items()) for mark in sorted(marks)]
-        write_whole(self.path / RECORD, json.dumps({"links": dict(marks), "earlier": pairs}, indent=0) + "\n")
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file aside, then rename it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+        write_text(self.path / RECORD, json.dumps({"links": dict(marks), "earlier": pairs}, indent=0) + "\n")
 
 
 def _sha256(file: Path) -> str:

@@ -23,13 +23,13 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from ..slides.annotations import TEST_SPLIT, TRAIN_SPLIT, check_complete
+from ...files import list_files, writing
+from ...images import EXTENSIONS, check_complete, check_image, read_image
+from ..slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from .backbones import Backbone
 
 SPLITS = (TRAIN_SPLIT, TEST_SPLIT)
-IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 CHUNK = 256  # images whose vectors are kept together until all are there
 ARRAYS = ("features", "paths", "stems", "backbone", "weight_hash")
 
@@ -90,8 +90,8 @@ class Features:
 
 def find_images(folders: Sequence[Path]) -> list[Path]:
     """
-    List the images of folders, each of them one of: images; a data folder, with splits; a split, with images/; the
-    results of sampling (its samples/), or a sweep of them.
+    List the images of folders, each of them one of: images; a data folder, with splits; a split, whose images/ may have
+    sub-folders; the results of sampling (its samples/), or a sweep of them.
 
     :return: absolute paths, links not followed, sorted, each once.
     :raises FileNotFoundError: where a folder is missing; ValueError: where it holds no image, or was not prepared to
@@ -102,30 +102,22 @@ def find_images(folders: Sequence[Path]) -> list[Path]:
         if not folder.is_dir():
             raise FileNotFoundError(f"DIR: {folder} is not a folder; give one that holds images")
         check_complete(folder, "DIR:")
-        images = [path for images in _image_folders(folder) for path in list_images(images)]
+        images = _images_of(folder)
         if not images:
-            raise ValueError(f"DIR: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}), nor {TRAIN_SPLIT}/images")
+            raise ValueError(f"DIR: {folder} holds no image ({', '.join(EXTENSIONS)}), nor {TRAIN_SPLIT}/images")
         found.update(os.path.abspath(path) for path in images)
     return [Path(path) for path in sorted(found)]
 
 
-def list_images(folder: Path) -> list[Path]:
-    """:return: the images right in a folder, sorted; none if there is no such folder."""
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    return [folder / name for name in names if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)]
-
-
-def _image_folders(folder: Path) -> list[Path]:
+def _images_of(folder: Path) -> list[str]:
     if _is_results(folder):
-        return [folder / "samples"]
-    splits = [folder / split / "images" for split in SPLITS if (folder / split).is_dir()]
-    if splits:
-        return splits
-    if (folder / "images").is_dir():
-        return [folder / "images"]
-    if list_images(folder):
-        return [folder]
-    return [inner / "samples" for inner in sorted(folder.glob("[!.]*")) if _is_results(inner)]
+        return list_files(folder / "samples", EXTENSIONS)
+    for inside in ([folder / split / "images" for split in SPLITS], [folder / "images"]):
+        found = [path for images in inside if images.is_dir() for path in list_files(images, EXTENSIONS, deep=True)]
+        if found:
+            return found
+    runs = [inner / "samples" for inner in sorted(folder.glob("[!.]*")) if _is_results(inner)]
+    return [path for place in runs or [folder] for path in list_files(place, EXTENSIONS)]
 
 
 def _is_results(folder: Path) -> bool:
@@ -159,19 +151,8 @@ def digest(file: Path) -> str:
     :return: a SHA-256 of the file, which tells it from others.
     :raises FileNotFoundError, ValueError: in one line, naming the file.
     """
-    try:
-        with open(file, "rb") as opened:
-            content = opened.read()
-            opened.seek(0)
-            with Image.open(opened) as image:
-                image.verify() if image.format == "PNG" else image.load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is gone, or a link that leads nowhere") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{file} is not an image that can be read: replace it or remove it") from None
-    except Exception as error:  # a damaged file makes Pillow raise a dozen types
-        raise ValueError(f"{file} cannot be decoded ({error}): replace it or remove it") from None
-    return hashlib.sha256(content).hexdigest()
+    check_image(file)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def extract(
@@ -212,7 +193,8 @@ def extract(
             rows = np.concatenate(done)
             _check_finite(rows, chunk)
             parts.mkdir(parents=True, exist_ok=True)
-            _write_aside(part, lambda file, rows=rows: np.save(file, rows))
+            with writing(part) as file:
+                np.save(file, rows)
         else:
             progress(len(chunk))
         vectors.append(rows)
@@ -250,14 +232,6 @@ def _read_ahead(files: Sequence[Path], workers: int, ahead: int) -> Iterator[np.
             yield image
 
 
-def read_image(file: Path) -> np.ndarray:
-    """:return: an image as [H x W x 3] uint8, without transparency."""
-    with Image.open(file) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{file} has pixels of mode {image.mode}, not 8 bits a channel: convert it to 8-bit RGB")
-        return np.asarray(image.convert("RGB"))
-
-
 def _load_part(part: Path, count: int) -> np.ndarray | None:
     try:
         rows = np.load(part, allow_pickle=False)
@@ -278,7 +252,8 @@ def _check_finite(rows: np.ndarray, names: Sequence[object]) -> None:
 def save_features(path: Path, features: Features) -> None:
     """Write a feature file, whole or not at all."""
     arrays = {name: np.array(getattr(features, name)) for name in ARRAYS}
-    _write_aside(path, lambda file: np.savez(file, **arrays))
+    with writing(path) as file:
+        np.savez(file, **arrays)
 
 
 def load_features(path: Path) -> Features:
@@ -331,13 +306,3 @@ def same_slide_share(features: np.ndarray, slides: Sequence[str], chunk: int = 1
         far[np.arange(len(rows)), rows] = np.inf
         hits += int((names[far.argmin(1)] == names[rows]).sum())
     return hits / len(x)
-
-
-def _write_aside(path: Path, write: Callable) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

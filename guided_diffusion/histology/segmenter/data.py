@@ -15,8 +15,10 @@ import cv2
 import numpy as np
 import torch as th
 
-from ..evaluation.runs import MANIFEST, slide_of
-from ..slides.annotations import IMAGE_SUFFIXES, MASK_SUFFIXES, TRAIN_SPLIT, check_complete, read_image, read_inst_mask
+from ...files import by_stem
+from ...images import EXTENSIONS, check_complete, read_image, read_inst_mask, slide_of
+from ..evaluation.runs import MANIFEST
+from ..slides.annotations import TRAIN_SPLIT
 from .decoding import hv_target
 
 _SCALES = (0.8, 1.25)
@@ -53,16 +55,16 @@ class Example:
 
 def find_pairs(folder: Path) -> list[Pair]:
     """
-    Pair a split's images/ with its inst_masks/ by stem; what the data folder's manifest.csv says is synthetic is.
+    Pair a split's images/ with its inst_masks/ by stem, in sub-folders, too; what manifest.csv says is synthetic is.
 
     :param folder: a split, e.g. DATA/MoNuSegTrainingData.
     :return: the pairs, sorted by stem.
     :raises FileNotFoundError: where a folder is missing.
     :raises ValueError: where there is no image, or a stem has no partner or two.
     """
-    images, masks = (_by_stem(folder / name, suffixes) for name, suffixes in _FOLDERS.items())
+    images, masks = (files_in(folder / name, deep=True) for name in ("images", "inst_masks"))
     if not images:
-        raise ValueError(f"{folder / 'images'} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(f"{folder / 'images'} holds no image ({', '.join(EXTENSIONS)})")
     check_partners(images, masks, folder / "inst_masks")
     for stem in sorted(masks.keys() - images.keys()):
         raise ValueError(f"{masks[stem]} has no image in {folder / 'images'}: add it or remove the mask")
@@ -108,14 +110,11 @@ def checksum(pairs: Iterable[Pair]) -> str:
     return found.hexdigest()
 
 
-def image_files(folder: Path) -> dict[str, Path]:
-    """Stem -> image of a folder, sorted; errors as `find_pairs`."""
-    return _by_stem(folder, IMAGE_SUFFIXES)
-
-
-def mask_files(folder: Path) -> dict[str, Path]:
-    """Stem -> instance mask of a folder, sorted; errors as `find_pairs`."""
-    return _by_stem(folder, MASK_SUFFIXES)
+def files_in(folder: Path, deep: bool = False) -> dict[str, Path]:
+    """Stem -> image or mask of a folder, see files.by_stem; :raises FileNotFoundError: if it is none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: every image needs an instance mask beside images/")
+    return {stem: Path(path) for stem, path in by_stem(folder, EXTENSIONS, deep).items()}
 
 
 def check_partners(images: dict[str, Path], masks: dict[str, Path], where: Path) -> None:
@@ -248,22 +247,6 @@ def jitter_stains(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     density = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)[image]
     changed = density @ mixing.astype(np.float32) + (beta @ stains).astype(np.float32)
     return np.clip(np.rint(256 * 10**-changed - 1), 0, 255).astype(np.uint8)
-
-
-_FOLDERS = {"images": IMAGE_SUFFIXES, "inst_masks": MASK_SUFFIXES}
-
-
-def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: every image needs an instance mask beside images/")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in suffixes or path.name.startswith("."):
-            continue
-        if path.stem in found:
-            raise ValueError(f"{found[path.stem]} and {path} share a stem: keep one of them")
-        found[path.stem] = path
-    return found
 
 
 def _synthetic_sources(path: Path) -> dict[str, frozenset[str]]:

@@ -19,7 +19,7 @@ from skimage.measure import label, regionprops
 from skimage.morphology import remove_small_objects
 from skimage.segmentation import find_boundaries, relabel_sequential, watershed
 
-from ..evaluation.runs import slide_of
+from ...images import slide_of
 from .net import STRIDE, SegmenterNet, seeded_net
 
 KIND = "nuclei segmenter"

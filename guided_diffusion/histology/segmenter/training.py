@@ -5,7 +5,6 @@ Owns the loop. Knows nothing of folders of data nor of flags.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,8 +17,9 @@ import torch as th
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ...files import writing
+from ...images import slide_of
 from ..evaluation import instance_metrics
-from ..evaluation.runs import slide_of
 from .data import Crops, Example
 from .decoding import FILE, Segmenter, as_content, as_input, load_checked
 from .net import load_imagenet_weights, seeded_net
@@ -235,12 +235,8 @@ class Training:
 def save_atomically(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint whole or not at all; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        th.save(content, aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with writing(path) as file:
+        th.save(content, file)
 
 
 def _schedule(progress: float) -> float:

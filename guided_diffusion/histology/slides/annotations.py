@@ -6,7 +6,6 @@ patches nor of what the maps are used for, and writes nothing.
 """
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from xml.etree import ElementTree
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+
+from ...files import by_stem
+from ...images import MANIFEST, read_image, read_inst_mask
 
 TRAIN_SPLIT = "MoNuSegTrainingData"
 TEST_SPLIT = "MoNuSegTestData"
-MANIFEST = "prepare.json"
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png")
 XML_SUFFIXES = (".xml",)
@@ -30,7 +30,6 @@ _MASK_FOLDERS = ("inst_masks",)
 # What the reference's mask script writes beside the images; its masks and overlays are no slides.
 _DERIVED_FOLDERS = ("bin_masks", "overlay", "rgb_image")
 _MAX_DEPTH = 3
-_EIGHT_BIT_MODES = ("L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
 @dataclass(frozen=True)
@@ -113,37 +112,6 @@ def read_slide(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
     return image, rasterise(polygons, height, width)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """
-    :return: an [H x W x 3] uint8 RGB array.
-    :raises ValueError: the file cannot be decoded, or has more than 8 bits a channel.
-    """
-    with _decoded(path) as image:
-        if image.mode not in _EIGHT_BIT_MODES:
-            raise ValueError(f"{path}: an image of pixel type {image.mode}; save it as 8-bit RGB")
-        return np.asarray(image.convert("RGB"))
-
-
-def read_inst_mask(path: Path) -> np.ndarray:
-    """
-    :return: an [H x W] int32 map, 0 = background, every other value one nucleus.
-    :raises ValueError: the file cannot be decoded, has several channels, or holds floats or negative values.
-    """
-    with _decoded(path) as image:
-        values = np.asarray(image)
-    if values.ndim != 2:
-        raise ValueError(
-            f"{path}: an instance mask has one channel, this has {values.shape[2]}; save the ids, not colours"
-        )
-    if values.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path}: an instance mask holds whole numbers, this holds {values.dtype}; save it as uint16 or int32"
-        )
-    if values.size and values.min() < 0:
-        raise ValueError(f"{path}: an instance mask starts at 0 (background), this holds {values.min()}; renumber it")
-    return values.astype(np.int32)
-
-
 def read_polygons(path: Path) -> list[np.ndarray]:
     """
     Read the outlines of an Aperio XML: every `Region` of every layer, in document order.
@@ -210,21 +178,6 @@ class _RegionCollector:
         return self.regions
 
 
-def check_complete(data: Path, flag: str) -> None:
-    """
-    Refuse what an interrupted scripts/prepare_monuseg.py left, by the manifest that it begins with.
-
-    :param data: a data folder, or a folder up to two below it: a split, or its images.
-    :param flag: that names it.
-    :raises ValueError: if it is not whole.
-    """
-    absolute = Path(os.path.abspath(data))
-    for folder in (absolute, *absolute.parents[:2]):
-        manifest = folder / MANIFEST
-        if manifest.is_file() and '"complete": false' in manifest.read_text(encoding="utf-8"):
-            raise ValueError(f"{flag} {data} is not prepared to the end: run prepare_monuseg.py again")
-
-
 def _to_pixels(vertices: list[tuple[float, float]], path: Path, number: int) -> np.ndarray:
     points = np.trunc(np.array(vertices, dtype=np.float64).reshape(-1, 2))
     if not (np.abs(points) < 2**31).all():
@@ -235,20 +188,6 @@ def _to_pixels(vertices: list[tuple[float, float]], path: Path, number: int) -> 
 def _touches(polygon: np.ndarray, height: int, width: int) -> bool:
     (x0, y0), (x1, y1) = polygon.min(axis=0), polygon.max(axis=0)
     return bool(x1 >= 0 and y1 >= 0 and x0 < width and y0 < height)
-
-
-def _decoded(path: Path) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd tags; what keeps the pixels from being read is an error
-            image = Image.open(path)
-            image.load()
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: no image format known, or cut short; download or export it again") from error
-    # Pillow's decoders raise whatever the broken bytes lead to (OSError, SyntaxError, struct.error, TypeError, ...).
-    except Exception as error:
-        raise ValueError(f"{path}: not a readable image ({error}); download or export it again") from error
-    return image
 
 
 def _walk(raw: Path) -> Iterator[Path]:
@@ -285,14 +224,10 @@ def _slides_in(folder: Path, raw: Path) -> list[Slide]:
 def _by_stem(folders: Sequence[Path], suffixes: tuple[str, ...]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in folders:
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() not in suffixes or path.name.startswith(".") or path.is_dir():
-                continue
-            if path.stem in found:
-                raise ValueError(
-                    f"{found[path.stem]} and {path} are the same slide by name; remove or rename one of them"
-                )
-            found[path.stem] = path
+        for stem, file in by_stem(folder, suffixes).items():
+            if stem in found:
+                raise ValueError(f"{found[stem]} and {file} are the same slide by name; remove or rename one of them")
+            found[stem] = Path(file)
     return found
 
 

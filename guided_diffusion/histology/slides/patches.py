@@ -4,12 +4,13 @@ Cutting a slide into patches: where the windows lie, in which order, and the thr
 Owns the patch folder's formats. Knows nothing of where a slide comes from.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ...files import writing
 
 MODES = ("valid", "mirror")
 SUFFIXES = {"images": ".png", "bin_masks": ".png", "inst_masks": ".tif"}
@@ -121,9 +122,5 @@ def _starts(length: int, window: int, step: int) -> tuple[list[int], list[int]]:
 
 
 def _save(picture: Image.Image, path: Path, **options) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        picture.save(aside, format={".png": "PNG", ".tif": "TIFF"}[path.suffix], **options)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with writing(path, durable=False) as file:
+        picture.save(file, format={".png": "PNG", ".tif": "TIFF"}[path.suffix], **options)

@@ -19,13 +19,6 @@ def write_run(path, stems=("b", "a"), appearance=True):
     return path
 
 
-@pytest.mark.parametrize(
-    ("stem", "slide"), [("TCGA-1_003", "TCGA-1"), ("a_b_1000", "a_b"), ("whole", "whole"), ("_000", "_000")]
-)
-def test_slide_of(stem, slide):
-    assert runs.slide_of(stem) == slide
-
-
 def test_a_run_in_the_order_of_stems_with_its_rows(tmp_path):
     (run,) = runs.find_runs([write_run(tmp_path / "run")])
     assert run.name == "run" and [sample.stem for sample in run.samples] == ["a", "b"]
