@@ -16,8 +16,6 @@ from guided_diffusion.histology.features.embeddings import Features, save_featur
 from guided_diffusion.image_datasets import load_dataset
 from scripts import cluster_patches
 
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, TEST = "MoNuSegTrainingData", "MoNuSegTestData"
 SPEC = ConditionSpec(num_classes=6, use_hv_map=True, use_col_map=True)
@@ -217,28 +215,3 @@ def test_somebody_elses_folder_is_refused(data, features):
     (data / "C" / "scores.json").write_text("{}")
     with pytest.raises(ValueError, match="scores.json is there but not by this command"):
         cluster_patches.main([str(data), "--features", str(features), *KMEANS])
-
-
-@pytest.mark.slow
-def test_umap_of_real_patches(monuseg, tmp_path, capsys):
-    """The stains of four real slides come out as clusters of whole slides, more or less."""
-    pytest.importorskip("umap")
-    from scripts import extract_features
-
-    slides = sorted((monuseg / "raw").rglob("*.tif"))[:4]
-    if len(slides) < 4:
-        pytest.skip("no raw slides")
-    images = tmp_path / "data" / TRAIN / "images"
-    images.mkdir(parents=True)
-    (images.parent / "bin_masks").mkdir()
-    for slide in slides:
-        picture = Image.open(slide).convert("RGB")
-        for k in range(20):
-            box = (k % 5 * 128, k // 5 * 128, k % 5 * 128 + 128, k // 5 * 128 + 128)
-            picture.crop(box).save(images / f"{slide.stem}_{k:03d}.png")
-            Image.new("L", (128, 128)).save(images.parent / "bin_masks" / f"{slide.stem}_{k:03d}.png")
-    out = str(tmp_path / "f.npz")
-    extract_features.main([str(tmp_path / "data"), "--backbone", "stain", "--out", out])
-    cluster_patches.main([str(tmp_path / "data"), "--features", out, "--min_cluster_size", "10", "--min_samples", "3"])
-    (folder,) = (tmp_path / "data").glob("__stain_umap*")
-    assert json.loads((folder / "scores.json").read_text())["clusters"] >= 2

@@ -226,8 +226,8 @@ def _by_density(train: np.ndarray, test: np.ndarray, options: Options) -> tuple[
         raise ImportError("--cluster hdbscan needs: pip install hdbscan; or take --cluster kmeans") from None
     model = hdbscan.HDBSCAN(options.min_cluster_size, options.min_samples, prediction_data=True, core_dist_n_jobs=1)
     labels = model.fit_predict(train)
-    if not (labels >= 0).any():
-        return labels, np.full(len(test), -1)  # without clusters the package would warn
+    if not len(test) or not (labels >= 0).any():
+        return labels, np.full(len(test), -1)  # the package would refuse no points, and warn of no clusters
     return labels, hdbscan.approximate_predict(model, test)[0]
 
 

@@ -92,10 +92,11 @@ def test_new_points_get_the_labels_of_where_they_fall():
 
 
 @pytest.mark.filterwarnings("error")
-def test_without_clusters_all_is_noise():
+def test_without_clusters_all_is_noise_and_without_points_there_are_no_labels():
     train = np.random.default_rng(0).uniform(size=(40, 3))
     found = fit(train, train[:2], Options("none", min_samples=10, min_cluster_size=39), 0)
     assert found.train_labels == [NOISE] * 40 and found.test_labels == [NOISE] * 2
+    assert fit(blobs()[0], train[:0], Options("none", min_samples=3, min_cluster_size=20), 0).test_labels == []
 
 
 def test_best_of_takes_the_best_silhouette():
