@@ -25,7 +25,7 @@ def load_backbone(name: str, device: th.device, dtype: th.dtype = th.float32) ->
     return backbones.load_backbone(name, device, dtype, {"sdm": load_sdm})
 
 
-def load_sdm(name: str, device: th.device, dtype: th.dtype = th.float32) -> "DiffusionBackbone":
+def load_sdm(name: str, device: th.device, dtype: th.dtype) -> "DiffusionBackbone":
     """
     Make a backbone of a checkpoint of image_train.py, by the config.json beside it.
 

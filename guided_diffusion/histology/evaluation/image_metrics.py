@@ -13,7 +13,7 @@ from scipy.stats import wasserstein_distance
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
 
-KID_SUBSETS = 100
+KID_SUBSETS, KID_SUBSET = 100, 1000  # how many, and images a side in each
 NEIGHBOURS = 3  # of the manifolds in precision_recall, as in the paper
 _BLOCK = 32  # MiB of distances at a time
 _ALIGNED_SIDE = 32  # in px: what images are reduced to before they are laid over each other
@@ -36,13 +36,12 @@ class Estimate:
 # ---- distributions ----
 
 
-def kernel_distance(real: np.ndarray, synthetic: np.ndarray, rng: np.random.Generator, subset: int = 1000) -> Estimate:
+def kernel_distance(real: np.ndarray, synthetic: np.ndarray, rng: np.random.Generator) -> Estimate:
     """
     Kernel inception distance (Binkowski et al. 2018): the squared MMD with the kernel (x . y / D + 1)^3, unbiased.
 
     :param real: an [N x D] array of features; synthetic: [M x D].
-    :param rng: draws the subsets.
-    :param subset: images a side in each of KID_SUBSETS subsets; fewer where there are not twice as many.
+    :param rng: draws KID_SUBSETS subsets of KID_SUBSET images a side; fewer where there are not twice as many.
     :return: mean and spread over the subsets; about 0 for equal distributions, and below at times.
     :raises ValueError: where a side has fewer than 4 images.
     """
@@ -52,7 +51,7 @@ def kernel_distance(real: np.ndarray, synthetic: np.ndarray, rng: np.random.Gene
     fewest = min(len(real), len(synthetic))
     if fewest < 4:
         raise ValueError(f"the kernel distance takes at least 4 images a side, and there are {fewest}: give more")
-    size = min(subset, fewest // 2)
+    size = min(KID_SUBSET, fewest // 2)
     values = []
     for _ in range(KID_SUBSETS):
         picked = [from_numpy(x[rng.choice(len(x), size, replace=False)]).double() for x in (real, synthetic)]
@@ -86,22 +85,22 @@ def frechet_distance(real: np.ndarray, synthetic: np.ndarray) -> float | None:
     return float(metric.compute())
 
 
-def precision_recall(real: np.ndarray, synthetic: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(real: np.ndarray, synthetic: np.ndarray) -> tuple[float, float]:
     """
     Improved precision and recall (Kynkaanniemi et al. 2019).
 
-    :param real: an [N x D] array of features; synthetic: [M x D]; both with more than k rows.
+    :param real: an [N x D] array of features; synthetic: [M x D]; both with more than NEIGHBOURS rows.
     :return: the share of synthetic images that lie in the real ones' manifold, and the other way round.
     """
-    if min(len(real), len(synthetic)) <= k:
-        raise ValueError(f"precision and recall take more than {k} images a side: give more")
-    return _share_within(synthetic, real, k), _share_within(real, synthetic, k)
+    if min(len(real), len(synthetic)) <= NEIGHBOURS:
+        raise ValueError(f"precision and recall take more than {NEIGHBOURS} images a side: give more")
+    return _share_within(synthetic, real), _share_within(real, synthetic)
 
 
-def _share_within(points: np.ndarray, manifold: np.ndarray, k: int) -> float:
-    """The share of points no further from some point of the manifold than that one's k-th neighbour is."""
+def _share_within(points: np.ndarray, manifold: np.ndarray) -> float:
+    """The share of points no further from some point of the manifold than that one's last neighbour is."""
     points, manifold = (np.asarray(x, np.float64) for x in (points, manifold))
-    radii = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(manifold).kneighbors()[0][:, -1]
+    radii = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute").fit(manifold).kneighbors()[0][:, -1]
     within = pairwise_distances_chunked(
         points, manifold, reduce_func=lambda block, _: (block <= radii).any(axis=1), working_memory=_BLOCK
     )

@@ -15,6 +15,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(1, 10))
+RESAMPLES = 2000  # of the bootstrap
 
 
 class Overlaps(NamedTuple):
@@ -140,13 +141,13 @@ def measure(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
 
 
 def summarise(
-    rows: Sequence[dict[str, float]], slides: Sequence[str], seed: int = 0, resamples: int = 2000, level: float = 0.95
+    rows: Sequence[dict[str, float]], slides: Sequence[str], seed: int = 0
 ) -> dict[str, dict[str, float | None]]:
     """
     Average the images' metrics, with a bootstrap interval over slides.
 
     Images of one slide are alike, so whole slides are drawn with replacement and the mean is taken over all images
-    of those drawn; the interval runs between the quantiles (1 - level) / 2 and (1 + level) / 2 of the means.
+    of those drawn; the interval runs between the quantiles .025 and .975 of RESAMPLES means.
 
     :param rows: from `measure`, one an image.
     :param slides: the slide of each.
@@ -166,9 +167,9 @@ def summarise(
     mean = values.mean(axis=0)
     if len(groups) < 2:
         return {name: dict(mean=float(mean[k]), low=None, high=None) for k, name in enumerate(names)}
-    drawn = np.random.default_rng(seed).integers(0, len(groups), (resamples, len(groups)))
+    drawn = np.random.default_rng(seed).integers(0, len(groups), (RESAMPLES, len(groups)))
     means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
     return {name: dict(mean=float(mean[k]), low=float(low[k]), high=float(high[k])) for k, name in enumerate(names)}
 
 

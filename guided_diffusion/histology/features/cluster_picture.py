@@ -115,5 +115,5 @@ def _colours(count: int) -> list[tuple[float, float, float]]:
     return [colorsys.hls_to_rgb((0.6 + i * 0.618034) % 1, (0.42, 0.58, 0.3)[i % 3], 0.75) for i in range(count)]
 
 
-def _short(name: str, length: int = 16) -> str:
-    return name if len(name) <= length else f"{name[: length - 2]}.."
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else f"{name[:14]}.."

@@ -23,6 +23,7 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from sklearn.neighbors import NearestNeighbors
 
 from ...files import list_files, writing
 from ...images import EXTENSIONS, check_complete, check_image, read_image
@@ -286,7 +287,7 @@ def load_features(path: Path) -> Features:
     return Features(rows, paths.tolist(), stems.tolist(), str(arrays["backbone"]), str(arrays["weight_hash"]))
 
 
-def same_slide_share(features: np.ndarray, slides: Sequence[str], chunk: int = 1024) -> float:
+def same_slide_share(features: np.ndarray, slides: Sequence[str]) -> float:
     """
     How well features tell slides apart without being told: the share of images whose nearest other image, by Euclidean
     distance, is of the same slide. Chance is about 1 / slides.
@@ -295,14 +296,7 @@ def same_slide_share(features: np.ndarray, slides: Sequence[str], chunk: int = 1
     :param slides: N names.
     :return: in [0, 1].
     """
-    x = np.asarray(features, np.float64)
-    x = x - x.mean(0)
-    _, names = np.unique(np.asarray(slides), return_inverse=True)
-    square = (x**2).sum(1)
-    hits = 0
-    for start in range(0, len(x), chunk):
-        rows = np.arange(start, min(start + chunk, len(x)))
-        far = square[None, :] - 2 * x[rows] @ x.T
-        far[np.arange(len(rows)), rows] = np.inf
-        hits += int((names[far.argmin(1)] == names[rows]).sum())
-    return hits / len(x)
+    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(np.asarray(features, np.float64))
+    nearest = search.kneighbors(return_distance=False)[:, 0]
+    names = np.asarray(slides)
+    return float((names[nearest] == names).mean())

@@ -24,17 +24,17 @@ STAGES = (
 )
 HEAD = 1280
 
-Norm = Callable[..., nn.BatchNorm2d]
+Norm = Callable[..., nn.BatchNorm2d]  # makes a norm layer of a number of channels and an eps
 
 
 class Lite0(nn.Module):
-    """The network without its classifier; `norm` makes a norm layer of a number of channels and an eps."""
+    """The network without its classifier."""
 
-    def __init__(self, norm: Norm = nn.BatchNorm2d) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.stem = ConvNorm(3, STEM, 3, stride=2, norm=norm)
-        self.stages = make_stages(len(STAGES), norm)
-        self.head = ConvNorm(STAGES[-1][3], HEAD, 1, norm=norm)
+        self.stem = ConvNorm(3, STEM, 3, stride=2)
+        self.stages = make_stages(len(STAGES))
+        self.head = ConvNorm(STAGES[-1][3], HEAD, 1)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """:param x: [N x 3 x H x W]. :return: [N x 1280 x H / 32 x W / 32], rounded up."""

@@ -28,6 +28,7 @@ MODES = ("threshold", "weights", "top_n")
 _PROJECTED = 128  # dimensions in which the coreset is chosen
 _CANDIDATES = 4096
 _ROWS, _COLUMNS = 1024, 4096  # of a block of distances: 16 MiB
+_AROUND = 9  # bank vectors that re-weight a score
 _FLAT = 1e-6  # directions of less than this share of the largest variance are left out
 _COARSE = 8  # the first 1 / 8 of the bank bounds distances from above
 
@@ -207,7 +208,7 @@ class PatchCore:
         x = self._whitened(features)
         return squared_distances(x.flatten(0, 1), self.bank).sqrt().view(x.shape[:2])
 
-    def score(self, features: th.Tensor, reweight: bool = False, neighbours: int = 9) -> th.Tensor:
+    def score(self, features: th.Tensor, reweight: bool = False) -> th.Tensor:
         """
         Score images: the largest distance of any place to its nearest bank vector; lower is more like the real ones.
 
@@ -215,8 +216,8 @@ class PatchCore:
         and a place whose bound is below another's distance cannot be the largest.
 
         :param features: an [N x P x D] tensor of local features.
-        :param reweight: multiply by 1 - softmax over the bank vectors around the nearest one (equation 7).
-        :param neighbours: how many those are, the nearest one among them.
+        :param reweight: multiply by 1 - softmax over the 9 bank vectors around the nearest one, itself among them
+            (equation 7).
         :return: an [N] fp32 tensor.
         """
         x = self._whitened(features)
@@ -231,14 +232,14 @@ class PatchCore:
         if todo.any():
             known[todo] = squared_distances(x[todo], self.bank)
         farthest = x[th.arange(images, device=x.device), known.argmax(1)]
-        return th.cat([self._score_places(part, reweight, neighbours) for part in farthest.split(256)])
+        return th.cat([self._score_places(part, reweight) for part in farthest.split(256)])
 
-    def _score_places(self, x: th.Tensor, reweight: bool, neighbours: int) -> th.Tensor:
+    def _score_places(self, x: th.Tensor, reweight: bool) -> th.Tensor:
         """Distances of [N x K] vectors to their nearest, by differences and not by products: without cancellation."""
         nearest = self.bank[self._closest(x, 1)[:, 0]]
         score = (x - nearest).norm(dim=1)
         if reweight:
-            around = self.bank[self._closest(nearest, min(neighbours, len(self.bank)))]
+            around = self.bank[self._closest(nearest, min(_AROUND, len(self.bank)))]
             far = (x[:, None] - around).norm(dim=2)
             score = score * (1 - (score - far.logsumexp(1)).exp())
         return score

@@ -222,4 +222,4 @@ def test_same_slide_share_equals_brute_force():
         far = ((x - x[i]) ** 2).sum(1)
         far[i] = np.inf
         hits += slides[far.argmin()] == slides[i]
-    assert embeddings.same_slide_share(x, slides, chunk=7) == pytest.approx(hits / 60)
+    assert embeddings.same_slide_share(x, slides) == pytest.approx(hits / 60)
