@@ -46,18 +46,24 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolve(argv: list[str] | None) -> argparse.Namespace:
+def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """
-    Read the command line over the checkpoint's own configuration, if that lies beside it.
+    Read the command line over the checkpoint's own configuration, if that lies beside it. Collective.
 
-    :return: flag -> value: given by hand, else the checkpoint's, else the default.
-    :raises ValueError: where a flag given by hand contradicts the checkpoint's.
+    :return: flag -> value: given by hand, else the checkpoint's, else the default; and the files that --model_path
+        names, as rank 0 finds them.
+    :raises ValueError: where there are none, or their configuration is spoilt.
     """
     parser = create_argparser()
     args = parser.parse_args(argv)
-    if not args.model_path:
-        return args
-    config = checkpoint.load_config(find_checkpoints(args.model_path)[0]) or {}
+    if args.dry_run and not args.model_path:
+        return args, []
+
+    def find() -> tuple[list[str], dict]:
+        paths = find_checkpoints(args.model_path)
+        return paths, checkpoint.load_config(paths[0]) or {}
+
+    paths, config = dist_util.from_rank_0(find)
     # How colours were shuffled in training is part of what the condition means, though no weight depends on it.
     fields = (*checkpoint.MODEL_FIELDS, "preserve_nuclei_col")
     known = {name: config[name] for name in fields if name in config and name in vars(args)}
@@ -66,7 +72,7 @@ def resolve(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"config.json beside {args.model_path} has --{name} {value!r}: restore it or remove it")
     colour_kept = config.get("drop_hvb_only") and config.get("use_col_map")
     parser.set_defaults(**known, null_condition="keep_colour" if colour_kept else "zeros")
-    return parser.parse_args(argv)
+    return parser.parse_args(argv), paths
 
 
 def check(args: argparse.Namespace) -> None:
@@ -86,13 +92,25 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
+def check_files(args: argparse.Namespace, weights: list[str], run: dict) -> None:
+    """:raises ValueError: where results cannot go to --results_path, or weights were trained with other flags."""
+    check_results_path(args.results_path, args.data_dir, args.appearance_dir)
+    if not args.overwrite:
+        check_same_run(args.results_path, run)
+    for path in weights:
+        checkpoint.check_config(path, vars(args))
+
+
 def main(argv: list[str] | None = None) -> None:
     """
     Flags -> objects -> run.
 
     :param argv: the command line without the program's name; sys.argv's if None.
     """
-    args = resolve(argv)
+    dist_util.setup_dist()
+    if dist_util.rank():
+        logger.set_level(logger.ERROR)
+    args, checkpoints = resolve(argv)
     check(args)
     spec = condition_spec(vars(args))
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
@@ -101,19 +119,14 @@ def main(argv: list[str] | None = None) -> None:
     schedule = make_schedule(args.sampler, diffusion, args.num_steps)
     interval = parse_interval(args.guidance_interval)
     if args.dry_run:
-        print(json.dumps({**vars(args), "condition_channels": spec.channel_names}, indent=2))
-        return
+        if dist_util.rank() == 0:
+            print(json.dumps({**vars(args), "condition_channels": spec.channel_names}, indent=2))
+        return dist_util.shutdown()
 
-    dist_util.setup_dist()
-    if dist_util.rank():
-        logger.set_level(logger.ERROR)
-    checkpoints = find_checkpoints(args.model_path)
-    check_results_path(args.results_path, args.data_dir, args.appearance_dir)
     run = {name: value for name, value in vars(args).items() if name not in HOW}
-    if not args.overwrite:
-        check_same_run(args.results_path, run)
-    for path in [*checkpoints, *filter(None, [args.guide_path])]:
-        checkpoint.check_config(path, vars(args))
+    weights = [*checkpoints, *filter(None, [args.guide_path])]
+    dist_util.from_rank_0(lambda: check_files(args, weights, run))
+    for path in weights:
         checkpoint.check_weights(model, path)
     dataset = load_dataset(
         spec=spec,

@@ -44,7 +44,7 @@ def list_files(folder: str | Path, suffixes: Sequence[str], deep: bool = False) 
     paths = sorted(path for path in _walk(str(folder), deep) if os.path.splitext(path)[1].lower() in suffixes)
     above = "" if is_remote(folder) else os.getcwd()  # features.npz and links hold absolute paths
     for path in (above, *paths):
-        _check_path(path)
+        check_path(path)
     return paths
 
 
@@ -84,7 +84,7 @@ def _walk(folder: str, deep: bool, above: tuple[str, ...] = ()) -> Iterator[str]
                 yield from _walk(path, deep, above)
 
 
-def _check_path(path: str) -> None:
+def check_path(path: str) -> None:
     """:raises ValueError: where a line of UTF-8 cannot hold a path."""
     found = _UNWRITABLE.findall(path)
     if found:

@@ -21,6 +21,7 @@ def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "") 
         raise ValueError("--results_path is empty: give the folder to write to")
     if "://" in path:
         raise ValueError(f"--results_path {path} is a URL: give a local folder")
+    files.check_path(path)
     data, results = Path(data_dir).resolve(), Path(path).resolve()
     split = results.relative_to(data).parts[:1] if data_dir and results.is_relative_to(data) else None
     if (split is not None and (data.joinpath(*split) / "images").is_dir()) or split == ():

@@ -15,7 +15,7 @@ import blobfile as bf
 import torch as th
 from tqdm.auto import tqdm
 
-from . import dealing, dist_util, logger
+from . import dealing, dist_util, files, logger
 from .background import BackgroundWriter
 from .conditioning import ConditionSpec
 from .gaussian_diffusion import GaussianDiffusion
@@ -77,6 +77,8 @@ def find_checkpoints(text: str) -> list[str]:
         if not matches:
             raise ValueError(f"--model_path {part} matches no file: check the path")
         paths.update(dict.fromkeys(matches))
+    for path in paths:
+        files.check_path(path)
     stems = [PurePath(path).stem for path in paths]
     for stem in stems:
         if stems.count(stem) > 1:

@@ -51,6 +51,12 @@ def run(data_dir, model_path, out, *extra):
     return out
 
 
+def launched(n, *arguments):
+    """A command that samples on n ranks."""
+    mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", str(n)] if n > 1 else []
+    return [*mpiexec, sys.executable, str(ROOT / "image_sample.py"), *arguments]
+
+
 def pixels(out, stem):
     return np.asarray(Image.open(out / "samples" / f"{stem}.png")).astype(int)
 
@@ -139,8 +145,7 @@ def test_dry_run(data_dir, model_path, tmp_path, capsys):
 @pytest.mark.slow
 def test_two_ranks_write_what_one_writes(data_dir, model_path, tmp_path):
     one = run(data_dir, model_path, tmp_path / "one", "--num_samples", "5")
-    mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable, "image_sample.py"]
-    command = [*mpiexec, *flags(data_dir, model_path, tmp_path / "two", "--num_samples", "5")]
+    command = launched(2, *flags(data_dir, model_path, tmp_path / "two", "--num_samples", "5"))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     two = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert two.returncode == 0, two.stderr
@@ -150,11 +155,22 @@ def test_two_ranks_write_what_one_writes(data_dir, model_path, tmp_path):
         assert np.abs(pixels(one, row["stem"]) - pixels(tmp_path / "two", row["stem"])).max() <= 1
 
 
+LISTS_ON_RANK_0 = """
+import glob, sys
+from guided_diffusion import dist_util
+if dist_util.launched_rank():
+    glob.glob = None
+import image_sample
+image_sample.main(sys.argv[1:])
+"""
+
+
 def test_ranks_without_work(data_dir, model_path, tmp_path):
-    """Two of three samples are there, so one of the ranks has nothing to do, but takes part in loading the model."""
-    out = run(data_dir, model_path, tmp_path / "out", "--num_samples", "2")
-    mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable, "image_sample.py"]
-    command = [*mpiexec, *flags(data_dir, model_path, out, "--num_samples", "3")]
+    """Two of three samples are there, so one of the ranks has nothing to do. Rank 0 alone lists the checkpoints."""
+    pattern = str(Path(model_path).with_name("model00000[7]*.pt"))
+    out = run(data_dir, pattern, tmp_path / "out", "--num_samples", "2")
+    mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable, "-c", LISTS_ON_RANK_0]
+    command = [*mpiexec, *flags(data_dir, pattern, out, "--num_samples", "3")]
     two = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert two.returncode == 0, two.stderr
     assert "2 of 3 samples are finished already" in two.stdout and len(manifest(out)) == 3
@@ -275,12 +291,6 @@ def test_another_run_in_the_same_folder_is_refused(data_dir, model_path, tmp_pat
     assert snapshot(out) == before
     run(data_dir, model_path, out, "--num_samples", "2", *change, "--overwrite", "True")
     assert len(manifest(out)) == 2 and snapshot(out) != before
-
-
-def launched(n, *arguments):
-    """A command that samples on n ranks."""
-    mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", str(n)] if n > 1 else []
-    return [*mpiexec, sys.executable, str(ROOT / "image_sample.py"), *arguments]
 
 
 def running(out):
@@ -453,8 +463,8 @@ def test_the_checkpoint_brings_its_flags(data_dir, model_path, tmp_path):
     with pytest.raises(ValueError, match="trained with --num_channels 32, this run has --num_channels 64"):
         image_sample.main([*short, "--model_path", path, "--results_path", "x", "--num_channels", "64"])
     checkpoint.save_config(str(folder), {**vars(args), "preserve_nuclei_col": True})
-    assert image_sample.resolve(["--model_path", path]).preserve_nuclei_col
-    assert not image_sample.resolve(["--model_path", path, "--preserve_nuclei_col", "False"]).preserve_nuclei_col
+    assert image_sample.resolve(["--model_path", path])[0].preserve_nuclei_col
+    assert not image_sample.resolve(["--model_path", path, "--preserve_nuclei_col", "False"])[0].preserve_nuclei_col
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "unipc", "ddim", "ddpm"])
@@ -512,6 +522,8 @@ def test_cache_changes_nothing(data_dir, model_path, tmp_path, capsys):
 MISTAKES = {
     "no data": (["--data_dir", "nowhere"], "--data_dir 'nowhere'"),
     "no model": (["--model_path", "nowhere.pt"], "nowhere.pt is not a file"),
+    "odd model": (["--model_path", "m\udce4.pt"], r"^error: m\\xe4\.pt: a name that is not UTF-8"),
+    "odd results": (["--results_path", "o\nt"], r"^error: o\\u000at: a name that has control characters"),
     "no model given": (["--model_path", ""], "--model_path is empty"),
     "results": (["--results_path", ""], "--results_path is empty"),
     "channels": (["--num_classes", "7"], "--num_classes 7.*6 channels"),
