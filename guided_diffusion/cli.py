@@ -32,7 +32,7 @@ class FlagFormatter(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
-        return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
+        return f"{action.option_strings[0]} {self._format_args(action, action.option_strings[0].lstrip('-').upper())}"
 
 
 class FlagParser(argparse.ArgumentParser):

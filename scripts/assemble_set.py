@@ -1,7 +1,8 @@
 """
 Make a training set of real and synthetic patches.
 
-    python scripts/assemble_set.py --real DATA --synthetic KEPT... --out OUT --ratio R [--weighted True] [--copy True]
+    python scripts/assemble_set.py --data_dir DATA --synthetic KEPT... --results_path OUT --ratio R
+        [--weighted True] [--copy True]
 
 OUT becomes a data folder: MoNuSegTrainingData/{images,bin_masks,inst_masks} with all of DATA's training patches and
 R times as many synthetic ones (--ratio all: all there are), MoNuSegTestData as it is in DATA, and manifest.csv, which
@@ -46,11 +47,13 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--seed {args.seed} must not be negative")
     check_apart(args.out, [args.real, *args.synthetic], args.out)
     if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / RECORD).is_file():
-        raise ValueError(f"--out {args.out} holds what this command did not make: give another folder")
+        raise ValueError(f"--results_path {args.out} holds what this command did not make: give another folder")
     real = [patch for patch in list_patches(args.real) if patch.split == TRAIN_SPLIT]
     for patch in real:
         if "inst_masks" not in patch.files:
-            raise ValueError(f"--real {args.real} has no {TRAIN_SPLIT}/inst_masks: give a folder of prepare_monuseg.py")
+            raise ValueError(
+                f"--data_dir {args.real} has no {TRAIN_SPLIT}/inst_masks: give a folder of prepare_monuseg.py"
+            )
     samples = [sample for run in find_runs(args.synthetic) for sample in run.samples]
     count = len(samples) if ratio is None else round(ratio * len(real))
     chosen = draw(samples, count, args.weighted, args.seed)
@@ -70,13 +73,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real", metavar="DATA", type=Path, required=True, help="data folder of real patches")
-    parser.add_argument("--synthetic", metavar="KEPT", nargs="+", type=Path, required=True, help="see above")
-    parser.add_argument("--out", metavar="OUT", type=Path, required=True, help="data folder to make")
+    parser = cli.FlagParser(description=__doc__)
+    parser.add_argument(
+        "--data_dir",
+        "--real",
+        dest="real",
+        metavar="DATA",
+        type=Path,
+        required=True,
+        help="data folder of real patches",
+    )
+    parser.add_argument(
+        "--synthetic", metavar="KEPT", nargs="+", type=Path, required=True, help="results folders, or a sweep"
+    )
+    parser.add_argument(
+        "--results_path", "--out", dest="out", metavar="OUT", type=Path, required=True, help="data folder to make"
+    )
     parser.add_argument("--ratio", required=True, help="synthetic patches for each real one, such as 0.5, or all")
     parser.add_argument("--weighted", type=str2bool, default=False, help="draw by the weights of filter_ood.py")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--copy", type=str2bool, default=False, help="copy files instead of linking them")
     return parser
 

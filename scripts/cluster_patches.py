@@ -98,20 +98,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__)
     parser.add_argument("data", metavar="DATA", type=Path, help="folder that prepare_monuseg.py made")
     parser.add_argument("--features", type=Path, help="file of extract_features.py; --cluster slide needs none")
-    parser.add_argument("--reduce", default="umap", help="umap (default), pca or none")
-    parser.add_argument("--cluster", default="hdbscan", help="hdbscan (default), kmeans, gmm or slide")
-    parser.add_argument("--n_components", type=int, default=3, help="dimensions to reduce to (default 3)")
-    parser.add_argument("--n_clusters", type=int, default=10, help="of kmeans and gmm (default 10)")
-    parser.add_argument("--min_samples", type=int, default=10, help="of hdbscan (default 10)")
-    parser.add_argument("--min_cluster_size", type=int, default=50, help="of hdbscan, in patches (default 50)")
-    parser.add_argument("--trials", type=int, default=1, help="seeds to try, from --seed on (default 1)")
+    parser.add_argument("--reduce", default="umap", help="umap, pca or none")
+    parser.add_argument("--cluster", default="hdbscan", help="hdbscan, kmeans, gmm or slide")
+    parser.add_argument("--n_components", type=int, default=3, help="dimensions to reduce to")
+    parser.add_argument("--n_clusters", type=int, default=10, help="of kmeans and gmm")
+    parser.add_argument("--min_samples", type=int, default=10, help="of hdbscan")
+    parser.add_argument("--min_cluster_size", type=int, default=50, help="of hdbscan, in patches")
+    parser.add_argument("--trials", type=int, default=1, help="seeds to try, from --seed on")
     parser.add_argument("--subset", default="", metavar="25,10,05,02", help="per cents of each cluster's patches")
     parser.add_argument("--copy", type=str2bool, default=False, help="True: copies in place of links")
-    parser.add_argument("--seed", type=int, default=42, help="of all random choices (default 42)")
-    parser.add_argument("--out_name", "--name", default="", help="folder in DATA (default: named after the settings)")
+    parser.add_argument("--seed", type=int, default=42, help="of all random choices")
+    parser.add_argument("--out_name", "--name", default="", help="folder in DATA; empty: named after the settings")
     return parser
 
 

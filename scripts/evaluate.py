@@ -1,8 +1,9 @@
 """
 Measure synthetic patches against real ones, or predicted nuclei against true ones.
 
-    python scripts/evaluate.py --real DATA --synthetic RESULTS... --out DIR [--backbone NAME] [--segmenter MODEL]
-    python scripts/evaluate.py --predicted MASKS --truth MASKS --out DIR
+    python scripts/evaluate.py --data_dir DATA --synthetic RESULTS... --results_path DIR [--backbone NAME]
+        [--model_path SEGMENTER]
+    python scripts/evaluate.py --predicted MASKS --truth MASKS --results_path DIR
 
 DATA holds MoNuSegTrainingData, which the synthetic patches are held against, and MoNuSegTestData, whose slides stand
 beside every figure as the floor: real against real. RESULTS are folders of image_sample.py, or a sweep's.
@@ -46,20 +47,35 @@ PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16}
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real", type=Path, help="data folder with training and test patches")
+    parser = cli.FlagParser(description=__doc__)
+    parser.add_argument(
+        "--data_dir",
+        "--real",
+        dest="real",
+        metavar="DATA",
+        type=Path,
+        help="data folder with training and test patches",
+    )
     parser.add_argument("--synthetic", type=Path, nargs="+", default=[], help="results folders, or a sweep's")
     parser.add_argument("--predicted", type=Path, help="folder of predicted instance masks")
     parser.add_argument("--truth", type=Path, help="folder of true instance masks of the same stems")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--metrics", default=",".join(METRICS), help=f"some of {','.join(METRICS)} (default: all)")
+    parser.add_argument(
+        "--results_path", "--out", dest="out", metavar="DIR", type=Path, required=True, help="folder to write to"
+    )
+    parser.add_argument("--metrics", default=",".join(METRICS), help="some of these")
     parser.add_argument("--backbone", default="efficientnet_lite0", help="as in extract_features.py")
-    parser.add_argument("--segmenter", type=Path, help="model of train_segmenter.py, for structure agreement")
+    parser.add_argument(
+        "--model_path",
+        "--segmenter",
+        metavar="MODEL",
+        type=Path,
+        help="model of train_segmenter.py, for structure agreement",
+    )
     parser.add_argument("--limit", type=int, default=0, help="measure at most so many patches a set; 0: all")
-    parser.add_argument("--batch_size", type=int, default=32, help="patches a forward pass (default 32)")
-    parser.add_argument("--precision", default="fp32", help="fp32 (default) or bf16")
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="of subsets (default 0)")
+    parser.add_argument("--batch_size", type=int, default=32, help="patches a forward pass")
+    parser.add_argument("--precision", default="fp32", help="fp32 or bf16")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--seed", type=int, default=0, help="of subsets")
     return parser
 
 
@@ -73,14 +89,14 @@ def main(argv: list[str] | None = None) -> None:
     train_items, held_out_items = spread(every_train_item, args.limit), spread(every_held_out_item, args.limit)
     found = runs.find_runs(args.synthetic)
     if args.out.resolve() in {run.path.resolve() for run in found}:
-        raise ValueError(f"--out {args.out} is a folder of --synthetic: give another")
+        raise ValueError(f"--results_path {args.out} is a folder of --synthetic: give another")
     device = find_device(args.device)
     segmenter = None
     if "structure" in metrics:
-        segmenter = load_segmenter(args.segmenter, device)
+        segmenter = load_segmenter(args.model_path, device)
         for item in held_out_items:
             if how := segmenter.knows(item.stem):
-                raise ValueError(f"--segmenter {how}, which is to set the floor: give another")
+                raise ValueError(f"--model_path {how}, which is to set the floor: give another")
     backbone = None
     if set(metrics) & set(BY_FEATURES):
         backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision])
@@ -94,8 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         sizes[run.name] = sets[-1].images.shape[1:3]
         if sizes[run.name] != sizes["real"]:
             raise ValueError(
-                f"{run.path} has samples of {sizes[run.name][1]} px, --real {args.real} patches of {sizes['real'][1]}: "
-                "prepare patches of the samples' size"
+                f"{run.path} has samples of {sizes[run.name][1]} px, --data_dir {args.real} patches of "
+                f"{sizes['real'][1]}: prepare patches of the samples' size"
             )
 
     structure = structure_metric(segmenter) if segmenter else None
@@ -110,26 +126,26 @@ def main(argv: list[str] | None = None) -> None:
 def check(args: argparse.Namespace) -> list[str]:
     """:return: the metrics to take. :raises ValueError: where flags are out of range or contradict each other."""
     if bool(args.predicted) != bool(args.truth) or bool(args.real) != bool(args.synthetic):
-        raise ValueError("give --real with --synthetic, or --predicted with --truth")
+        raise ValueError("give --data_dir with --synthetic, or --predicted with --truth")
     if bool(args.real) == bool(args.truth):
-        raise ValueError("give either --real and --synthetic, or --predicted and --truth")
-    for name in ("backbone", "segmenter", "limit", "metrics") if args.truth else ():
+        raise ValueError("give either --data_dir and --synthetic, or --predicted and --truth")
+    for name in ("backbone", "model_path", "limit", "metrics") if args.truth else ():
         if getattr(args, name) != create_argparser().get_default(name):
             raise ValueError(f"--{name} {getattr(args, name)} is not for --predicted and --truth: leave it out")
     metrics = [metric.strip() for metric in args.metrics.split(",") if metric.strip()]
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"unknown --metrics {metric}: choose some of {', '.join(METRICS)}")
-    if "structure" in metrics and not args.segmenter:
+    if "structure" in metrics and not args.model_path:
         if args.metrics != ",".join(METRICS):
-            raise ValueError("--metrics structure needs --segmenter, a model of scripts/train_segmenter.py")
+            raise ValueError("--metrics structure needs --model_path, a model of scripts/train_segmenter.py")
         metrics.remove("structure")
     if args.precision not in PRECISIONS:
         raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(PRECISIONS)}")
     if args.batch_size < 1 or args.limit < 0:
         raise ValueError(f"--batch_size {args.batch_size} must be at least 1, --limit {args.limit} at least 0")
     if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file: give a folder")
+        raise ValueError(f"--results_path {args.out} is a file: give a folder")
     return metrics
 
 
@@ -142,7 +158,7 @@ def real_items(data: Path) -> tuple[list[Item], list[Item]]:
     both = {slide_of(item.stem) for item in train} & {slide_of(item.stem) for item in test}
     if both:
         raise ValueError(
-            f"--real {data} has slide {min(both)} among training and test patches: the floor would be none; "
+            f"--data_dir {data} has slide {min(both)} among training and test patches: the floor would be none; "
             "move it to one side"
         )
     return train, test
@@ -312,7 +328,7 @@ def report(
                 "real": str(args.real),
                 "backbone": backbone.name if backbone else None,
                 "weight_hash": backbone.weight_hash if backbone else None,
-                "segmenter": str(args.segmenter) if args.segmenter else None,
+                "segmenter": str(args.model_path) if args.model_path else None,
                 "seed": args.seed,
                 "limit": args.limit,
             },

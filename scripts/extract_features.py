@@ -1,7 +1,8 @@
 """
 Turn images into feature vectors.
 
-    python scripts/extract_features.py DIR... --out FILE.npz [--backbone efficientnet_lite0] [--precision fp32|bf16]
+    python scripts/extract_features.py DIR... --results_path FILE.npz [--backbone efficientnet_lite0]
+        [--precision fp32|bf16]
 
 DIR is a folder of images, a data folder that holds MoNuSegTrainingData or MoNuSegTestData, or the results of sampling
 (their samples/). FILE.npz gets features, float32 [N x D], and paths relative to --root: by default the nearest folder
@@ -80,22 +81,30 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__)
     parser.add_argument("dirs", metavar="DIR", nargs="+", type=Path, help="folder of images, data or results")
-    parser.add_argument("--out", metavar="FILE.npz", type=Path, required=True, help="the feature file to write")
-    parser.add_argument("--backbone", default="efficientnet_lite0", help="see above (default efficientnet_lite0)")
+    parser.add_argument(
+        "--results_path",
+        "--out",
+        dest="out",
+        metavar="FILE.npz",
+        type=Path,
+        required=True,
+        help="the feature file to write",
+    )
+    parser.add_argument("--backbone", default="efficientnet_lite0", help="see above")
     parser.add_argument("--root", type=Path, help="folder that paths are relative to")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at once (default 32)")
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that read (default 2)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at once")
+    parser.add_argument("--num_workers", type=int, default=2, help="threads that read")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network's products")
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     return parser
 
 
 def find_device(text: str) -> th.device:
-    """:return: the device a --device names; "" is the GPU, or the CPU where there is none."""
+    """:return: the device a --device names; auto is the GPU, or the CPU where there is none."""
     try:
-        device = th.device(text or ("cuda" if th.cuda.is_available() else "cpu"))
+        device = th.device(("cuda" if th.cuda.is_available() else "cpu") if text in ("", "auto") else text)
         th.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {text} is not on this machine: leave it out, or give cpu") from None
@@ -103,14 +112,14 @@ def find_device(text: str) -> th.device:
 
 
 def check_out(out: Path) -> None:
-    """Refuse an --out that is no .npz file, or that would replace something else than a feature file."""
+    """Refuse a --results_path that is no .npz file, or that would replace something else than a feature file."""
     if out.suffix != ".npz":
-        raise ValueError(f"--out {out} must end in .npz")
+        raise ValueError(f"--results_path {out} must end in .npz")
     if out.exists():
         try:
             load_features(out)
         except (ValueError, OSError):
-            raise ValueError(f"--out {out} is there and is no feature file: choose another name") from None
+            raise ValueError(f"--results_path {out} is there and is no feature file: choose another name") from None
 
 
 if __name__ == "__main__":

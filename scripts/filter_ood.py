@@ -1,10 +1,10 @@
 """
 Score synthetic patches by how far they are from real ones, and link those that look real.
 
-    python scripts/filter_ood.py --real DATA --synthetic RESULTS... --out OUT [--backbone efficientnet_lite0]
-        [--mode threshold|weights|top_n] [--tau 0.95] [--top_n N] [--quantile 0.95]
+    python scripts/filter_ood.py --data_dir DATA --synthetic RESULTS... --results_path OUT
+        [--backbone efficientnet_lite0] [--mode threshold|weights|top_n] [--tau 0.95] [--top_n N] [--quantile 0.95]
 
-PatchCore (Roth et al. 2022) is fitted on the patches of a part of DATA's training slides; the others, --held_out of
+PatchCore (Roth et al. 2022) is fitted on the patches of a part of DATA's training slides; the others, --val_share of
 them, say how high real patches score that the bank has not seen. Modes:
 
     threshold   keep scores up to the --tau quantile of the held-out real patches' scores
@@ -12,7 +12,7 @@ them, say how high real patches score that the bank has not seen. Modes:
     top_n       keep the --top_n lowest
 
 RESULTS is a results folder (samples/ and inst_masks/) or a sweep of them. OUT gets scores.csv (raw scores, comparable
-between runs with equal --real, --backbone and --seed), kept/ (a results folder of relative links, with a manifest),
+between runs with equal --data_dir, --backbone and --seed), kept/ (a results folder of relative links, with a manifest),
 ood.png and, last, report.json. Run again, it replaces these and nothing else.
 """
 
@@ -100,27 +100,39 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real", metavar="DATA", type=Path, required=True, help="data folder, or a folder of images")
-    parser.add_argument("--synthetic", metavar="RESULTS", nargs="+", type=Path, required=True, help="see above")
-    parser.add_argument("--out", metavar="OUT", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--backbone", default="efficientnet_lite0", help="see extract_features.py; all but stain")
-    parser.add_argument("--neighbourhood", type=int, default=patchcore.NEIGHBOURHOOD, help="cells a side (default 21)")
-    parser.add_argument("--stride", type=int, default=patchcore.STRIDE, help="cells between neighbourhoods (default 4)")
-    parser.add_argument("--fraction", type=float, default=0.1, help="share of real vectors in the bank (default 0.1)")
-    parser.add_argument("--max_bank", type=int, default=50_000, help="vectors in the bank at most (default 50000)")
-    parser.add_argument("--held_out", type=float, default=0.2, help="share of real slides held out (default 0.2)")
+    parser = cli.FlagParser(description=__doc__)
     parser.add_argument(
-        "--mode", default="threshold", help=f"{', '.join(patchcore.MODES)}; see above (default threshold)"
+        "--data_dir",
+        "--real",
+        dest="real",
+        metavar="DATA",
+        type=Path,
+        required=True,
+        help="data folder, or a folder of images",
     )
-    parser.add_argument("--tau", type=float, default=0.95, help="quantile that is the threshold (default 0.95)")
+    parser.add_argument(
+        "--synthetic", metavar="RESULTS", nargs="+", type=Path, required=True, help="results folders, or a sweep"
+    )
+    parser.add_argument(
+        "--results_path", "--out", dest="out", metavar="OUT", type=Path, required=True, help="folder to write to"
+    )
+    parser.add_argument("--backbone", default="efficientnet_lite0", help="see extract_features.py; all but stain")
+    parser.add_argument("--neighbourhood", type=int, default=patchcore.NEIGHBOURHOOD, help="cells a side")
+    parser.add_argument("--stride", type=int, default=patchcore.STRIDE, help="cells between neighbourhoods")
+    parser.add_argument("--fraction", type=float, default=0.1, help="share of real vectors in the bank")
+    parser.add_argument("--max_bank", type=int, default=50_000, help="vectors in the bank at most")
+    parser.add_argument(
+        "--val_share", "--held_out", dest="held_out", type=float, default=0.2, help="share of real slides held out"
+    )
+    parser.add_argument("--mode", default="threshold", help=f"{', '.join(patchcore.MODES)}; see above")
+    parser.add_argument("--tau", type=float, default=0.95, help="quantile that is the threshold")
     parser.add_argument("--top_n", type=int, help="samples to keep with --mode top_n")
-    parser.add_argument("--quantile", type=float, default=0.95, help="scores are clipped at for weights (default 0.95)")
+    parser.add_argument("--quantile", type=float, default=0.95, help="scores are clipped at for weights")
     parser.add_argument("--reweight", type=str2bool, default=False, help="re-weight scores by equation 7 of the paper")
-    parser.add_argument("--seed", type=int, default=0, help="of the slides held out and the projection (default 0)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at once (default 32)")
+    parser.add_argument("--seed", type=int, default=0, help="of the slides held out and the projection")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at once")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network's products")
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     return parser
 
 
@@ -138,29 +150,29 @@ def check_flags(args: argparse.Namespace) -> None:
         if not 0 < getattr(args, name) <= 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be above 0 and at most 1")
     if not 0 < args.held_out < 1:
-        raise ValueError(f"--held_out {args.held_out} must be between 0 and 1")
+        raise ValueError(f"--val_share {args.held_out} must be between 0 and 1")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} must not be negative")
     patchcore.check_windows(args.neighbourhood, args.stride)
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """Refuse an --out among the inputs, or with a kept/ of somebody else."""
+    """Refuse a --results_path among the inputs, or with a kept/ of somebody else."""
     kept = args.out / "kept"
     check_apart(args.out, [args.real, *args.synthetic], kept)
     if os.path.lexists(kept) and not is_kept(kept):
-        raise ValueError(f"--out {args.out} holds a kept/ that is not of this command: give another folder")
+        raise ValueError(f"--results_path {args.out} holds a kept/ that is not of this command: give another folder")
 
 
 def find_real(folder: Path) -> list[Path]:
     """:return: the training images of a data folder, or the images of a plain one, sorted."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"--real {folder} is not a folder: give a data folder, or a folder of images")
-    check_complete(folder, "--real")
+        raise FileNotFoundError(f"--data_dir {folder} is not a folder: give a data folder, or a folder of images")
+    check_complete(folder, "--data_dir")
     images = folder / TRAIN_SPLIT / "images"
     files = [Path(file) for file in list_files(images if images.is_dir() else folder, EXTENSIONS, images.is_dir())]
     if not files:
-        raise ValueError(f"--real {folder} holds no image, nor {TRAIN_SPLIT}/images that does: give real patches")
+        raise ValueError(f"--data_dir {folder} holds no image, nor {TRAIN_SPLIT}/images that does: give real patches")
     return files
 
 

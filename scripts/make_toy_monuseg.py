@@ -16,14 +16,18 @@ from guided_diffusion import cli
 from guided_diffusion.histology.slides import toy
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def create_argparser() -> argparse.ArgumentParser:
+    parser = cli.FlagParser(description=__doc__)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the toy archives")
-    parser.add_argument("--train", type=int, default=6, help="training slides (default 6)")
-    parser.add_argument("--test", type=int, default=2, help="test slides (default 2)")
-    parser.add_argument("--size", type=int, default=256, help="side of a slide in px (default 256)")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal files (default 0)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--train", type=int, default=6, help="training slides")
+    parser.add_argument("--test", type=int, default=2, help="test slides")
+    parser.add_argument("--size", type=int, default=256, help="side of a slide in px")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal files")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
     toy.write_toy_monuseg(args.out, args.train, args.test, args.size, args.seed)
     print(f"{args.out}: drew {args.train} training and {args.test} test slides of {args.size} x {args.size} px")
 

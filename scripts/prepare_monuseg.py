@@ -34,8 +34,8 @@ Counts = dict[str, dict[str, int]]
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    if args.workers < 1:
-        raise ValueError(f"--workers is {args.workers}; give at least 1")
+    if args.num_workers < 1:
+        raise ValueError(f"--num_workers is {args.num_workers}; give at least 1")
     if args.resize is not None and args.resize < 1:
         raise ValueError(f"--resize is {args.resize}; give a side of at least 1 px, or leave it out")
     patches.mirror_margins(args.patch_size, args.stride, args.mode)
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
     check = partial(count_patches, patch_size=args.patch_size, stride=args.stride, mode=args.mode)
     counts: Counts = {TRAIN_SPLIT: {}, TEST_SPLIT: {}}
-    checks = each(check, slides, args.workers)
+    checks = each(check, slides, args.num_workers)
     for slide, count in zip(slides, tqdm(checks, "checking", len(slides), leave=False, disable=None)):
         counts[slide.split][slide.stem] = count
     check_recorded_slides(args.out, counts)
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     # The manifest goes first, so that what an interrupted run leaves is not taken for a finished set of other settings.
     write_manifest(args.out, settings, counts, complete=False)
     write = partial(write_patches, out=args.out, **settings)
-    for _ in tqdm(each(write, slides, args.workers), "slides", len(slides), mininterval=1):
+    for _ in tqdm(each(write, slides, args.num_workers), "slides", len(slides), mininterval=1):
         pass
     write_manifest(args.out, settings, counts, complete=True)
     summary = "; ".join(f"{split}: {len(c)} slides, {sum(c.values())} patches" for split, c in counts.items())
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__)
     parser.add_argument("raw", metavar="RAW", type=Path, help="folder of the unpacked archives")
     parser.add_argument(
         "out",
@@ -72,13 +72,13 @@ def create_argparser() -> argparse.ArgumentParser:
         help="folder for the patches; the reference would name it patches_valid_inst_128x128_128x128 "
         "(patches_MODE_inst_SIZExSIZE_STRIDExSTRIDE)",
     )
-    parser.add_argument("--patch_size", type=int, default=128, help="side of a patch in px (default 128)")
-    parser.add_argument("--stride", type=int, default=128, help="distance between patches in px (default 128)")
-    parser.add_argument("--mode", default="valid", help="valid (default), or mirror: pads by reflection first")
+    parser.add_argument("--patch_size", type=int, default=128, help="side of a patch in px")
+    parser.add_argument("--stride", type=int, default=128, help="distance between patches in px")
+    parser.add_argument("--mode", default="valid", help="valid, or mirror: pads by reflection first")
     parser.add_argument(
         "--resize", type=int, metavar="N", help="resize patches to N px (images bicubic, masks nearest)"
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--num_workers", "--workers", type=int, default=2, help="processes")
     return parser
 
 

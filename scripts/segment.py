@@ -1,7 +1,7 @@
 """
 Find the nuclei of images, and measure how well, where the truth is known.
 
-    python scripts/segment.py MODEL IMAGES --out DIR [--truth MASKS] [--flips True] [--centre 400]
+    python scripts/segment.py MODEL IMAGES --results_path DIR [--truth MASKS] [--flips True] [--centre 400]
 
 MODEL is a segmenter.pt of scripts/train_segmenter.py, or its folder; IMAGES a folder of images of any size. Writes
 DIR/inst_masks/STEM.tif (uint16, 0 = background) and DIR/overlays/STEM.png: nuclei outlined in yellow, the true ones in
@@ -62,26 +62,28 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__)
     parser.add_argument("model", metavar="MODEL", type=Path, help="segmenter.pt, or the folder that holds it")
     parser.add_argument("images", metavar="IMAGES", type=Path, help="folder of images")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--results_path", "--out", dest="out", metavar="DIR", type=Path, required=True, help="folder to write to"
+    )
     parser.add_argument("--truth", metavar="MASKS", type=Path, help="folder of true instance masks of the same stems")
     parser.add_argument("--flips", type=str2bool, default=False, help="average over mirrored images: slower, better")
     parser.add_argument("--centre", type=int, default=0, help="take only the central square of so many px; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     return parser
 
 
 def check_out(args: argparse.Namespace) -> None:
     """:raises ValueError: where the folder is none, or input would be overwritten."""
     if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file: give a folder")
+        raise ValueError(f"--results_path {args.out} is a file: give a folder")
     written = {args.out.resolve(), *((args.out / name).resolve() for name in ("inst_masks", "overlays"))}
     for name, folder in (("IMAGES", args.images), ("--truth", args.truth)):
         if folder is not None and folder.resolve() in written:
-            raise ValueError(f"--out {args.out} would write among {name} {folder}: give another folder")
+            raise ValueError(f"--results_path {args.out} would write among {name} {folder}: give another folder")
 
 
 def truth_files(folder: Path, images: dict[str, Path], segmenter: Segmenter) -> dict[str, Path]:

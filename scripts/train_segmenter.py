@@ -1,7 +1,7 @@
 """
 Train a segmenter of nuclei on a MoNuSeg-layout folder.
 
-    python scripts/train_segmenter.py DATA --out DIR [--steps 4000 | --minutes M] [--seed 0]
+    python scripts/train_segmenter.py DATA --results_path DIR [--max_steps 4000 | --minutes M] [--seed 0]
 
 DATA/MoNuSegTrainingData/{images,inst_masks} holds whole slides or patches, real or mixed by scripts/assemble_set.py:
 what DATA/manifest.csv calls synthetic is trained on, but never validated on, and left out where it was made from a
@@ -73,37 +73,41 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__)
     usual = Settings()
     parser.add_argument("data", metavar="DATA", type=Path, help="folder that holds MoNuSegTrainingData")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--steps", type=int, help=f"of the optimiser (default {usual.steps} without --minutes)")
-    parser.add_argument("--minutes", type=float, help="of training, all sessions together")
-    parser.add_argument("--batch_size", type=int, default=usual.batch_size, help="crops a step (default %(default)s)")
-    parser.add_argument("--crop", type=int, default=usual.crop, help="side of the crops in px (default %(default)s)")
-    parser.add_argument("--lr", type=float, default=usual.lr, help="largest learning rate (default %(default)s)")
-    parser.add_argument("--precision", default=usual.precision, help="fp32 (default), or bf16, for GPUs and newer CPUs")
-    parser.add_argument("--val_share", type=float, default=0.15, help="of the slides, held out (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=usual.seed, help="of all that is random (default %(default)s)")
     parser.add_argument(
-        "--eval_interval", type=int, default=usual.eval_interval, help="steps between validations (default %(default)s)"
+        "--results_path", "--out", dest="out", metavar="DIR", type=Path, required=True, help="folder to write to"
+    )
+    parser.add_argument(
+        "--max_steps", "--steps", type=int, help=f"of the optimiser; {usual.steps} where --minutes is not given either"
+    )
+    parser.add_argument("--minutes", type=float, help="of training, all sessions together")
+    parser.add_argument("--batch_size", type=int, default=usual.batch_size, help="crops a step")
+    parser.add_argument("--crop", type=int, default=usual.crop, help="side of the crops in px")
+    parser.add_argument("--lr", type=float, default=usual.lr, help="largest learning rate")
+    parser.add_argument("--precision", default=usual.precision, help="fp32, or bf16, for GPUs and newer CPUs")
+    parser.add_argument("--val_share", type=float, default=0.15, help="of the slides, held out")
+    parser.add_argument("--seed", type=int, default=usual.seed, help="of all that is random")
+    parser.add_argument(
+        "--val_interval", "--eval_interval", type=int, default=usual.eval_interval, help="steps between validations"
     )
     parser.add_argument(
         "--patience",
         type=int,
         default=usual.patience,
-        help="stop after so many validations without a better one; 0: never (default %(default)s)",
+        help="stop after so many validations without a better one; 0: never",
     )
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that make crops (default 0)")
-    parser.add_argument("--colour_augment", type=str2bool, default=True, help="jitter the stains (default True)")
-    parser.add_argument("--pretrained", type=str2bool, default=True, help="begin with ImageNet weights (default True)")
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that make crops")
+    parser.add_argument("--colour_augment", type=str2bool, default=True, help="jitter the stains")
+    parser.add_argument("--pretrained", type=str2bool, default=True, help="begin with ImageNet weights")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     return parser
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """:raises ValueError: where a flag is out of range."""
-    least = dict(steps=1, batch_size=2, crop=STRIDE, seed=0, eval_interval=1, patience=0, num_workers=0)
+    least = dict(max_steps=1, batch_size=2, crop=STRIDE, seed=0, val_interval=1, patience=0, num_workers=0)
     for name, value in least.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {value}")
@@ -116,8 +120,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise ValueError(f"--val_share {args.val_share} must be in [0, 1)")
     if args.precision not in PRECISIONS:
         raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(PRECISIONS)}")
-    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    if args.steps is None and args.minutes is None:
+    spelled = {"steps": "max_steps", "eval_interval": "val_interval"}
+    given = {field.name: getattr(args, spelled.get(field.name, field.name)) for field in fields(Settings)}
+    if args.max_steps is None and args.minutes is None:
         given["steps"] = Settings.steps
     return Settings(**given)
 
@@ -142,23 +147,23 @@ def config_of(
 def check_out(out: Path, config: dict[str, Any]) -> None:
     """:raises ValueError: where the folder is none, lies in the data, or belongs to another run."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give a folder")
+        raise ValueError(f"--results_path {out} is a file: give a folder")
     if out.resolve() == Path(config["data"]):
-        raise ValueError(f"--out {out} is DATA itself: give another folder")
+        raise ValueError(f"--results_path {out} is DATA itself: give another folder")
     path = out / CONFIG
     if not path.exists():
         for name in (FILE, RESULT, CHECKPOINT):
             if (out / name).exists():
-                raise ValueError(f"--out {out} holds {name} of an unknown run: give another folder")
+                raise ValueError(f"--results_path {out} holds {name} of an unknown run: give another folder")
         return
     try:
         before = dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
-        raise ValueError(f"{path} does not parse: give another --out") from None
+        raise ValueError(f"{path} does not parse: give another --results_path") from None
     for name, value in config.items():
         if before.get(name) != value:
             raise ValueError(
-                f"--out {out} was begun with {name} {short(before.get(name))}, this run has {short(value)}: "
+                f"--results_path {out} was begun with {name} {short(before.get(name))}, this run has {short(value)}: "
                 "give another folder"
             )
 

@@ -25,7 +25,7 @@ def synthetic(tmp_path):
 
 
 def assemble(data, synthetic, out, *flags):
-    arguments = ["--real", data, "--synthetic", synthetic, "--out", out, *(flags or ("--ratio", 0.5))]
+    arguments = ["--data_dir", data, "--synthetic", synthetic, "--results_path", out, *(flags or ("--ratio", 0.5))]
     assemble_set.main([*map(str, arguments)])
     return list(csv.DictReader((out / "manifest.csv").open()))
 
@@ -131,9 +131,9 @@ CASES = [
     (None, "--ratio 1 --weighted True", "has no weight"),
     (None, "--ratio 1 --seed -1", "--seed -1"),
     (None, "--ratio 1 --synthetic missing", "missing is not a folder"),
-    (None, "--ratio 1 --out data/set", "lies in the input"),
-    (None, "--ratio 1 --out results", "lies in the input"),
-    (None, "--ratio 1 --out .", "would replace the input"),
+    (None, "--ratio 1 --results_path data/set", "lies in the input"),
+    (None, "--ratio 1 --results_path results", "lies in the input"),
+    (None, "--ratio 1 --results_path .", "would replace the input"),
     (broken_link, "--ratio 1", "s0_000.png is a link that leads nowhere"),
     (broken_real, "--ratio 1", "slide-0_000.png is a link that leads nowhere"),
     (no_samples, "--ratio 1", "holds no .png"),
@@ -152,7 +152,7 @@ def test_bad_input_leaves_no_trace(data_dir, synthetic, tmp_path, monkeypatch, s
         spoil(data_dir, synthetic)
     before = snapshot(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        assemble_set.main(["--real", "data", "--synthetic", "results", "--out", "set", *flags.split()])
+        assemble_set.main(["--data_dir", "data", "--synthetic", "results", "--results_path", "set", *flags.split()])
     assert "\n" not in str(caught.value) and snapshot(tmp_path) == before
 
 
@@ -163,7 +163,16 @@ def test_patches_of_another_size_are_refused(data_dir, tmp_path):
 
 
 def test_one_line_and_exit_2(data_dir, synthetic, tmp_path, capsys):
-    flags = ["--real", str(data_dir), "--synthetic", str(synthetic), "--out", str(tmp_path / "set"), "--ratio", "0"]
+    flags = [
+        "--data_dir",
+        str(data_dir),
+        "--synthetic",
+        str(synthetic),
+        "--results_path",
+        str(tmp_path / "set"),
+        "--ratio",
+        "0",
+    ]
     with pytest.raises(SystemExit) as left:
         cli.run(lambda: assemble_set.main(flags))
     said = capsys.readouterr()

@@ -64,7 +64,17 @@ def sweep(tmp_path):
 
 def run(real, synthetic, out, *flags):
     evaluate.main(
-        ["--real", str(real), "--synthetic", str(synthetic), "--out", str(out), "--backbone", "stain", *map(str, flags)]
+        [
+            "--data_dir",
+            str(real),
+            "--synthetic",
+            str(synthetic),
+            "--results_path",
+            str(out),
+            "--backbone",
+            "stain",
+            *map(str, flags),
+        ]
     )
     return json.loads((out / "metrics.json").read_text())
 
@@ -139,10 +149,10 @@ def test_a_run_has_a_place_where_all_its_samples_agree(tmp_path, rows, place):
     assert evaluate.place(Run("kept", tmp_path, samples)) == place
 
 
-@pytest.mark.parametrize("flag", ["--backbone stain", "--segmenter m.pt", "--limit 2", "--metrics kid"])
+@pytest.mark.parametrize("flag", ["--backbone stain", "--model_path m.pt", "--limit 2", "--metrics kid"])
 def test_flags_that_masks_have_no_use_for(tmp_path, flag):
     masks = write_masks(tmp_path / "masks")
-    folders = ["--predicted", str(masks), "--truth", str(masks), "--out", str(tmp_path / "out")]
+    folders = ["--predicted", str(masks), "--truth", str(masks), "--results_path", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=f"{flag} is not for --predicted and --truth: leave it out"):
         evaluate.main([*folders, *flag.split()])
 
@@ -155,7 +165,7 @@ def save_segmenter(path, slides):
 
 def test_structure_by_a_segmenter(real, sweep, tmp_path):
     model = save_segmenter(tmp_path / "segmenter.pt", ["slide-0"])
-    metrics = run(real, sweep / "m_s1", tmp_path / "out", "--metrics", "structure", "--segmenter", model)
+    metrics = run(real, sweep / "m_s1", tmp_path / "out", "--metrics", "structure", "--model_path", model)
     for row in (metrics["floor"], metrics["runs"]["m_s1"]):
         assert list(row) == ["f1", "aji"] and 0 <= row["f1"]["low"] <= row["f1"]["value"] <= row["f1"]["high"] <= 1
 
@@ -168,7 +178,7 @@ def test_structure_of_the_real_patches_with_the_same_masks(real, tmp_path):
     for k in range(3):
         shutil.copy(training / "images" / f"slide-{k}_000.png", results / "samples" / f"s{k}_000.png")
         shutil.copy(training / "inst_masks" / f"slide-{k}_000.tif", results / "inst_masks" / f"s{k}_000.tif")
-    flags = "--metrics", "structure", "--segmenter", model, "--limit", 2
+    flags = "--metrics", "structure", "--model_path", model, "--limit", 2
     row = run(real, results, tmp_path / "out", *flags)["runs"]["results"]
     assert list(row) == ["f1", "aji", "f1_originals", "aji_originals"]
     assert row["f1_originals"] == row["f1"] and row["aji_originals"] == row["aji"]
@@ -184,7 +194,7 @@ def test_a_sweeps_originals_are_segmented_once(real, tmp_path, monkeypatch):
     calls = []
     segment = decoding.Segmenter.segment
     monkeypatch.setattr(decoding.Segmenter, "segment", lambda self, image: calls.append(1) or segment(self, image))
-    metrics = run(real, tmp_path / "sweep", tmp_path / "out", "--metrics", "structure", "--segmenter", model)
+    metrics = run(real, tmp_path / "sweep", tmp_path / "out", "--metrics", "structure", "--model_path", model)
     assert len(calls) == 8 + 2 * 3 + 3  # what is held out, the samples, and their originals
     assert metrics["runs"]["s1"]["f1_originals"] == metrics["runs"]["s2"]["f1_originals"]
 
@@ -192,7 +202,7 @@ def test_a_sweeps_originals_are_segmented_once(real, tmp_path, monkeypatch):
 def test_a_segmenter_that_knows_the_floor_is_refused(real, sweep, tmp_path):
     model = save_segmenter(tmp_path / "segmenter.pt", ["slide-25"])
     with pytest.raises(ValueError, match="was trained on slide slide-25, which is to set"):
-        run(real, sweep, tmp_path / "out", "--segmenter", model)
+        run(real, sweep, tmp_path / "out", "--model_path", model)
 
 
 # ---- masks ----
@@ -206,7 +216,7 @@ def write_masks(folder, shift=0, count=3, size=32):
 
 
 def compare(predicted, truth, out):
-    evaluate.main(["--predicted", str(predicted), "--truth", str(truth), "--out", str(out)])
+    evaluate.main(["--predicted", str(predicted), "--truth", str(truth), "--results_path", str(out)])
     return json.loads((out / "metrics.json").read_text())
 
 
@@ -266,17 +276,17 @@ MISTAKES = {
     "no mask": (no_mask, [], r"s0_000.png has no mask .*s0_000.tif"),
     "small mask": (small_mask, [], r"s0_000.tif is 9 x 9 px, its image .* 32 x 32"),
     "dead link": (dead_link, [], r"s0_000.png is a link that leads nowhere"),
-    "other size": (large_samples, [], r"m_s1 has samples of 48 px, --real .* 32"),
+    "other size": (large_samples, [], r"m_s1 has samples of 48 px, --data_dir .* 32"),
     "no samples": (no_samples, [], r"samples holds no .png"),
     "too few": (few, [], r"at least 4 images a side, and there are 3"),
     "metric": (nothing, ["--metrics", "kid,fid"], r"unknown --metrics fid: choose some of kid, frechet"),
-    "segmenter": (nothing, ["--metrics", "structure"], r"--metrics structure needs --segmenter"),
-    "no segmenter": (nothing, ["--segmenter", "none.pt"], r"none.pt"),
+    "segmenter": (nothing, ["--metrics", "structure"], r"--metrics structure needs --model_path"),
+    "no segmenter": (nothing, ["--model_path", "none.pt"], r"none.pt"),
     "backbone": (nothing, ["--backbone", "vgg"], r"vgg"),
     "precision": (nothing, ["--precision", "fp8"], r"--precision fp8: choose one of fp32, bf16"),
     "device": (nothing, ["--device", "gpu"], r"--device gpu"),
     "batch": (nothing, ["--batch_size", "0"], r"--batch_size 0 must be at least 1"),
-    "both": (nothing, ["--truth", "x", "--predicted", "x"], r"give either --real and --synthetic, or"),
+    "both": (nothing, ["--truth", "x", "--predicted", "x"], r"give either --data_dir and --synthetic, or"),
     "half": (nothing, ["--truth", "x"], r"--predicted with --truth"),
 }
 

@@ -63,7 +63,7 @@ def read_csv(path):
 
 
 def run(*flags, out="out", synthetic=("sweep",), real="data"):
-    filter_ood.main(["--real", str(real), "--synthetic", *synthetic, "--out", out, *map(str, flags)])
+    filter_ood.main(["--data_dir", str(real), "--synthetic", *synthetic, "--results_path", out, *map(str, flags)])
     report = json.loads(Path(out, "report.json").read_text())
     return report, read_csv(Path(out, "scores.csv"))
 
@@ -106,7 +106,7 @@ def test_kept_is_a_results_folder(pooled):
         assert link.is_symlink() and not link.readlink().is_absolute()
     (again,) = find_runs([Path("out/kept")])
     assert len(again.samples) == 6 and all(item.row["score"] for item in again.samples)
-    arguments = "--real data --synthetic out/kept --out set --ratio 0.25 --weighted True"
+    arguments = "--data_dir data --synthetic out/kept --results_path set --ratio 0.25 --weighted True"
     assemble_set.main(arguments.split())
     made = [row for row in read_csv("set/manifest.csv") if row["source"] == "synthetic"]
     assert len(made) == 4 and all(float(row["score"]) > 0 and row["checkpoint"] for row in made)
@@ -215,22 +215,22 @@ def half_prepared():
 
 
 CASES = [
-    (half_prepared, "", "--real data is not prepared to the end: run prepare_monuseg.py again"),
+    (half_prepared, "", "--data_dir data is not prepared to the end: run prepare_monuseg.py again"),
     (empty, "", "samples holds no .png"),
     (no_mask, "", "s1_000.png has no mask"),
     (broken_link, "", "s1_000.png is a link that leads nowhere"),
     (broken_real, "", "slide-0_000.png is gone, or a link that leads nowhere"),
     (cut_off, "", "s1_000.png cannot be decoded"),
     (one_slide, "", "patches of 1 slide (slide-0)"),
-    (no_training, "", "--real data holds no image"),
+    (no_training, "", "--data_dir data holds no image"),
     (small_sample, "", "s1_000.png is 16 x 16 px"),
     (stranger, "", "kept/ that is not of this command"),
-    (file, "", "--out out is a file"),
-    (None, "--out sweep/m_s1/out", "lies in the input"),
-    (None, "--out data", "lies in the input"),
+    (file, "", "--results_path out is a file"),
+    (None, "--results_path sweep/m_s1/out", "lies in the input"),
+    (None, "--results_path data", "lies in the input"),
     (None, "--synthetic data", "data has no samples/"),
     (None, "--synthetic missing", "missing is not a folder"),
-    (None, "--real missing", "--real missing is not a folder"),
+    (None, "--data_dir missing", "--data_dir missing is not a folder"),
     (None, "--backbone other", "unknown --backbone 'other'"),
     (None, "--backbone stain", "stain has no feature maps"),
     (None, "--backbone sdm:nowhere.pt", "nowhere.pt is not a file"),
@@ -239,8 +239,8 @@ CASES = [
     (None, "--top_n 3", "--mode threshold with --top_n 3"),
     (None, "--mode top_n --top_n 0", "--top_n 0 must be at least 1"),
     (None, "--mode top_n --top_n 11", "--top_n 11 is more than the 10 samples"),
-    (None, "--held_out 1", "--held_out 1.0 must be between"),
-    (None, "--held_out 0.95", "leaves no slide of 4"),
+    (None, "--val_share 1", "--val_share 1.0 must be between"),
+    (None, "--val_share 0.95", "leaves no slide of 4"),
     (None, "--fraction 0", "--fraction 0.0 must be above 0"),
     (None, "--tau 1.5", "--tau 1.5 must be"),
     (None, "--quantile nan", "--quantile nan must be"),
@@ -259,7 +259,11 @@ def test_bad_input_leaves_no_trace(tmp_path, capsys, spoil, flags, message):
         spoil()
     before = snapshot(tmp_path)
     with pytest.raises(SystemExit) as left:
-        cli.run(lambda: filter_ood.main(["--real", "data", "--synthetic", "sweep", "--out", "out", *flags.split()]))
+        cli.run(
+            lambda: filter_ood.main(
+                ["--data_dir", "data", "--synthetic", "sweep", "--results_path", "out", *flags.split()]
+            )
+        )
     said = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and said[-1].startswith("error: ") and message in said[-1]
     assert snapshot(tmp_path) == before

@@ -25,7 +25,7 @@ TRAIN, TEST = "MoNuSegTrainingData", "MoNuSegTestData"
 
 
 def prepare(*arguments):
-    prepare_monuseg.main([*map(str, arguments), "--workers", "1"])
+    prepare_monuseg.main([*map(str, arguments), "--num_workers", "1"])
 
 
 def snapshot(folder):
@@ -111,7 +111,7 @@ def test_an_interrupted_run_is_finished_by_the_next(raw, tmp_path):
 
 def test_processes_change_nothing(raw, tmp_path):
     prepare(raw, tmp_path / "one", *SIZE)
-    prepare_monuseg.main([*map(str, (raw, tmp_path / "two", *SIZE)), "--workers", "2"])
+    prepare_monuseg.main([*map(str, (raw, tmp_path / "two", *SIZE)), "--num_workers", "2"])
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
@@ -231,8 +231,8 @@ def test_bad_folders(raw, tmp_path, capsys):
     assert snapshot(tmp_path) == before
     (tmp_path / "empty").mkdir()
     assert "no slides" in refusal(capsys, tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(ValueError, match="--workers is 0"):
-        prepare_monuseg.main([str(raw), str(tmp_path / "out"), "--workers", "0"])
+    with pytest.raises(ValueError, match="--num_workers is 0"):
+        prepare_monuseg.main([str(raw), str(tmp_path / "out"), "--num_workers", "0"])
 
 
 def test_sets_of_patches_are_not_mixed(raw, tmp_path, capsys):
@@ -287,5 +287,5 @@ def test_a_foreign_patch_of_any_number_is_kept(tmp_path):
         (tmp_path / "out" / split / "images").mkdir(parents=True)
         (tmp_path / "out" / split / "images" / f"{stem}_002.png").write_text("mine")
     with pytest.raises(ValueError, match=f"{stem}_002.png is there but not by this command"):
-        prepare_monuseg.main([str(tmp_path / "raw"), str(tmp_path / "out"), "--workers", "1"])
+        prepare_monuseg.main([str(tmp_path / "raw"), str(tmp_path / "out"), "--num_workers", "1"])
     assert not list((tmp_path / "out").rglob("*_000.png"))

@@ -32,7 +32,7 @@ def split(tmp_path):
 
 def run(model, split, out, *flags, truth=True):
     masks = ["--truth", str(split / "inst_masks")] if truth else []
-    segment.main([str(model), str(split / "images"), "--out", str(out), "--device", "cpu", *masks, *flags])
+    segment.main([str(model), str(split / "images"), "--results_path", str(out), "--device", "cpu", *masks, *flags])
 
 
 def read(path):
@@ -149,4 +149,4 @@ def test_flags_out_of_range_are_named(model, split, tmp_path):
     with pytest.raises(ValueError, match="--centre -1"):
         run(model, split, tmp_path / "out", "--centre", "-1")
     with pytest.raises(ValueError, match="--device cuda:9"):
-        segment.main([str(model), str(split / "images"), "--out", str(tmp_path / "out"), "--device", "cuda:9"])
+        segment.main([str(model), str(split / "images"), "--results_path", str(tmp_path / "out"), "--device", "cuda:9"])

@@ -11,7 +11,7 @@ from PIL import Image
 from guided_diffusion.histology.segmenter.decoding import load_segmenter
 from scripts import train_segmenter
 
-QUICK = "--steps 4 --batch_size 2 --crop 32 --eval_interval 2 --pretrained False --device cpu".split()
+QUICK = "--max_steps 4 --batch_size 2 --crop 32 --val_interval 2 --pretrained False --device cpu".split()
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def data(tmp_path):
 
 
 def train(data, out, *flags):
-    train_segmenter.main([str(data), "--out", str(out), *QUICK, *flags])
+    train_segmenter.main([str(data), "--results_path", str(out), *QUICK, *flags])
 
 
 def weights(out):
@@ -130,7 +130,7 @@ def test_too_few_slides_to_hold_one_out_are_told(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
-        ("--steps 0", "--steps 0"),
+        ("--max_steps 0", "--max_steps 0"),
         ("--minutes 0", "--minutes 0"),
         ("--minutes nan", "--minutes nan"),
         ("--crop 40", "--crop 40 must be a multiple of 16"),

@@ -58,12 +58,12 @@ def check_apart(out: Path, inputs: Sequence[Path], replaced: Path) -> None:
     :raises ValueError: naming the two.
     """
     if os.path.lexists(out) and not out.is_dir():
-        raise ValueError(f"--out {out} is a file, or a link that leads nowhere: give a folder")
+        raise ValueError(f"--results_path {out} is a file, or a link that leads nowhere: give a folder")
     for folder in inputs:
         if out.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"--out {out} lies in the input {folder}: give a folder outside")
+            raise ValueError(f"--results_path {out} lies in the input {folder}: give a folder outside")
         if folder.resolve().is_relative_to(replaced.resolve()):
-            raise ValueError(f"--out {out} would replace the input {folder}: give another folder")
+            raise ValueError(f"--results_path {out} would replace the input {folder}: give another folder")
 
 
 # ---- the samples that are kept ----

@@ -297,12 +297,12 @@ def held_out_slides(slides: Sequence[str], share: float, seed: int) -> set[str]:
     names = sorted(set(slides))
     if len(names) < 2:
         raise ValueError(
-            f"--real has patches of {len(names)} slide ({names[0]}): the threshold comes from slides held out, so give "
-            "at least 2"
+            f"--data_dir has patches of {len(names)} slide ({names[0]}): the threshold comes from slides held out, so "
+            "give at least 2"
         )
     count = max(1, round(share * len(names)))
     if count >= len(names):
-        raise ValueError(f"--held_out {share} leaves no slide of {len(names)} to compare with: give less")
+        raise ValueError(f"--val_share {share} leaves no slide of {len(names)} to compare with: give less")
     order = np.random.default_rng([seed, len(names)]).permutation(len(names))
     return {names[i] for i in order[:count]}
 

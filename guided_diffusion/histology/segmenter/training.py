@@ -229,7 +229,7 @@ class Training:
             self.step, self.seconds = int(content["step"]), float(content["seconds"])
             self.best, self.history = dict(content["best"]), list(content["history"])
         except (KeyError, RuntimeError, TypeError, ValueError):
-            raise ValueError(f"{path} is of another layout: delete it or give another --out") from None
+            raise ValueError(f"{path} is of another layout: delete it or give another --results_path") from None
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
