@@ -36,7 +36,7 @@ def row(field: dataclasses.Field) -> str:
 def page() -> str:
     """:return: the page with its tables made new; what stands before and after them stays."""
     text = PAGE.read_text()
-    before, after = text[: text.index("## Data\n")], text[text.index("\nEnvironment:") :]
+    before, after = text[: text.index("## Data\n")], text[text.index("\nOther programs") :]
     return before + tables() + after
 
 

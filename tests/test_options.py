@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+import image_sample
+import image_train
 from guided_diffusion import cli
 from guided_diffusion.options import Options, add_flags, flag
 
@@ -93,3 +95,36 @@ def test_abbreviations_as_argparse_has_them():
         parser.parse_args(["--w", "3"])
     with pytest.raises(ValueError, match="--widht"):
         parser.parse_args(["--widht", "3"])
+
+
+# ---- the flags that there are ----
+
+GROUPS = {*image_train.FLAGS.values(), *image_sample.FLAGS.values()}
+FIELDS = [pytest.param(o, field, id=f"{o.__name__}.{field.name}") for o in GROUPS for field in dataclasses.fields(o)]
+
+
+def outside(field):
+    """Values that a flag must not have."""
+    if field.metadata["choices"]:
+        return ["nonsense"]
+    if not field.metadata["within"]:
+        return []
+    low, _, high = field.metadata["within"][1:-1].partition(", ")
+    low = field.type(low)
+    below = low if field.metadata["within"][0] == "(" else low - 1
+    above = {"inf": [math.inf] if field.type is float else [], "2**63": [2**63]}.get(high)
+    return [below, *([field.type(high) + 1] if above is None else above), *[math.nan] * (field.type is float)]
+
+
+@pytest.mark.parametrize("options, field", FIELDS)
+def test_every_flag_is_checked(options, field):
+    assert field.type is type(field.default) and field.metadata["help"]
+    options.read({**options.flags()})
+    for value in outside(field):
+        with pytest.raises(ValueError, match=f"--{field.name} {value}".replace("+", "[+]")):
+            options.read({**options.flags(), field.name: value})
+
+
+def test_numbers_without_a_range_are_checked_elsewhere():
+    free = {p.values[1].name for p in FIELDS if p.values[1].type in (int, float) and not p.values[1].metadata["within"]}
+    assert free == {"num_heads", "num_heads_upsample", "num_head_channels", "in_channels"}
