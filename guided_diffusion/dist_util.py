@@ -1,6 +1,8 @@
 """The process group: rank, world size, device, and the few collective calls the project needs. Works alone, under
 mpiexec (Open MPI, MPICH and what speaks their protocols) and under torchrun. Knows nothing of what is exchanged."""
 
+import contextlib
+import io
 import itertools
 import os
 import socket
@@ -10,67 +12,100 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import blobfile as bf
 import torch as th
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
-T = TypeVar("T")
+from . import devices, environment, mpi, network
 
-# What launchers tell their processes, in order of trust.
-_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
-_MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE")
+T = TypeVar("T")
 
 # How long a rank may keep the others waiting: longer than clusters let jobs run. One that dies ends the job at once, by
 # its launcher or by its broken connections, so a limit would only end waits that are meant.
 _PATIENCE = timedelta(days=30)
 
 _local_rank = 0
+_device: th.device | None = None  # None before setup_dist
 _store: dist.Store | None = None  # where the ranks met; None alone, or in a group that others have made
 _deals = 0
 
 
-def setup_dist() -> None:
-    """Join the process group of the launcher, if one started this process; else stay alone. Picks the GPU."""
+def setup_dist(device: str = "auto") -> None:
+    """
+    Join the process group of the launcher, if one started this process, else make one of this process alone; and choose
+    the device.
+
+    :param device: auto, cuda or cpu: see devices.choose.
+    :raises ValueError: where processes were started together that do not know of each other; or by devices.choose.
+    """
     global _local_rank
+    place = environment.torchrun(os.environ)
     if dist.is_initialized():
-        return
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if int(os.environ["WORLD_SIZE"]) > 1:
-            store, rank, size = next(dist.rendezvous("env://"))
-            _join(store, rank, size, own_gpus=local_size <= th.cuda.device_count())
-    elif any(name in os.environ for name in _MPI_VARIABLES):
-        _setup_from_mpi()
-    if th.cuda.is_available():
-        th.cuda.set_device(dev())
+        _choose(device)
+    elif place and place.size > 1:
+        _local_rank = place.local_rank
+        _choose(device)
+        _meet_by_torchrun(place)
+    elif not place and environment.by_mpi(os.environ):
+        _meet_by_mpi(device)
+    else:
+        _choose(device)
+        _stay_alone()
 
 
-def _setup_from_mpi() -> None:
+def _choose(device: str) -> None:
+    global _device
+    _device = devices.choose(device, _local_rank)
+
+
+def _stay_alone() -> None:
+    """A group of one, for callers of torch.distributed; where not even loopback can be used, there is none."""
+    report = sys.excepthook
+    with network.gloo_interface("lo"), contextlib.suppress(RuntimeError):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    sys.excepthook = report  # torch puts its rank before each line, of which there is one alone
+
+
+def _meet_by_torchrun(place: environment.Place) -> None:
+    own_gpus = _gpu() is not None and place.local_size <= th.cuda.device_count()
+    interface = "lo"
+    if place.local_size < place.size:
+        # gloo takes the address of the host's name, which may be 127.0.1.1 there, where no other node finds it.
+        interface = network.interface_towards([os.environ.get("MASTER_ADDR", "")])
+    with network.gloo_interface(interface):
+        store, rank, size = next(dist.rendezvous("env://"))
+        _join(store, rank, size, own_gpus)
+
+
+def _meet_by_mpi(device: str) -> None:
     global _local_rank
-    import mpi4py
-
-    # A rank that ends without finalising takes the job down: the launcher sees that it died. shutdown() finalises.
-    mpi4py.rc.finalize = False
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    comm, node = mpi.start()
+    rank, size = comm.Get_rank(), comm.Get_size()
     _local_rank = node.Get_rank()
-    if comm.Get_size() == 1:
-        return
-    one_node = node.Get_size() == comm.Get_size()
-    if one_node:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    host = comm.bcast("127.0.0.1" if one_node else _own_address(), root=0)
-    store = None
-    if comm.Get_rank() == 0:
-        store = dist.TCPStore(host, 0, comm.Get_size(), is_master=True, wait_for_workers=False)
+    _choose(device)
+    if size == 1:
+        return _stay_alone()
+    one_node = all(comm.allgather(node.Get_size() == size))
+    # Some environment show each process all GPUs of its node, others its own alone, as number 0.
+    own_gpus = all(comm.allgather(_all_differ(node.allgather(_gpu()))))
+    names = comm.allgather(socket.gethostname())
+    host = comm.bcast(network.meeting_point(os.environ, names, one_node) if rank == 0 else None, root=0)
+    store = _open_store(host, size) if rank == 0 else None
     port = comm.bcast(store.port if store else None, root=0)
-    store = store or dist.TCPStore(host, port, comm.Get_size(), is_master=False)
-    # Some launchers show each process all GPUs of its node, others its own alone, as number 0.
-    own_gpus = comm.allreduce(_all_differ(node.allgather(_gpu())), op=MPI.LAND)
-    _join(store, comm.Get_rank(), comm.Get_size(), own_gpus)
+    store = store or dist.TCPStore(host, port, size, is_master=False)
+    # On rank 0's own node its name may be loopback's: the way to the others tells their common network.
+    hosts = [host, *comm.allgather(network.address_towards([host]))]
+    with network.gloo_interface("lo" if one_node else network.interface_towards(hosts)):
+        _join(store, rank, size, own_gpus)
+
+
+def _open_store(host: str, size: int) -> dist.TCPStore:
+    port = environment.number(os.environ, "MASTER_PORT")
+    try:
+        return dist.TCPStore(host, port, size, is_master=True, wait_for_workers=False)
+    except dist.DistNetworkError:
+        raise ValueError(f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 cannot listen there; leave them out") from None
 
 
 def _join(store: dist.Store, rank: int, size: int, own_gpus: bool) -> None:
@@ -80,16 +115,6 @@ def _join(store: dist.Store, rank: int, size: int, own_gpus: bool) -> None:
     _store, _deals = dist.PrefixStore("deals", store), 0
 
 
-def _own_address() -> str:
-    """The address of the interface that leads to other hosts; no packet is sent to find it out."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-            return probe.getsockname()[0]
-        except OSError:
-            return socket.gethostbyname(socket.gethostname())
-
-
 def _backend(own_gpus: bool) -> str:
     """NCCL where every rank has a GPU of its own, which it insists on; gloo elsewhere."""
     return "cpu:gloo,cuda:nccl" if own_gpus else "gloo"
@@ -97,7 +122,7 @@ def _backend(own_gpus: bool) -> str:
 
 def _gpu() -> str | None:
     """What tells this process's GPU from all others."""
-    return str(th.cuda.get_device_properties(dev()).uuid) if th.cuda.is_available() else None
+    return str(th.cuda.get_device_properties(dev()).uuid) if dev().type == "cuda" else None
 
 
 def _all_differ(gpus: list[str | None]) -> bool:
@@ -111,9 +136,7 @@ def shutdown() -> None:
         barrier()
         dist.destroy_process_group()
         _store = None
-    mpi = _running_mpi()
-    if mpi:
-        mpi.Finalize()
+    mpi.finalize()
 
 
 def leave(timeout_s: float = 10) -> bool:
@@ -124,30 +147,15 @@ def leave(timeout_s: float = 10) -> bool:
     :return: whether all ranks have left. Under torchrun, which ends the others as soon as one rank has left, whoever
         waits for the whole time is the only one.
     """
-    mpi = _running_mpi()
-    if not mpi:
-        if launched_rank():
-            time.sleep(min(timeout_s, 3))
-        return False
-    everyone = mpi.COMM_WORLD.Ibarrier()
-    deadline = time.monotonic() + timeout_s
-    while not everyone.Test():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    mpi.Finalize()
-    return True
-
-
-def _running_mpi() -> Any:
-    """mpi4py's MPI module, if this process has started it and not ended it yet; else None."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    return mpi if mpi and mpi.Is_initialized() and not mpi.Is_finalized() else None
+    left = mpi.all_leave(timeout_s, exit_code=2)
+    if left is None and launched_rank():
+        time.sleep(min(timeout_s, 3))
+    return bool(left)
 
 
 def launched_rank() -> int:
     """:return: this process's rank by its environment alone, so also before setup_dist."""
-    return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
+    return environment.rank(os.environ)
 
 
 def rank() -> int:
@@ -166,10 +174,8 @@ def local_rank() -> int:
 
 
 def dev() -> th.device:
-    """:return: the device this process computes on."""
-    if th.cuda.is_available():
-        return th.device("cuda", _local_rank % th.cuda.device_count())
-    return th.device("cpu")
+    """:return: the device this process computes on; before setup_dist, a GPU where torch can use one."""
+    return _device or th.device("cuda" if th.cuda.is_available() else "cpu")
 
 
 def sync_params(params: Iterable[th.Tensor]) -> None:
@@ -210,6 +216,24 @@ def broadcast_bytes(data: bytes | None) -> bytes:
         buffer.copy_(th.frombuffer(bytearray(data), dtype=th.uint8))
     dist.broadcast(buffer, src=0)
     return buffer.numpy().tobytes()
+
+
+def load_state_dict(path: str, **options: Any) -> Any:
+    """
+    Read a file of tensors and plain containers on rank 0, and give its content to all ranks. Collective.
+
+    :param path: a local path or a blobfile URL.
+    :param options: torch.load's, such as map_location; weights_only is True unless given.
+    :raises OSError: on every rank, where rank 0 cannot read it.
+    """
+
+    def read() -> bytes | None:
+        if rank():
+            return None
+        with bf.BlobFile(path, "rb") as file:
+            return file.read()
+
+    return th.load(io.BytesIO(broadcast_bytes(agree(read))), **{"weights_only": True, **options})
 
 
 def barrier() -> None:

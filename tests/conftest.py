@@ -1,5 +1,6 @@
 """What several test modules share: where the development data lies, if it is there."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,10 @@ import torch as th
 from PIL import Image
 
 from guided_diffusion import logger
+
+if not th.cuda.is_available():
+    # Where there are GPUs that this torch cannot use, the programs refuse to start: see test_devices.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Small tensors gain nothing from a second thread, lose much where something else runs beside, and round otherwise.
 th.set_num_threads(1)

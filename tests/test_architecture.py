@@ -12,6 +12,12 @@ RANKS = {
     # Shared by the core and histology:
     "files": -2,
     "images": -1,
+    "devices": -2,
+    # What dist_util stands on:
+    "environment": -2,
+    "mpi": -1,
+    "network": -1,
+    "signals": -1,
     "cli": 0,
     "logger": 0,
     "nn": 0,
@@ -22,7 +28,6 @@ RANKS = {
     "data_util": 0,
     "guidance": 0,
     "background": 0,
-    "signals": 0,
     "streams": 0,
     "options": 0,
     "conditioning": 1,
@@ -86,7 +91,7 @@ ROOMS = {
     "assembly": {"evaluation", "features", "slides"},
     "bridge": {"", "features"},
 }
-SHARED = {"files", "images"}
+SHARED = {"files", "images", "devices"}
 
 
 def module_files() -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """The process group: alone, and with several processes by each launcher."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,12 @@ LAUNCHERS = {
     "mpiexec": lambda n: [MPIEXEC, "-n", str(n), sys.executable],
     "torchrun": lambda n: [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"],
 }
+
+
+def need_namespaces() -> None:
+    """Skip where this machine does not let a test have networks of its own."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        pytest.skip("network namespaces are not allowed here")
 
 
 def launch(tmp_path, launcher, n, body, timeout=120):
@@ -52,16 +59,57 @@ def test_nccl_wants_a_gpu_for_each(gpus, backend):
     assert dist_util._backend(dist_util._all_differ(gpus)) == backend
 
 
+def run_alone(tmp_path, body, prefix=(), **env):
+    """Run a script without a launcher; :return: its exit code, and its output as lines."""
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "from guided_diffusion import cli, dist_util\nimport torch as th\nimport torch.distributed as dist\n"
+        + textwrap.dedent(body)
+    )
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME")}
+    env = {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+    run = subprocess.run(
+        [*prefix, sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    return run.returncode, run.stdout.splitlines(), run.stderr.splitlines()
+
+
+GROUP_OF_ONE = """
+dist_util.setup_dist()
+values = [th.ones(2)]
+dist_util.sync_params(values)
+th.save({"w": values[0]}, "w.pt")
+assert dist_util.load_state_dict("w.pt", map_location="cpu")["w"].tolist() == [1, 1]
+assert (dist_util.rank(), dist_util.world_size(), list(dist_util.deal(2))) == (0, 1, [0, 1])
+print(dist.is_initialized() and (dist.get_rank(), dist.get_world_size()))
+dist_util.shutdown()
+print(dist.is_initialized())
+"""
+
+
+def test_a_process_alone_is_a_group_of_one(tmp_path):
+    """As scripts written against guided-diffusion expect."""
+    assert run_alone(tmp_path, GROUP_OF_ONE) == (0, ["(0, 1)", "False"], [])
+
+
+def test_without_any_network_a_process_is_alone(tmp_path):
+    need_namespaces()
+    assert run_alone(tmp_path, GROUP_OF_ONE, ["unshare", "--net"]) == (0, ["False", "False"], [])
+
+
 @pytest.mark.parametrize(
-    ("environment", "rank"),
-    [({}, 0), ({"RANK": "3"}, 3), ({"PMI_RANK": "2"}, 2), ({"OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1"}, 1)],
+    "env",
+    [
+        dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_LOCAL_RANK="0"),
+        dict(SLURM_NTASKS="3", SLURM_PROCID="2"),
+    ],
 )
-def test_rank_before_the_group_exists(monkeypatch, environment, rank):
-    for name in ("RANK", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert dist_util.launched_rank() == rank
+def test_a_launcher_that_mpi_does_not_know(tmp_path, env):
+    """Each process would take itself for rank 0 of 1, and all would write to one folder."""
+    body = "cli.run(dist_util.setup_dist, dist_util.launched_rank, dist_util.leave)"
+    code, out, err = run_alone(tmp_path, body, **env)
+    assert (code, out, len(err)) == (2, [], 1), err
+    assert err[0].startswith("error: ") and "each would train alone" in err[0]
 
 
 @pytest.mark.slow
@@ -82,6 +130,16 @@ def test_collectives(tmp_path, launcher, n):
         params = [th.full((3,), float(rank))]
         dist_util.sync_params(params)
         assert params[0].tolist() == [0, 0, 0]
+        if rank == 0:
+            th.save({"w": th.arange(3)}, "only rank 0 has it.pt")
+        path = "only rank 0 has it.pt" if rank == 0 else "elsewhere.pt"
+        assert dist_util.load_state_dict(path, map_location="cpu")["w"].tolist() == [0, 1, 2]
+        try:
+            dist_util.load_state_dict("missing.pt" if rank == 0 else path)
+        except (FileNotFoundError, ValueError) as error:
+            assert "missing.pt" in str(error)
+        else:
+            raise AssertionError
         def fails_on_the_last():
             if rank == size - 1:
                 raise FileNotFoundError("only here")
@@ -160,6 +218,14 @@ def test_no_wait_has_a_limit(tmp_path):
         """,
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_a_script_need_not_say_goodbye(tmp_path):
+    """As those written against guided-diffusion, which never leave the group."""
+    body = "dist_util.setup_dist()\nassert dist_util.all_gather(dist_util.rank()) == [0, 1]"
+    run = launch(tmp_path, "mpiexec", 2, body)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.slow

@@ -1,0 +1,61 @@
+"""The choice of a device, on a machine without GPUs; an nvidia-smi of the test's own lists some."""
+
+import pytest
+import torch as th
+
+from guided_diffusion import devices
+
+pytestmark = pytest.mark.skipif(th.cuda.is_available(), reason="torch can use the GPUs of this machine")
+
+THREE = """#!/bin/sh
+case "$1" in
+    -L) for k in 0 1 2; do echo "GPU $k: NVIDIA A100 (UUID: GPU-$k)"; done ;;
+    *driver*) echo 470.82.01; echo 470.82.01; echo 470.82.01 ;;
+esac
+"""
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """Puts an nvidia-smi before all others on PATH; :return: a function that writes it."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def write(script: str) -> None:
+        (tmp_path / "nvidia-smi").write_text(script)
+        (tmp_path / "nvidia-smi").chmod(0o755)
+
+    return write
+
+
+def test_gpus_that_torch_cannot_use(driver, monkeypatch):
+    driver(THREE)
+    for device in ("auto", "cuda"):
+        with pytest.raises(ValueError) as error:
+            devices.choose(device)
+        assert "nvidia-smi lists 3 GPUs (driver 470.82.01), but torch" in str(error.value)
+        assert f"built for {th.version.cuda or 'no CUDA'}" in str(error.value) and "--device cpu" in str(error.value)
+    assert devices.choose("cpu") == th.device("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    with pytest.raises(ValueError, match=r"CUDA_VISIBLE_DEVICES=5\)"):
+        devices.choose()
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_gpus_that_the_user_has_hidden(driver, monkeypatch, hidden):
+    driver(THREE)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert devices.choose() == th.device("cpu")
+
+
+@pytest.mark.parametrize("script", ["#!/bin/sh\necho No devices found.\n", "#!/bin/sh\nexit 9\n", "no program"])
+def test_a_driver_without_gpus(driver, script):
+    driver(script)
+    assert devices.choose() == th.device("cpu")
+    with pytest.raises(ValueError, match=r"there is no GPU, but torch .* --device cpu"):
+        devices.choose("cuda")
+
+
+def test_unknown_device():
+    with pytest.raises(ValueError, match="--device tpu: choose one of auto, cuda, cpu"):
+        devices.choose("tpu")
