@@ -2,18 +2,23 @@
 
 import argparse
 import contextlib
+import copy
 import functools
 import json
+from pathlib import Path
+from typing import Any
 
 import torch as th
 
 from guided_diffusion import checkpoint, cli, dist_util, logger
+from guided_diffusion.checkpointer import Checkpointer
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
+from guided_diffusion.files import fingerprint, write_json
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.image_datasets import NucleiDataset, load_dataset
 from guided_diffusion.model_options import DiffusionOptions, ModelOptions
-from guided_diffusion.options import add_flags
+from guided_diffusion.options import add_flags, changeable
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.run_options import DataOptions, RunOptions
 from guided_diffusion.script_util import (
@@ -51,16 +56,11 @@ def check(args: argparse.Namespace) -> None:
     for name in ("shuffle_masks", "match_struct", "match_app"):
         if getattr(args, name):
             raise ValueError(f"--{name} True pairs images with the masks of others, which is for image_sample.py only")
-    if args.resume_checkpoint and not checkpoint.parse_step(args.resume_checkpoint):
-        raise ValueError(
-            f"--resume_checkpoint {args.resume_checkpoint} has no step in its name, as model040000.pt has: "
-            "to begin with its weights give --init_checkpoint"
-        )
 
 
 def check_last_step(options: TrainOptions, resume_checkpoint: str) -> None:
     """:raises ValueError: where the run would have to go back."""
-    step = checkpoint.parse_step(resume_checkpoint) if resume_checkpoint else 0
+    step = checkpoint.resume_step(resume_checkpoint)
     if options.last_step is not None and options.last_step < step:
         raise ValueError(f"--max_steps {options.last_step} is below the resumed step {step}: give more")
 
@@ -81,6 +81,20 @@ def load_parts(args: argparse.Namespace, spec: ConditionSpec) -> tuple[NucleiDat
     return seen, held_out if len(held_out) else None
 
 
+def unchanged(dataset: NucleiDataset) -> NucleiDataset:
+    """:return: the samples of a data set as they are, not augmented; it shares what has been read."""
+    plain = copy.copy(dataset)
+    plain.augment, plain.stain_jitter = False, 0.0
+    return plain
+
+
+def identity(dataset: NucleiDataset | None) -> str:
+    """:return: what tells the files of a data set from others, wherever they lie; "" of none."""
+    items = dataset.items if dataset else []
+    parts = (part for item in items for part in (item.image, item.class_mask, item.inst_mask))
+    return fingerprint([part for part in parts if part])
+
+
 def main(argv: list[str] | None = None) -> None:
     """
     Flags -> objects -> run.
@@ -93,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     options = TrainOptions.read(vars(args))
     th.manual_seed(args.seed)  # the initial weights; all later draws have generators of their own
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
-    schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion.num_timesteps)
+    schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
     check_last_step(options, args.resume_checkpoint)
     config = {**vars(args), "condition_channels": spec.channel_names}
     if args.dry_run:
@@ -106,50 +120,54 @@ def main(argv: list[str] | None = None) -> None:
     dtype = compute_dtype(args.use_fp16, dist_util.dev(), args.precision)
     for path in filter(None, (args.resume_checkpoint, args.init_checkpoint)):
         checkpoint.check_config(path, vars(args))
-    if logger.environment_dir():
-        checkpoint.check_fresh(logger.environment_dir(), vars(args))
-        # To go on, run the same command: what is there already is newer than any checkpoint to begin with.
-        args.resume_checkpoint = checkpoint.find_newest(logger.environment_dir()) or args.resume_checkpoint
-        check_last_step(options, args.resume_checkpoint)
     model.place(dist_util.dev(), args.compile, training=True)
     model.convert_to(dtype)
-
-    dataset, held_out = load_parts(args, spec)
-    per_step = args.batch_size * dist_util.world_size()
-    data = stream(
-        dataset,
-        args.batch_size,
-        start=checkpoint.samples_seen(args.resume_checkpoint, per_step),
-        **args_to_dict(args, ["num_workers", "seed"]),
-    )
-    with contextlib.closing(data):  # an error must not leave workers behind, which the end of the process waits for
-        loop = TrainLoop(
-            model=model,
-            diffusion=diffusion,
-            spec=spec,
-            data=data,
-            options=options,
-            schedule_sampler=schedule_sampler,
-            validation=Validation(held_out, spec, diffusion, args.batch_size, args.seed) if held_out else None,
-            resume_checkpoint=args.resume_checkpoint,
-            init_checkpoint="" if args.resume_checkpoint else args.init_checkpoint,
-            config=config,
+    with Checkpointer(logger.environment_dir(), options.kept_checkpoints) as checkpointer:
+        seen, held_out = load_parts(args, spec)
+        facts = {"data": identity(seen), "held_out": identity(held_out)}
+        resumed = checkpointer.find(args.resume_checkpoint, vars(args), changeable(FLAGS), facts)
+        check_last_step(options, resumed)
+        validate = functools.partial(
+            Validation, spec=spec, diffusion=diffusion, batch_size=args.batch_size, seed=args.seed
         )
-        rank = dist_util.rank()
-        dist_util.agree(lambda: logger.configure() if rank == 0 else None)
-        folder = dist_util.all_gather(logger.get_dir())[0]
-        if rank == 0:
-            checkpoint.save_config(folder, config)
-        else:
-            logger.configure(folder, rank=rank)
-        logger.log(f"condition: {', '.join(spec.channel_names)}; checkpoints and logs go to {logger.get_dir()}")
-        if loop.step:
-            logger.log(f"going on from {args.resume_checkpoint}")
-        loop.run_loop()
-        if rank == 0:
-            checkpoint.save_config(folder, {"images": len(dataset), **loop.result()}, checkpoint.RESULT_NAME)
+        per_step = args.batch_size * dist_util.world_size()
+        data = stream(
+            seen,
+            args.batch_size,
+            start=checkpoint.samples_seen(resumed, per_step),
+            **args_to_dict(args, ["num_workers", "seed"]),
+        )
+        with contextlib.closing(data):  # an error must not leave workers behind, which the process's end waits for
+            loop = TrainLoop(
+                model=model,
+                diffusion=diffusion,
+                spec=spec,
+                data=data,
+                options=options,
+                schedule_sampler=schedule_sampler,
+                validation=validate(held_out) if held_out else None,
+                train_preview=validate(unchanged(seen)),
+                resume_checkpoint=resumed,
+                init_checkpoint="" if resumed else args.init_checkpoint,
+                checkpointer=checkpointer,
+            )
+            run(loop, config, len(seen))
     logger.close()
     dist_util.shutdown()
+
+
+def run(loop: TrainLoop, config: dict[str, Any], images: int) -> None:
+    """Train, and say in the folder of the run with which flags, and where it stands at the end."""
+    rank = dist_util.rank()
+    dist_util.agree(lambda: None if rank else logger.configure())
+    folder = dist_util.all_gather(logger.get_dir())[0]
+    if rank:
+        logger.configure(folder, rank=rank)
+    loop.checkpointer.begin(folder, config)
+    logger.log(f"condition: {', '.join(config['condition_channels'])}; checkpoints and logs go to {folder}")
+    loop.run_loop()
+    if rank == 0:
+        write_json(Path(folder, checkpoint.RESULT_NAME), {"images": images, **loop.result()})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Checkpoints: file names, writing, safe reading, and config.json beside the weights. Knows no model and no flag's
-meaning."""
+"""Checkpoint files: their names, writing, safe reading, which run wrote them, and config.json beside the weights. Knows
+no model, and of the flags only which of them weights depend on."""
 
-import contextlib
+import errno
+import hashlib
 import io
 import json
 import os
 import re
+import stat
+import struct
 import warnings
 import zipfile
 from typing import Any
@@ -14,10 +17,10 @@ import blobfile as bf
 import torch as th
 from torch import nn
 
-from . import dist_util, logger
+from . import dist_util
+from .files import is_remote, writing
 
 CONFIG_NAME, RESULT_NAME = "config.json", "result.json"
-ASIDE = ".part"  # what a file's name ends in while it is written
 
 # The flags that a checkpoint's weights depend on: with another value they do not load or do not mean the same.
 MODEL_FIELDS = (
@@ -72,133 +75,98 @@ def parse_step(path: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def save(state: dict[str, Any], folder: str, name: str) -> None:
+def resume_step(path: str) -> int:
+    """:return: the step to go on from with a checkpoint: 0 for one that is no model's, or of unknown step."""
+    return parse_step(path) if re.fullmatch(r"model\d+\.pt", bf.basename(path)) else 0
+
+
+def save(state: dict[str, Any], folder: str, name: str, run_id: str = "") -> None:
     """
-    Write a file whole or not at all: aside first, then renamed.
+    Write a file whole or not at all.
 
     :param state: tensors, numbers and strings in dicts and lists; nothing else can be read back.
-    :param folder: a folder or blobfile URL.
+    :param folder: a local folder.
+    :param run_id: what run_of will say; it changes nothing of what is loaded.
     :raises OSError: where it cannot be written; what was there before stays.
     """
-    path = bf.join(folder, name)
-    if _is_remote(path):
-        with bf.BlobFile(path, "wb") as file:
-            th.save(state, file)
-        return
-    aside = f"{path}{ASIDE}"
+    with writing(os.path.join(folder, name)) as file:
+        th.save(state, file)
+        if run_id:  # a zip archive ends in its comment and, before it, the comment's length, which was 0
+            file.seek(-2, os.SEEK_END)
+            file.write(struct.pack("<H", len(run_id)) + run_id.encode())
+
+
+def run_of(path: str) -> str:
+    """:return: the id of the run that wrote a local checkpoint; "" where it does not say, as the reference's."""
     try:
-        with open(aside, "wb") as file:
-            th.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        # torch closes its archive after a full disk, too, and complains of that instead.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError):
-            raise OSError(cause.errno, f"cannot write {path}: {cause.strerror}") from None
-        raise
-    directory = os.open(folder, os.O_RDONLY)
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment.decode(errors="replace")
+    except zipfile.BadZipFile:
+        return ""
+
+
+def content_id(path: str) -> str:
+    """:return: what tells a local checkpoint's tensors from others', wherever it lies; "" of what torch < 1.6 wrote."""
     try:
-        os.fsync(directory)  # so that the new name survives a power cut, too
-    finally:
-        os.close(directory)
-
-
-def steps(folder: str) -> list[int]:
-    """:return: the steps of the models in a local folder, rising."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(parse_step(name) for name in names if re.fullmatch(r"model\d+\.pt", name))
-
-
-def _files(folder: str) -> dict[str, int]:
-    """The checkpoint files in a local folder, models first, and their steps."""
-    pattern = re.compile(r"(?:model|ema_[^_/]+_|opt|state)(\d+)\.pt")
-    names = sorted(os.listdir(folder), key=lambda name: (not name.startswith("model"), name))
-    return {os.path.join(folder, name): int(match[1]) for name in names if (match := pattern.fullmatch(name))}
-
-
-def prune(folder: str, keep: int, newest: int) -> None:
-    """
-    Delete the files of all but the newest so many steps of a local folder; the model goes first, as it came last.
-
-    :param newest: the step that was written last. Later ones are left from a run that went back, and deleted, too.
-    """
-    kept = [step for step in steps(folder) if step <= newest][-keep:]
-    for path, step in _files(folder).items():
-        if kept and not kept[0] <= step <= newest:
-            os.unlink(path)
-
-
-def remove_leftovers(folder: str) -> None:
-    """Delete what a killed run had begun to write in a local folder."""
-    for name in os.listdir(folder) if os.path.isdir(folder) else []:
-        if name.endswith(f".pt{ASIDE}"):
-            with contextlib.suppress(FileNotFoundError):  # another rank was faster
-                os.unlink(os.path.join(folder, name))
+        with zipfile.ZipFile(path) as archive:
+            parts = [(part.filename.partition("/")[2], part.CRC) for part in archive.infolist()]
+    except zipfile.BadZipFile:
+        return ""
+    return hashlib.sha256(repr(sorted(parts)).encode()).hexdigest()[:16]
 
 
 def is_whole(path: str) -> bool:
-    """:return: whether a local checkpoint's files are all there and unspoilt, by their checksums."""
+    """
+    :return: whether a local checkpoint is unspoilt, by its checksums.
+    :raises OSError: where it cannot be read, which says nothing about what it holds.
+    """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                return archive.testzip() is None
-        _parse(path, path)  # what torch wrote before 1.6
-    except (ValueError, OSError, zipfile.BadZipFile, RuntimeError):
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which the offsets of a broken archive lead to
+            raise
+    except Exception:  # zipfile raises half a dozen types for one
+        pass
+    try:
+        parse(path, path)  # what torch wrote before 1.6 is no archive
+    except ValueError:
         return False
     return True
 
 
-def find_newest(folder: str) -> str:
-    """
-    Find the model to go on from in a run's local folder. Collective.
-
-    :return: the path of the newest one that is whole with all that belongs to it; "" where there is none at all.
-    :raises ValueError: where there are some, and each is broken.
-    """
-
-    def find() -> str:
-        found = steps(folder) if dist_util.rank() == 0 else []
-        for step in reversed(found):
-            files = (path for path, of in _files(folder).items() if of == step)
-            broken = next((path for path in files if not is_whole(path)), None)
-            if broken is None:
-                return os.path.join(folder, model_name(step))
-            logger.warn(f"{broken} is truncated or spoilt: going on from the checkpoint before")
-        if found:
-            raise ValueError(f"no checkpoint in {folder} is whole: restore one, or remove them to begin anew")
-        return ""
-
-    return dist_util.all_gather(dist_util.agree(find))[0]
-
-
 def load_training_state(model_path: str) -> dict[str, Any]:
     """:return: what lies beside a model as state_name; {} where there is none, as with the reference's. Collective."""
-    path = bf.join(bf.dirname(model_path) or ".", state_name(parse_step(model_path)))
+    path = bf.join(bf.dirname(model_path) or ".", state_name(resume_step(model_path)))
     return load(path) if exists(path) else {}
 
 
 def samples_seen(model_path: str, per_step: int) -> int:
     """
-    :param model_path: a checkpoint, or "" at the start of a run.
+    :param model_path: what to go on from; "" at the start of a run.
     :param per_step: how many samples a step had, where the checkpoint does not say.
     :return: how many samples the run had seen. Collective.
     """
-    if not model_path:
-        return 0
-    return load_training_state(model_path).get("samples", parse_step(model_path) * per_step)
+    step = resume_step(model_path)
+    return load_training_state(model_path).get("samples", step * per_step) if step else 0
 
 
-def _is_remote(path: str) -> bool:
-    return "://" in path
+def is_file(path: str) -> bool:
+    """
+    :return: whether there is such a file.
+    :raises OSError: where that cannot be found out.
+    """
+    if is_remote(path):
+        return bf.exists(path) and not bf.isdir(path)
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def exists(path: str) -> bool:
     """:return: whether rank 0, which reads all checkpoints, has such a file. Collective."""
-    return dist_util.all_gather(dist_util.rank() == 0 and bf.exists(path) and not bf.isdir(path))[0]
+    return dist_util.all_gather(dist_util.agree(lambda: dist_util.rank() == 0 and is_file(path)))[0]
 
 
 def load(path: str) -> dict[str, Any]:
@@ -211,12 +179,12 @@ def load(path: str) -> dict[str, Any]:
     :raises ValueError: where it is truncated, no checkpoint, or holds anything else.
     """
     data = dist_util.broadcast_bytes(dist_util.agree(lambda: _read(path) if dist_util.rank() == 0 else None))
-    return _parse(io.BytesIO(data), path)
+    return parse(io.BytesIO(data), path)
 
 
 def _read(path: str) -> bytes:
     try:
-        if not bf.exists(path) or bf.isdir(path):
+        if not is_file(path):
             raise FileNotFoundError(f"checkpoint {path} is not a file: check the path")
         with bf.BlobFile(path, "rb") as file:
             return file.read()
@@ -224,12 +192,21 @@ def _read(path: str) -> bytes:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
 
 
-def _parse(source: io.BytesIO | str, path: str, **options: Any) -> dict[str, Any]:
-    """Read a file's tensors and plain containers, or say in one line why that is not possible."""
+def parse(source: io.BytesIO | str, path: str, **options: Any) -> dict[str, Any]:
+    """
+    Read a file's tensors and plain containers on this rank.
+
+    :param source: a local path, or the file's bytes.
+    :param path: what to call it.
+    :raises ValueError: saying in one line why that is not possible.
+    :raises OSError: where the path cannot be read.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch warns of on its way to an error is part of the error
             state = th.load(source, map_location="cpu", weights_only=True, **options)
+    except OSError:
+        raise
     except Exception as error:  # torch raises half a dozen types for a broken file
         if "weights_only" in str(error) or "Weights only" in str(error):
             reason = "holds more than tensors and would run code if it were loaded: refused"
@@ -250,9 +227,9 @@ def check_weights(model: nn.Module, path: str) -> None:
 
     def check() -> None:
         if dist_util.rank() == 0:
-            check_fit(model, _parse(path, path, mmap=True), path)
+            check_fit(model, parse(path, path, mmap=True), path)
 
-    if _is_remote(path) or not exists(path):
+    if is_remote(path) or not exists(path):
         check_fit(model, load(path), path)
     else:
         dist_util.agree(check)
@@ -265,7 +242,7 @@ def load_weights(model: nn.Module, path: str, alone: bool = False) -> None:
     :param alone: this rank reads the file itself.
     :raises ValueError: where a name or a shape differs; the first is named.
     """
-    state = _parse(io.BytesIO(_read(path)), path) if alone else load(path)
+    state = parse(io.BytesIO(_read(path)), path) if alone else load(path)
     check_fit(model, state, path)
     model.load_state_dict(state, strict=True)
 
@@ -287,37 +264,23 @@ def check_fit(model: nn.Module, state: dict[str, Any], path: str) -> None:
             raise ValueError(f"checkpoint {path} has {key}, which this configuration has not: {fields}")
 
 
-def save_config(folder: str, config: dict[str, Any], name: str = CONFIG_NAME) -> None:
-    """Write the resolved flags beside the weights, or something else that is no tensor, whole or not at all."""
-    aside = os.path.join(folder, f".{name}{ASIDE}")
-    with open(aside, "w") as file:
-        file.write(json.dumps(config, indent=2) + "\n")
-    os.replace(aside, os.path.join(folder, name))
-
-
-def check_fresh(folder: str, flags: dict[str, Any]) -> None:
-    """:raises ValueError: where a folder holds checkpoints of another configuration, which new ones would mix with."""
-    for step in steps(folder):
-        check_config(os.path.join(folder, model_name(step)), flags)
-
-
 def load_config(checkpoint_path: str) -> dict[str, Any] | None:
     """:return: the flags that a checkpoint was trained with, or None where there is no config.json beside it."""
     path = bf.join(bf.dirname(checkpoint_path) or ".", CONFIG_NAME)
-    if not bf.exists(path):
+    if not is_file(path):
         return None
     try:
         with bf.BlobFile(path, "r") as file:
             config = json.loads(file.read())
-    except (ValueError, OSError):
+    except ValueError:
         config = None
     if not isinstance(config, dict):
         raise ValueError(f"{path} does not parse: restore it, or remove it to go without its check")
     return config
 
 
-def _meaning(value: Any) -> Any:
-    """A flag's value, in which lists of numbers such as 1,2 and 1.0,2 are alike."""
+def meaning(value: Any) -> Any:
+    """:return: a flag's value, in which lists of numbers such as 1,2 and 1.0,2 are alike."""
     try:
         return [float(part) for part in value.split(",")] if isinstance(value, str) else value
     except ValueError:
@@ -333,7 +296,7 @@ def check_config(checkpoint_path: str, flags: dict[str, Any]) -> None:
     """
     config = load_config(checkpoint_path) or {}
     for field in MODEL_FIELDS:
-        if field in config and field in flags and _meaning(config[field]) != _meaning(flags[field]):
+        if field in config and field in flags and meaning(config[field]) != meaning(flags[field]):
             raise ValueError(
                 f"checkpoint {checkpoint_path} was trained with --{field} {config[field]}, "
                 f"this run has --{field} {flags[field]}: give the same"

@@ -49,6 +49,30 @@ class ConditionSpec(Options):
                 f"({', '.join(self.channel_names)}): give --num_classes {self.channels}"
             )
 
+    @classmethod
+    def of(cls, cond: dict[str, th.Tensor], channels: int, in_channels: int = 3) -> "ConditionSpec":
+        """
+        Tell the layout from a batch's parts and the channels of the condition that a model was made for.
+
+        :param cond: what assemble takes; edges count as a channel where they make the number right.
+        :param channels: UNetModel's num_classes.
+        """
+        use_col_map = "col_map" in cond
+        rest = channels - in_channels * use_col_map
+        structure, class_cond = cond["label"].shape[1], False
+        edge = rest > structure
+        if structure == 1 and rest > 2:
+            class_cond, edge = True, "instance" in cond
+            channels = rest - edge
+        return cls(
+            use_hv_map=structure == 2,
+            use_col_map=use_col_map,
+            no_instance=not edge,
+            class_cond=class_cond,
+            num_classes=channels,
+            in_channels=in_channels,
+        )
+
     @property
     def _layout(self) -> dict[str, tuple[str, ...]]:
         """Part -> its channels' names, in order."""

@@ -104,6 +104,12 @@ def add_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type[Options
         seen |= options.flags().keys()
 
 
+def changeable(groups: Mapping[str, type[Options]]) -> set[str]:
+    """:return: the flags among options that may change when a run goes on."""
+    fields = (field for options in groups.values() for field in dataclasses.fields(options))
+    return {field.name for field in fields if field.metadata["changeable"]}
+
+
 def _add_flag(group: Any, field: dataclasses.Field) -> None:
     choices, within = field.metadata["choices"], field.metadata["within"]
     metavar = {bool: "{True,False}", int: "N", float: "X"}.get(field.type, "TEXT")

@@ -30,8 +30,8 @@ class TrainOptions(RunOptions):
         "samples of a forward pass, a divisor of --batch_size; -1: all of it, auto: as many as fit in memory",
         changeable=True,
     )
-    ema_rate: str = flag("0.9999", "comma-separated rates of the averages of weights, each in (0, 1)")
-    schedule_sampler: str = flag("uniform", "how timesteps are drawn", choices=SCHEDULE_SAMPLERS)
+    ema_rate: str = flag("0.9999", "comma-separated rates of the averages of weights, each in (0, 1)", changeable=True)
+    schedule_sampler: str = flag("uniform", "how timesteps are drawn", choices=SCHEDULE_SAMPLERS, changeable=True)
     drop_rate: float = flag(0.0, "share of samples whose condition is dropped", within="[0, 1]", changeable=True)
     drop_hvb_only: bool = flag(False, "a dropped condition keeps its colour map")
     grad_clip: float = flag(

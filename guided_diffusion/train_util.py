@@ -1,28 +1,29 @@
 """The training loop. Knows models, diffusion, conditions and checkpoints by their interfaces, and no flag's name."""
 
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import blobfile as bf
-import numpy as np
 import torch as th
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from . import checkpoint, dist_util, logger
+from . import checkpoint, dist_util, logger, streams
+from .checkpoint_sets import take_up
+from .checkpointer import BEST, Checkpointer
 from .conditioning import ConditionSpec
 from .ema import Ema
-from .fp16_util import MixedPrecisionTrainer
+from .fp16_util import MixedPrecisionTrainer, compute_dtype
 from .gaussian_diffusion import GaussianDiffusion
 from .meters import QUARTERS, LossMeter, StepClock
+from .microbatch import largest_microbatch
 from .resample import ScheduleSampler, UniformSampler
-from .saver import Saver
 from .signals import StopRequest
 from .train_options import TrainOptions
 from .validation import Validation
@@ -50,14 +51,20 @@ class TrainLoop:
 
     :param model: the U-Net, on its device, with parameters in fp32.
     :param diffusion: the diffusion process.
-    :param spec: the condition's layout.
-    :param data: endless batches of this rank, which begin where the resumed run stopped.
-    :param options: see train_options.TrainOptions.
+    :param data: endless batches of this rank, which begin where the resumed run stopped: images, and their conditions'
+        parts (see ConditionSpec), or under "y" the conditions themselves.
+    :param spec: the condition's layout; None finds it out from the model and the first batch's parts.
+    :param options: how to train; None makes them of `numbers`.
     :param schedule_sampler: of timesteps; uniform if None.
-    :param validation: measures the averaged weights and paints with them; the best ones are kept. None does neither.
-    :param resume_checkpoint: a model's checkpoint to go on from, with all that lies beside it.
+    :param validation: measures the averaged weights and samples with them; the best ones are kept. None does neither.
+    :param train_preview: samples on training conditions beside it.
+    :param resume_checkpoint: a model to go on from, with all that lies beside it; where its name has no step, its
+        weights are what to begin with.
     :param init_checkpoint: a checkpoint whose weights to begin with, at step 0.
-    :param config: what to write as config.json beside the best checkpoint.
+    :param checkpointer: of the folder; None makes one, which writes no config.json.
+    :param use_fp16: as the flag; None leaves the model's precision as it is.
+    :param num_classes: for callers of the reference's; the model knows it.
+    :param numbers: fields of TrainOptions, by which the reference's callers say how to train.
     """
 
     def __init__(
@@ -65,30 +72,37 @@ class TrainLoop:
         *,
         model: nn.Module,
         diffusion: GaussianDiffusion,
-        spec: ConditionSpec,
         data: Iterator[tuple[th.Tensor, dict]],
-        options: TrainOptions,
+        spec: ConditionSpec | None = None,
+        options: TrainOptions | None = None,
         schedule_sampler: ScheduleSampler | None = None,
         validation: Validation | None = None,
+        train_preview: Validation | None = None,
         resume_checkpoint: str = "",
         init_checkpoint: str = "",
-        config: dict[str, Any] | None = None,
+        checkpointer: Checkpointer | None = None,
+        use_fp16: bool | None = None,
+        num_classes: int | None = None,
+        **numbers: Any,
     ) -> None:
         self.model = model
         self.diffusion = diffusion
         self.spec = spec
         self.data = data
-        self.options = options
-        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion.num_timesteps)
+        self.options = options = options or TrainOptions(**numbers)
+        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.validation = validation
-        self.config = config
+        self.train_preview = train_preview
+        self.checkpointer = checkpointer
         self.device = next(model.parameters()).device
         self.step = self.samples = 0
         self.saved_step = None
-        self.best: dict[str, float] = {}  # step and val_loss of the best validation so far
         self.meter = LossMeter(diffusion.num_timesteps, self.device)
         self.last_loss = math.nan
+        self.began = ""  # what was taken up from a checkpoint, in words
 
+        if use_fp16 is not None:
+            model.convert_to(compute_dtype(use_fp16, self.device))
         if resume_checkpoint or init_checkpoint:
             checkpoint.load_weights(model, resume_checkpoint or init_checkpoint)
         dist_util.sync_params(model.parameters())
@@ -112,33 +126,28 @@ class TrainLoop:
     # ---- resuming ----
 
     def _resume(self, path: str) -> None:
-        """Take up step, averages, optimiser and the rest of the state; they must lie beside the weights."""
-        self.step = self.saved_step = checkpoint.parse_step(path)
-        folder = bf.dirname(path) or "."
-        for ema in self.averages:
-            ema_path = bf.join(folder, checkpoint.ema_name(ema.rate, self.step))
-            if not checkpoint.exists(ema_path):
-                logger.warn(f"no {ema_path}: the average at rate {ema.rate} begins anew from the weights")
-                continue
-            state = checkpoint.load(ema_path)
-            checkpoint.check_fit(self.model, state, ema_path)
-            ema.load_state_dict(state)
-        opt_path = bf.join(folder, checkpoint.opt_name(self.step))
-        if checkpoint.exists(opt_path):
-            try:
-                self.mp_trainer.load_optimizer_state(self.opt, checkpoint.load(opt_path))
-            except ValueError as error:
-                raise ValueError(f"{opt_path}: {error}: remove it to begin one anew") from None
-        else:
-            logger.warn(f"no {opt_path}: the optimiser begins anew")
-        self._resume_state(checkpoint.load_training_state(path))
+        """Take up what lies beside the weights: averages, optimiser, and the rest of the state."""
+        self.step = self.saved_step = checkpoint.resume_step(path)
+        self.samples = self.step * self.options.batch_size * dist_util.world_size()
+        averages = {checkpoint.ema_name(ema.rate, self.step): partial(self._load_average, ema) for ema in self.averages}
+        others = {
+            checkpoint.opt_name(self.step): self._load_optimizer,
+            checkpoint.state_name(self.step): self._load_state,
+        }
+        self.began = take_up(path, {**averages, **others})
 
-    def _resume_state(self, state: dict[str, Any]) -> None:
-        total = self.options.batch_size * dist_util.world_size()
-        self.samples = state.get("samples", self.step * total)
-        self.best = state.get("best", {})
-        if not state:
-            return
+    def _load_average(self, ema: Ema, state: dict[str, Any], path: str) -> None:
+        checkpoint.check_fit(self.model, state, path)
+        ema.load_state_dict(state)
+
+    def _load_optimizer(self, state: dict[str, Any], path: str) -> None:
+        try:
+            self.mp_trainer.load_optimizer_state(self.opt, state)
+        except ValueError as error:
+            raise ValueError(f"{path} holds {error}: remove it to begin one anew") from None
+
+    def _load_state(self, state: dict[str, Any], path: str) -> None:
+        self.samples = state["samples"]
         if (state["batch_size"], state["world_size"]) != (self.options.batch_size, dist_util.world_size()):
             logger.log(
                 f"going on with {dist_util.world_size()} x {self.options.batch_size} samples a step (ranks x batch), "
@@ -153,8 +162,8 @@ class TrainLoop:
     def training_state(self) -> dict[str, Any]:
         """
         :return: what a run needs to go on besides weights, averages and optimiser: "samples" seen by all ranks,
-            "mp_trainer" and "schedule_sampler" (their state_dict), "best" (step and val_loss), and "batch_size" and
-            "world_size", to tell when they change. Noise, drops and the place in the data follow from step and samples.
+            "mp_trainer" and "schedule_sampler" (their state_dict), and "batch_size" and "world_size", to tell when they
+            change. Noise, drops and the place in the data follow from step and samples.
         """
         return dict(
             samples=self.samples,
@@ -162,25 +171,37 @@ class TrainLoop:
             world_size=dist_util.world_size(),
             mp_trainer=self.mp_trainer.state_dict(),
             schedule_sampler=self.schedule_sampler.state_dict(),
-            best=dict(self.best),
         )
+
+    def _largest_microbatch(self) -> int:
+        """The largest divisor of the batch size with which a step fits in memory, the same on all ranks."""
+        sizes = [n for n in range(self.options.batch_size, 0, -1) if self.options.batch_size % n == 0]
+        if self.device.type == "cpu":
+            return sizes[0]
+        # Still to come: Adam's two averages at the first step, and the ranks' buckets.
+        size = largest_microbatch(self.model, sizes, 2 * (not self.opt.state) + (dist_util.world_size() > 1))
+        logger.log(f"--microbatch auto: {size}")
+        return size
 
     # ---- the loop ----
 
     def run_loop(self) -> None:
         """
-        Train to the last step, or until SIGTERM or SIGUSR1; a checkpoint follows every save_interval steps and the end.
+        Train to the last step, or until the process is asked to stop (see StopRequest); a checkpoint follows every
+        save_interval steps and the end.
 
         :raises ValueError: where step after step is not finite.
         :raises OSError: where a checkpoint cannot be written.
         """
-        folder = logger.get_dir()
-        with (
-            Saver(folder, self.options.kept_checkpoints) as self.saver,
-            Saver(os.path.join(folder, "best"), 1, self.config) as self.best_saver,
-            StopRequest() as stop,
-        ):
+        with contextlib.ExitStack() as stack:
+            if self.checkpointer is None:
+                self.checkpointer = stack.enter_context(Checkpointer(logger.get_dir(), self.options.kept_checkpoints))
+                self.checkpointer.begin()
+            if self.began:
+                logger.log(self.began)
+            stop = stack.enter_context(StopRequest())
             self._run_until(stop)
+            self.checkpointer.wait()
         dist_util.barrier()
         if dist_util.any_rank(bool(stop)):
             logger.log(f"stopped by {stop.name or 'a signal'} at step {self.step}, saved: the same command goes on")
@@ -240,36 +261,39 @@ class TrainLoop:
         if not any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in self.model.modules()):
             yield
             return
-        entropy = [self.options.seed, self.step, dist_util.rank()]
         with th.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            th.manual_seed(int(np.random.default_rng(entropy).integers(2**63)))
+            th.manual_seed(streams.seed("dropout", self.options.seed, self.step, dist_util.rank()))
             yield
 
     def _forward_backward(self, batch: th.Tensor, cond: dict) -> None:
         draws = self._draw(batch.shape)
-        n = len(batch)
-        for start in range(0, n, self.microbatch):
-            part = slice(start, start + self.microbatch)
+        parts = [slice(start, start + self.microbatch) for start in range(0, len(batch), self.microbatch)]
+        for part in parts:
             t, weights, noise, dropped = (draw[part] for draw in draws)
-            compute_losses = functools.partial(
-                self.diffusion.training_losses,
-                self.ddp_model,
-                self._moved(batch[part]),
-                t,
-                model_kwargs={"y": self._condition(cond, part, dropped)},
-                noise=noise,
-            )
-            more_to_come = start + self.microbatch < n and isinstance(self.ddp_model, DistributedDataParallel)
-            with self.ddp_model.no_sync() if more_to_come else contextlib.nullcontext():
-                losses = compute_losses()
-                self.mp_trainer.backward((losses["loss"] * weights).sum() / n)
+            y = self._condition(cond, part, dropped)
+            with self._gradients_shared(last=part is parts[-1]):
+                losses = self.diffusion.training_losses(
+                    self.ddp_model, self._moved(batch[part]), t, model_kwargs={"y": y}, noise=noise
+                )
+                self.mp_trainer.backward((losses["loss"] * weights).sum() / len(batch))
             self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
             self.meter.add(t, losses, weights)
 
+    def _gradients_shared(self, last: bool) -> contextlib.AbstractContextManager:
+        """A context in which ranks average their gradients with the last microbatch, once for the whole batch."""
+        one_rank = not isinstance(self.ddp_model, DistributedDataParallel)
+        return contextlib.nullcontext() if last or one_rank else self.ddp_model.no_sync()
+
     def _condition(self, cond: dict, part: slice, dropped: th.Tensor) -> th.Tensor:
         tensors = {name: self._moved(value[part]) for name, value in cond.items() if th.is_tensor(value)}
-        y = self.spec.assemble(tensors)
-        return self.spec.drop(y, dropped, self.options.drop_hvb_only) if self.options.drop_rate else y
+        if "y" in tensors:
+            y = tensors["y"]
+        else:
+            self.spec = self.spec or ConditionSpec.of(tensors, self.model.num_classes, self.model.in_channels)
+            y = self.spec.assemble(tensors)
+        if not self.options.drop_rate:
+            return y
+        return self.spec.drop(y, dropped, self.options.drop_hvb_only) if self.spec else y * ~dropped.view(-1, 1, 1, 1)
 
     def _moved(self, tensor: th.Tensor) -> th.Tensor:
         """The tensor on the device; from pinned memory the copy goes on while the program does."""
@@ -283,10 +307,10 @@ class TrainLoop:
         however many ranks take it, and a resumed run needs no generator's state.
         """
         rank, world_size = dist_util.rank(), dist_util.world_size()
-        rng = np.random.default_rng([self.options.seed, self.step])
+        place = self.options.seed, self.step
+        rng, generator = streams.rng("training", *place), streams.generator("noise", *place, device=self.device)
         total = shape[0] * world_size
         t, weights = self.schedule_sampler.sample(total, self.device, rng)
-        generator = th.Generator(self.device).manual_seed(int(rng.integers(2**63)))
         noise = th.randn((total, *shape[1:]), generator=generator, device=self.device)
         dropped = self._moved(th.from_numpy(rng.random(total) < self.options.drop_rate))
         return tuple(draw[rank::world_size] for draw in (t, weights, noise, dropped))
@@ -296,37 +320,6 @@ class TrainLoop:
             share = 1 - self.step / self.options.lr_anneal_steps
             for group in self.opt.param_groups:
                 group["lr"] = self.options.lr * share
-
-    def _largest_microbatch(self) -> int:
-        """Find the largest divisor of the batch size with which a step fits in memory, the same on all ranks."""
-        sizes = [n for n in range(self.options.batch_size, 0, -1) if self.options.batch_size % n == 0]
-        if self.device.type == "cpu":
-            return sizes[0]
-        own = next((size for size in sizes if self._fits(size)), 0)
-        size = min(dist_util.all_gather(own))
-        if not size:
-            raise ValueError("--microbatch auto: not even one sample fits in memory: give --use_checkpoint True")
-        logger.log(f"--microbatch auto: {size}")
-        return size
-
-    def _fits(self, size: int) -> bool:
-        """Try a forward and backward pass, with what optimiser and ranks will take besides."""
-        side = self.model.image_size
-        ballast = []
-        try:
-            ballast += [th.empty_like(p) for p in self.model.parameters() for _ in range(2 * (not self.opt.state))]
-            ballast += [th.empty_like(p) for p in self.model.parameters() if dist_util.world_size() > 1]
-            x = th.zeros(size, self.spec.in_channels, side, side, device=self.device)
-            y = th.zeros(size, self.spec.channels, side, side, device=self.device)
-            self.model(x, th.zeros(size, device=self.device), y=y).float().square().mean().backward()
-            ballast += [th.empty_like(p) for p in self.model.parameters()]  # copies during updates
-            return True
-        except th.OutOfMemoryError:
-            return False
-        finally:
-            self.mp_trainer.zero_grad()
-            del ballast
-            th.cuda.empty_cache()
 
     # ---- what is shown and kept ----
 
@@ -340,14 +333,14 @@ class TrainLoop:
                 "were saved after training went wrong must be removed before it goes on"
             )
         if dist_util.rank() == 0:
-            self.saver.check()
-            self.best_saver.check()
+            self.checkpointer.check()
 
     def _log(self) -> dict[str, Any]:
         """Write a row of the log with what was measured since the last one. Collective."""
         means = self.meter.read()
         self.last_loss = means.get("loss", self.last_loss)
-        logger.logkvs({"step": self.step, "samples": self.samples, **means})
+        logger.logkvs({"mode": "train", "step": self.step, "samples": self.samples, **means})
+        logger.logkv("param_norm", th.nn.utils.get_total_norm(self.mp_trainer.master_params).item())
         logger.logkv("lr", self.opt.param_groups[0]["lr"])
         if self.mp_trainer.grad_norm is not None:
             logger.logkv("grad_norm", self.mp_trainer.grad_norm.item())
@@ -363,26 +356,28 @@ class TrainLoop:
         """Measure the averaged weights on held-out samples; the best are kept apart. Collective."""
         with self._clock.paused(), self.averages[0].swapped_in():
             losses = self.validation.losses(self.model)
-        logger.logkvs({"step": self.step, **{f"val_{name}": value for name, value in losses.items()}})
+        logger.logkvs({"mode": "val", "step": self.step, **{f"val_{name}": value for name, value in losses.items()}})
         logger.dumpkvs()
         # Every rank has the same numbers, and so takes the same decision.
-        if losses["loss"] < self.best.get("val_loss", math.inf):
-            self.best = {"step": self.step, "val_loss": losses["loss"]}
-            if dist_util.rank() == 0:
-                self.best_saver.save(self._states())
+        if losses["loss"] < self.checkpointer.best.get("val_loss", math.inf):
+            self.checkpointer.save_best(self.step, losses["loss"], self._states)
 
     def save(self) -> None:
-        """Have weights, averages, optimiser and state written, by rank 0, and paint the previews."""
+        """Have weights, averages, optimiser and state written, by rank 0, and previews sampled."""
         self.saved_step = self.step
         if dist_util.rank():
             return
         path = bf.join(logger.get_dir(), checkpoint.model_name(self.step))
-        self.saver.save(self._states(), lambda: logger.log(f"saved {path}"))
+        self.checkpointer.save(self._states(), lambda: logger.log(f"saved {path}"))
         if self.validation and self.options.preview_samples:
-            picture = Path(logger.get_dir(), "previews", f"step{self.step:06d}.png")
             with self._clock.paused(), self.averages[0].swapped_in():
-                drawn = self.validation.draw(self.model, picture, self.options.preview_samples)
-            logger.logimage("preview", drawn, self.step)
+                self._preview(self.validation, "sample_val", "")
+                if self.train_preview:
+                    self._preview(self.train_preview, "sample_train", "_train")
+
+    def _preview(self, samples: Validation, tag: str, suffix: str) -> None:
+        picture = Path(logger.get_dir(), "previews", f"step{self.step:06d}{suffix}.png")
+        logger.logimage(tag, samples.draw(self.model, picture, self.options.preview_samples), self.step)
 
     def _states(self) -> dict[str, dict]:
         """File name -> content of a checkpoint, the model last: with it, all are there."""
@@ -399,8 +394,8 @@ class TrainLoop:
         :return: where the run stands: "step", "samples", "checkpoint", the averaged weights to sample from, which are
             the best ones where there are any, and "best", its step and val_loss.
         """
-        folder, step = logger.get_dir(), self.step
-        if self.best:
-            folder, step = os.path.join(folder, "best"), self.best["step"]
+        folder, step, best = logger.get_dir(), self.step, self.checkpointer.best
+        if best:
+            folder, step = os.path.join(folder, BEST), best["step"]
         path = os.path.join(folder, checkpoint.ema_name(self.options.ema_rates[0], step))
-        return dict(step=self.step, samples=self.samples, checkpoint=path, best=self.best)
+        return dict(step=self.step, samples=self.samples, checkpoint=path, best=best)

@@ -2,12 +2,14 @@
 
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch as th
 from torch import nn
 
 from guided_diffusion import checkpoint
+from guided_diffusion.files import write_json
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_config_names_the_first_field_that_differs(tmp_path):
     path = str(tmp_path / "model000001.pt")
     flags = {"image_size": 64, "num_channels": 32, "lr": 1e-4}
     checkpoint.check_config(path, flags)  # nothing is known: nothing is refused
-    checkpoint.save_config(str(tmp_path), flags)
+    write_json(tmp_path / "config.json", flags)
     checkpoint.check_config(path, {**flags, "lr": 5e-4})
     with pytest.raises(ValueError, match="--num_channels 32, this run has --num_channels 64"):
         checkpoint.check_config(path, {**flags, "num_channels": 64})
@@ -106,57 +108,61 @@ def test_config_names_the_first_field_that_differs(tmp_path):
         checkpoint.check_config(path, flags)
 
 
-# ---- finding the newest ----
+def test_a_file_says_which_run_wrote_it_and_loads_as_any_other(tmp_path):
+    state = {"b": th.rand(300), "a": th.arange(4)}
+    for name, run_id in (("one.pt", "ab12"), ("two.pt", "cd34"), ("none.pt", "")):
+        checkpoint.save(state, str(tmp_path), name, run_id)
+        assert checkpoint.run_of(str(tmp_path / name)) == run_id
+        for options in ({}, {"mmap": True}):
+            read = th.load(tmp_path / name, weights_only=True, **options)
+            assert list(read) == list(state) and all(th.equal(read[key], state[key]) for key in state)
+        assert checkpoint.is_whole(str(tmp_path / name))
+    assert zipfile.ZipFile(tmp_path / "one.pt").testzip() is None
+    th.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert checkpoint.run_of(str(tmp_path / "old.pt")) == "" and checkpoint.is_whole(str(tmp_path / "old.pt"))
 
 
-def write_run(folder, *steps):
-    for step in steps:
-        for name in (checkpoint.ema_name(0.9, step), checkpoint.opt_name(step), checkpoint.model_name(step)):
-            checkpoint.save({"w": th.full((100,), float(step))}, str(folder), name)
+def test_equal_contents_are_told_wherever_they_lie(tmp_path):
+    contents = {}
+    for name, value, run_id in (("a.pt", 1.0, "ab12"), ("b.pt", 1.0, "cd34"), ("c.pt", 2.0, "ab12")):
+        checkpoint.save({"w": th.full((10,), value)}, str(tmp_path), name, run_id)
+        contents[name] = checkpoint.content_id(str(tmp_path / name))
+    assert contents["a.pt"] == contents["b.pt"] != contents["c.pt"]
 
 
-def test_the_newest_whole_one_is_found(tmp_path):
-    assert checkpoint.find_newest(str(tmp_path / "nowhere")) == checkpoint.find_newest(str(tmp_path)) == ""
-    write_run(tmp_path, 5, 20, 1_000_000)
-    (tmp_path / "model2000000.pt.part").write_bytes(b"half")
-    checkpoint.save({}, str(tmp_path), checkpoint.opt_name(2_000_000))  # killed before the model came
-    assert checkpoint.steps(str(tmp_path)) == [5, 20, 1_000_000]
-    assert checkpoint.find_newest(str(tmp_path)) == str(tmp_path / "model1000000.pt")
+def test_what_cannot_be_read_is_not_taken_for_spoilt_or_missing(tmp_path):
+    """/proc/self/mem is a file whose reading fails: Input/output error, as of a broken disk."""
+    path = tmp_path / "model000001.pt"
+    path.symlink_to("/proc/self/mem")
+    folder = tmp_path / "model000002.pt"
+    folder.mkdir()
+    for function in (checkpoint.is_whole, lambda path: checkpoint.parse(path, path), checkpoint.load):
+        with pytest.raises(OSError, match="Input/output error"):
+            function(str(path))
+    with pytest.raises(IsADirectoryError):
+        checkpoint.is_whole(str(folder))
+    (tmp_path / "config.json").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.load_config(str(path))
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match="symbolic links"):
+        checkpoint.exists(str(loop))
+    assert not checkpoint.exists(str(folder)) and not checkpoint.exists(str(tmp_path / "none" / "a.pt"))
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[data.index(bytes(th.full((4,), 20.0).numpy().tobytes())) + 2] ^= 1
-    path.write_bytes(data)
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("spoil", [truncate, flip_a_bit, empty])
-@pytest.mark.parametrize("name", ["model000020.pt", "opt000020.pt", "ema_0.9_000020.pt"])
-def test_a_spoilt_one_is_passed_over_with_a_warning(tmp_path, capsys, spoil, name):
-    write_run(tmp_path, 5, 20)
-    spoil(tmp_path / name)
-    assert checkpoint.find_newest(str(tmp_path)) == str(tmp_path / "model000005.pt")
-    assert f"{name} is truncated or spoilt" in capsys.readouterr().out
-
-
-def test_all_of_them_spoilt_is_no_reason_to_begin_anew(tmp_path):
-    write_run(tmp_path, 5)
-    truncate(tmp_path / "model000005.pt")
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
-        checkpoint.find_newest(str(tmp_path))
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("run/model000020.pt", 20), ("model.pt", 0), ("modelbest.pt", 0), ("ema_0.9_000020.pt", 0), ("", 0)],
+)
+def test_what_is_gone_on_from_is_a_model_of_a_step(name, step):
+    assert checkpoint.resume_step(name) == step
 
 
 def test_samples_seen(tmp_path):
-    write_run(tmp_path, 5)
+    checkpoint.save({"w": th.zeros(1)}, str(tmp_path), "model000005.pt")
     path = str(tmp_path / "model000005.pt")
     assert checkpoint.samples_seen("", 8) == 0 and checkpoint.samples_seen(path, 8) == 40
     checkpoint.save({"samples": 17}, str(tmp_path), checkpoint.state_name(5))
     assert checkpoint.samples_seen(path, 8) == 17
+    assert checkpoint.samples_seen(str(tmp_path / "ema_0.9_000005.pt"), 8) == 0

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch as th
-from conftest import TINY
+from conftest import TINY, write_patches
 
 import image_train
-from guided_diffusion import checkpoint, cli
+from guided_diffusion import checkpoint, checkpoint_sets, cli
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def test_files_beside_the_checkpoint_must_fit(data_dir, logdir, monkeypatch, spo
 
 def test_another_configuration_in_the_same_folder_is_refused(data_dir, logdir):
     train(data_dir, "--max_steps", "1")
-    with pytest.raises(ValueError, match="trained with --num_channels 32, this run has --num_channels 64"):
+    with pytest.raises(ValueError, match="has a run with --num_channels 32, this one has --num_channels 64"):
         train(data_dir, "--max_steps", "1", "--num_channels", "64")
     assert json.loads((logdir / "config.json").read_text())["num_channels"] == 32
 
@@ -112,8 +112,6 @@ def test_microbatches_change_nothing(data_dir, logdir, monkeypatch):
 
 
 def test_whole_images_are_cropped_at_random(tmp_path, logdir):
-    from conftest import write_patches
-
     write_patches(tmp_path / "big" / "MoNuSegTrainingData", count=4, size=90)
     train(tmp_path / "big", "--max_steps", "1", "--augment", "True")
     assert (logdir / "model000001.pt").exists()
@@ -179,7 +177,7 @@ def files(folder):
 def test_a_step_that_is_skipped_by_chance_is_saved_all_the_same(data_dir, logdir, monkeypatch, skipped, steps):
     monkeypatch.setattr(MixedPrecisionTrainer, "skipped_in_a_row", property(lambda self: skipped))
     train(data_dir, "--max_steps", "5", "--save_interval", "2")
-    assert checkpoint.steps(str(logdir)) == steps
+    assert checkpoint_sets.steps(str(logdir)) == steps
 
 
 def test_the_same_command_again_does_nothing(data_dir, logdir):
@@ -212,6 +210,51 @@ def test_what_is_in_the_folder_is_newer_than_what_to_begin_with(data_dir, logdir
         train(data_dir, "--max_steps", steps, *init)
     calm, out = (weights(logdir.parent / name / "model000003.pt") for name in ("calm", "out"))
     assert largest_difference(calm, out) == 0
+
+
+def test_fine_tuning_into_the_pretrainings_folder_is_refused(data_dir, logdir):
+    train(data_dir, "--max_steps", "1")
+    before, config = files(logdir), (logdir / "config.json").read_text()
+    for flags in (["--init_checkpoint", str(logdir / "model000001.pt")], ["--seed", "1"], ["--val_split", "none"]):
+        with pytest.raises(ValueError, match=rf"OPENAI_LOGDIR .* has a run with {flags[0]} .*: give .*another"):
+            train(data_dir, "--max_steps", "2", *flags)
+    write_patches(data_dir / "MoNuSegTrainingData", count=1, first=50)
+    with pytest.raises(ValueError, match=f"--data_dir {data_dir} does not hold the images .* another OPENAI_LOGDIR"):
+        train(data_dir, "--max_steps", "2")
+    assert files(logdir) == before and (logdir / "config.json").read_text() == config
+
+
+def test_a_checkpoint_given_by_hand_wins(data_dir, logdir):
+    """Over what lies in the folder; the same command again goes on with what came of it."""
+    train(data_dir, "--max_steps", "4", "--save_interval", "2", "--lr", "1e-2")
+    far = weights(logdir / "model000004.pt")
+    back = ["--resume_checkpoint", str(logdir / "model000002.pt")]
+    train(data_dir, "--max_steps", "3", "--lr", "1e-3", *back)
+    train(data_dir, "--max_steps", "4", "--lr", "1e-3", *back)
+    log = (logdir / "log.txt").read_text()
+    assert f"going on from {logdir / 'model000002.pt'}: weights, ema_0.9999_000002.pt, opt000002.pt, state" in log
+    assert f"going on from {logdir / 'model000003.pt'}: weights" in log
+    assert "going on with --lr 0.001, before it was 0.01" in log
+    assert largest_difference(far, weights(logdir / "model000004.pt")) > 0
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model000007.pt"])
+def test_resume_checkpoint_fine_tunes_as_there(data_dir, logdir, monkeypatch, name):
+    """From another folder: with a step in its name training goes on from it, without one it begins with the weights."""
+    train(data_dir, "--max_steps", "1", "--ema_rate", "0.5")
+    source = logdir.parent / "theirs" / name
+    source.parent.mkdir()
+    source.write_bytes((logdir / "model000001.pt").read_bytes())
+    monkeypatch.setenv("OPENAI_LOGDIR", str(logdir.parent / "tuned"))
+    step = 7 * ("7" in name)
+    train(data_dir, "--max_steps", str(step + 1), "--lr", "1e-12", "--resume_checkpoint", str(source))
+    tuned = logdir.parent / "tuned"
+    assert largest_difference(weights(tuned / f"model{step + 1:06d}.pt"), weights(source)) < 1e-9
+    log = (tuned / "log.txt").read_text()
+    if step:
+        assert f"going on from {source}: weights; there is no ema_0.9999_000007.pt, no opt000007.pt, no state" in log
+    else:
+        assert f"beginning at step 0 with the weights of {source}, and nothing else" in log
 
 
 def test_another_batch_size_goes_on_in_the_data(data_dir, logdir, monkeypatch, capsys):
@@ -317,7 +360,6 @@ MISTAKES = {
         "--resume_checkpoint and --init_checkpoint",
     ),
     "pairing": (["--match_struct", "True"], "--match_struct True pairs images with the masks of others"),
-    "no step": (["--resume_checkpoint", "weights.pt"], "weights.pt has no step in its name"),
     "too few steps": (["--resume_checkpoint", "model000009.pt"], "--max_steps 1 is below the resumed step 9"),
     "subsample": (["--subsample", "1.5"], "--subsample 1.5"),
     "ema": (["--ema_rate", "1"], "--ema_rate 1"),

@@ -17,6 +17,7 @@ from conftest import TINY, write_patches
 
 import image_train
 from guided_diffusion import cli
+from guided_diffusion.signals import StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 MPIEXEC = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable]
@@ -97,8 +98,12 @@ def assert_same_checkpoints(a: Path, b: Path, step: int):
             assert same, (name, key)
 
 
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 def newest(out: Path) -> str:
-    return max((path.name for path in out.glob("model*.pt")), default="")
+    return max((path.name for path in out.glob("model[0-9]*.pt")), default="")
 
 
 @pytest.mark.slow
@@ -128,7 +133,7 @@ def test_killed_thirty_times(slides, tmp_path):
     assert Child(out, argv).wait() == 0
     assert inside >= 5, (inside, at)
     assert_same_checkpoints(calm, out, 120)
-    assert len(list(out.glob("model*.pt"))) == 2
+    assert len(list(out.glob("model[0-9]*.pt"))) == 2
     best = {path.name for path in (calm / "best").glob("*.pt")}
     assert best == {path.name for path in (out / "best").glob("*.pt")} and len(best) == 5
 
@@ -157,7 +162,7 @@ def test_two_ranks_killed_and_resumed(slides, tmp_path):
     assert_same_checkpoints(tmp_path / "calm", tmp_path / "out", 20)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", StopRequest.SIGNALS)
 def test_asked_to_stop_it_saves_and_goes_on_later(slides, tmp_path, number):
     argv = command(slides, "--max_steps", "30", "--save_interval", "100", "--log_interval", "1")
     calm, out = tmp_path / "calm", tmp_path / "out"
@@ -166,7 +171,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(slides, tmp_path, number):
     assert child.until(lambda: (out / "log.txt").exists() and "\nstep " in (out / "log.txt").read_text())
     child.kill(number)
     assert child.wait() == 0
-    (model,) = out.glob("model*.pt")
+    (model,) = out.glob("model[0-9]*.pt")
     step = int(model.stem[5:])
     assert 1 <= step < 30
     line = f"stopped by {number.name} at step {step}, saved: the same command goes on"
@@ -185,7 +190,7 @@ def test_two_ranks_are_asked_to_stop(slides, tmp_path):
     rank = wait_for_ranks(tmp_path / "out", slides)[-1]
     os.kill(rank, signal.SIGUSR1)
     assert job.wait(60) == 0, job.stderr.read()
-    assert len(list((tmp_path / "out").glob("model*.pt"))) == 1
+    assert len(list((tmp_path / "out").glob("model[0-9]*.pt"))) == 1
 
 
 def wait_for_ranks(out: Path, data_dir: Path) -> list[int]:
@@ -216,6 +221,24 @@ def test_a_rank_that_dies_takes_the_job_down(slides, tmp_path):
     while any(Path(f"/proc/{rank}/cmdline").exists() for rank in ranks):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_two_runs_in_one_folder(slides, tmp_path):
+    """The second, however it came about, is refused in one line; the first goes on undisturbed."""
+    argv = command(slides, "--max_steps", "12", "--save_interval", "2", "--val_interval", "3", "--log_interval", "1")
+    calm, out = tmp_path / "calm", tmp_path / "out"
+    assert Child(calm, argv).wait() == 0
+    ones = [Child(out, argv) for _ in range(2)]  # at once: the folder is not there yet
+    first = next(child for child in ones if child.until(lambda child=child: "\nstep " in read(out / "log.txt")))
+    second = Child(out, argv)
+    late = second.wait()
+    codes = sorted([late, *(child.wait() for child in ones)])
+    assert codes == [0, 2, 2] and first.process.exitcode == 0
+    errors = re.findall("error: (.*)", read(out.with_suffix(".err")))  # maybe behind the first one's progress bar
+    assert len(errors) == 2
+    assert all(f"OPENAI_LOGDIR {out} is in use by process {first.process.pid} on" in error for error in errors)
+    assert_same_checkpoints(calm, out, 12)
+    assert len(read(out / "log.txt").split("\nstep ")) == len(read(calm / "log.txt").split("\nstep "))
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(slides, tmp_path, small_disk):

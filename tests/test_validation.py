@@ -255,8 +255,9 @@ def test_the_loss_of_the_log_is_that_of_the_averaged_weights(slides, trained):
     assert make(slides, *FEW_STEPS).losses(model)["loss"] != pytest.approx(best["best"]["val_loss"], rel=1e-6)
 
 
-def test_previews_are_painted_at_saves(trained):
-    assert sorted(path.name for path in (trained[0] / "previews").iterdir()) == ["step000003.png", "step000006.png"]
+def test_previews_are_sampled_at_saves(trained):
+    names = [f"step00000{step}{kind}.png" for step in (3, 6) for kind in ("", "_train")]
+    assert sorted(path.name for path in (trained[0] / "previews").iterdir()) == sorted(names)
 
 
 def test_the_best_can_be_sampled_from_without_model_flags(slides, trained, tmp_path):
