@@ -14,7 +14,7 @@ from guided_diffusion.options import add_flags
 from guided_diffusion.results_path import check_results_path, check_same_run, claimed
 from guided_diffusion.run_options import DataOptions, RunOptions
 from guided_diffusion.sample_options import SampleOptions
-from guided_diffusion.samplers import make_schedule
+from guided_diffusion.sampling_plan import SamplingPlan, process_for
 from guided_diffusion.script_util import (
     args_to_dict,
     check_data_flags,
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
     args.sampler = args.sampler or ("ddim" if args.use_ddim else "ddpm")
     scales = parse_scales(args.s)
-    schedule = make_schedule(args.sampler, diffusion, args.num_steps)
+    process = process_for(args.sampler, diffusion, args.num_steps)
     interval = parse_interval(args.guidance_interval)
     if args.dry_run:
         if dist_util.rank() == 0:
@@ -153,24 +153,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.guide_path:
         guide, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
         checkpoint.load_weights(ready(guide), args.guide_path)
+    options = args_to_dict(args, ["seed", "clip_denoised"])
+    plan = SamplingPlan(args.sampler, process, guide=guide, interval=interval, channels=args.in_channels, **options)
     sweep = Sweep(
         dataset=dataset,
         spec=spec,
-        diffusion=diffusion,
+        plan=plan,
         checkpoints=checkpoints,
         scales=scales,
         results_path=args.results_path,
         count=args.num_samples or len(dataset),
-        sampler=args.sampler,
-        schedule=schedule,
-        interval=interval,
         keep_colour=args.null_condition == "keep_colour",
-        guide=guide,
-        **args_to_dict(args, ["seed", "batch_size", "num_workers", "clip_denoised", "spade_cache"]),
+        **args_to_dict(args, ["batch_size", "num_workers", "spade_cache"]),
     )
-    if len(schedule) == diffusion.original_num_steps > 25:
-        times = len(schedule) / 25
-        logger.log(f"{len(schedule)} steps a sample; --sampler dpmpp_2m_sde --num_steps 25 is {times:.0f} times faster")
+    if len(plan) == diffusion.original_num_steps > 25:
+        times = len(plan) / 25
+        logger.log(f"{len(plan)} steps a sample; --sampler dpmpp_2m_sde --num_steps 25 is {times:.0f} times faster")
     with contextlib.ExitStack() as stack:
         dist_util.from_rank_0(lambda: stack.enter_context(claimed(args.results_path, run, args.overwrite)))
         sweep.run(load_model)

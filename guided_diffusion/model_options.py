@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from .gaussian_diffusion import NOISE_SCHEDULES
 from .options import Options, flag
+from .schedules import NOISE_SCHEDULES
 
 
 @dataclass(frozen=True)

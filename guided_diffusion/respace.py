@@ -1,7 +1,8 @@
 """A diffusion process that visits only some timesteps of another. Knows nothing of models or conditions."""
 
+from collections.abc import Iterable
+
 import numpy as np
-import torch as th
 
 from .gaussian_diffusion import GaussianDiffusion
 
@@ -56,28 +57,30 @@ class SpacedDiffusion(GaussianDiffusion):
     """
     A process that skips steps of a base process; its marginals at the steps it keeps are the base's.
 
-    :param use_timesteps: the base timesteps to keep.
+    :param use_timesteps: the base timesteps to keep, in any order.
     :param betas: the base process's schedule; other parameters as GaussianDiffusion's.
     """
 
-    def __init__(self, use_timesteps: set[int] | list[int], *, betas: np.ndarray, **options) -> None:
-        timestep_map = sorted(use_timesteps)
+    def __init__(self, use_timesteps: Iterable[int], *, betas: np.ndarray, **options) -> None:
+        timestep_map = sorted(set(use_timesteps))
         base_alphas_cumprod = np.cumprod(1 - np.asarray(betas, dtype=np.float64))
-        kept = base_alphas_cumprod[timestep_map]
-        super().__init__(betas=1 - kept / np.append(1.0, kept[:-1]), **options)
+        super().__init__(betas=_betas_of(base_alphas_cumprod[timestep_map]), **options)
         self.timestep_map = timestep_map
         self.base_alphas_cumprod = base_alphas_cumprod
         self.original_num_steps = len(betas)
 
-    def model_timesteps(self, t: th.Tensor) -> th.Tensor:
-        """:return: the base process's times for [N] steps of this one, scaled to 0 ... 1000 if asked for."""
-        key = ("timestep_map", t.device)
-        if key not in self._device_tables:
-            self._device_tables[key] = th.tensor(self.timestep_map, device=t.device)
-        times = self._device_tables[key][t]
-        return times.float() * self.time_scale if self.rescale_timesteps else times
 
-    @property
-    def time_scale(self) -> float:
-        """What the base process's timesteps are multiplied by: 1, or what brings them to 0 ... 1000."""
-        return 1000 / self.original_num_steps if self.rescale_timesteps else 1
+def respaced(diffusion: GaussianDiffusion, use_timesteps: Iterable[int]) -> SpacedDiffusion:
+    """:return: the process that keeps these timesteps of the one that a process's model was trained on."""
+    return SpacedDiffusion(
+        use_timesteps,
+        betas=_betas_of(diffusion.base_alphas_cumprod),
+        model_mean_type=diffusion.model_mean_type,
+        model_var_type=diffusion.model_var_type,
+        loss_type=diffusion.loss_type,
+        rescale_timesteps=diffusion.rescale_timesteps,
+    )
+
+
+def _betas_of(alphas_cumprod: np.ndarray) -> np.ndarray:
+    return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])

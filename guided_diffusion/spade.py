@@ -1,8 +1,6 @@
-"""SPADE normalisation: the only way by which the condition enters the U-Net, and the explicit cache that sampling keeps
-of it. Knows no channel's meaning."""
+"""SPADE normalisation: the only way by which the condition enters the U-Net. Knows no channel's meaning."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch as th
 import torch.nn.functional as F
@@ -13,73 +11,36 @@ from .nn import GROUPS, Conv2d
 HIDDEN_CHANNELS = 128
 
 Modulation = tuple[th.Tensor, th.Tensor]
-Modulations = dict["SPADEGroupNorm", Modulation]
 
 
-class CachedCondition:
+@dataclass(frozen=True, eq=False)
+class Modulations:
     """
-    A condition, and what each SPADE layer has made of it: gamma and beta depend on neither the image nor the timestep.
+    What a U-Net's SPADE layers make of one condition. It depends on neither the image nor the timestep: sampling
+    computes it once, by UNetModel.modulations, and passes it where the condition would go.
 
-    For inference only. All is made anew once y or a layer's weights have changed, in place or by moving to another
-    device or dtype.
+    A plain value: made in no_grad or inference mode it carries no gradients, and later changes of the condition or of
+    the weights do not reach it.
 
-    :param y: an [N x C x H x W] condition; N = 1 serves a batch of any size.
+    :param shape: the condition's, [N x C x H x W]; N = 1 serves a batch of any size.
+    :param layers: what each layer's modulation method gives.
     """
 
-    def __init__(self, y: th.Tensor) -> None:
-        self.y = y
-        self._made_from: tuple = ()
-        self._kept: Modulations = {}
+    shape: th.Size
+    layers: "dict[SPADEGroupNorm, Modulation]"
 
-    def modulations(self, layers: "Sequence[tuple[SPADEGroupNorm, tuple[int, int]]]", dtype: th.dtype) -> Modulations:
-        """
-        :param layers: a model's SPADE layers and the heights and widths they work at.
-        :return: what each layer.modulation gives for y in this dtype.
-        """
-        if th.is_grad_enabled():
-            raise RuntimeError("a cached condition would cut gradients off: it is for inference only")
-        tensors = [self.y, *(p for layer, _ in layers for p in layer.parameters())]
-        made_from = dtype, [size for _, size in layers], list(map(_state, tensors))
-        if self._made_from != made_from:
-            self.clear()
-            y = self.y.to(dtype)
-            self._kept = {layer: layer.modulation(y, size) for layer, size in layers}
-            self._made_from = made_from
-        return self._kept
+    @property
+    def device(self) -> th.device:
+        """Where the tensors are."""
+        return next(iter(self.layers.values()))[0].device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the kept modulations take."""
-        return sum(part.nbytes for modulation in self._kept.values() for part in modulation)
-
-    def clear(self) -> None:
-        """Forget all modulations."""
-        self._kept, self._made_from = {}, ()
+        """Bytes of memory that the tensors take."""
+        return sum(part.nbytes for modulation in self.layers.values() for part in modulation)
 
 
-def _state(tensor: th.Tensor) -> tuple[int, int]:
-    """What changes when a tensor's values may have; one made in inference mode counts no versions."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-@contextlib.contextmanager
-def cached_condition(model: nn.Module, y: th.Tensor) -> Iterator[CachedCondition]:
-    """
-    Let a U-Net keep what its SPADE layers make of a condition, for the length of a block.
-
-    Inside it, the model called with this very tensor for y, and without gradients, convolves it once. Several blocks
-    may be open at once.
-
-    :param model: a unet.UNetModel.
-    :param y: an [N x C x H x W] condition.
-    """
-    cached = CachedCondition(y)
-    model.cached_conditions.append(cached)
-    try:
-        yield cached
-    finally:
-        model.cached_conditions.remove(cached)
-        cached.clear()
+Condition = th.Tensor | Modulations
 
 
 class SPADEGroupNorm(nn.Module):
@@ -87,6 +48,9 @@ class SPADEGroupNorm(nn.Module):
     Spatially-adaptive normalisation (Park et al. 2019) over a group norm without affine parameters.
 
     GroupNorm(x) * (1 + gamma(y)) + beta(y), with gamma and beta from two convolutions on a shared hidden layer.
+
+    In half precision PyTorch's group norm sums in fp32. By its source, the GPU's then rounds mean and deviation to x's
+    own dtype before it applies them, as there is no affine map in fp32; the CPU's does not.
 
     :param channels: the number of channels of x.
     :param cond_channels: the number of channels of the condition y.
@@ -99,11 +63,11 @@ class SPADEGroupNorm(nn.Module):
         self.mlp_gamma = Conv2d(HIDDEN_CHANNELS, channels, 3, padding=1)
         self.mlp_beta = Conv2d(HIDDEN_CHANNELS, channels, 3, padding=1)
 
-    def forward(self, x: th.Tensor, y: th.Tensor | Modulations) -> th.Tensor:
+    def forward(self, x: th.Tensor, y: "th.Tensor | dict[SPADEGroupNorm, Modulation]") -> th.Tensor:
         """
         :param x: an [N x channels x H x W] tensor.
         :param y: an [N or 1 x cond_channels x H' x W'] condition, brought to x's size by nearest neighbour; or what
-            CachedCondition keeps of one.
+            Modulations holds.
         """
         scale, shift = self.modulation(y, tuple(x.shape[2:])) if th.is_tensor(y) else y[self]
         h = F.group_norm(x, GROUPS)

@@ -1,7 +1,7 @@
 """Checkpoints x guidance scales x conditions as one job that can be stopped at any moment and goes on where it was.
 Knows what goes where and in which order; nothing of flags."""
 
-import contextlib
+import dataclasses
 import functools
 import glob
 import itertools
@@ -13,16 +13,15 @@ from pathlib import Path, PurePath
 
 import blobfile as bf
 import torch as th
-from tqdm.auto import tqdm
 
 from . import dealing, dist_util, files, logger
 from .background import BackgroundWriter
 from .conditioning import ConditionSpec
-from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import NucleiDataset
 from .pictures import draw_grid
 from .results import ResultFolder, folder_name, unique_stems
-from .samplers import Schedule, kept_conditions, sample, to_uint8
+from .sampling_plan import SamplingPlan, to_uint8
+from .spade import Condition
 from .unet import UNetModel
 
 GRID_ROWS, SWEEP_ROWS = 12, 6
@@ -95,28 +94,22 @@ class Sweep:
     :param checkpoints: paths of weights; scales: guidance scales. One of each fills results_path itself, several fill
         a folder MODEL_sS in it each.
     :param count: samples for each pair.
-    :param sampler: a key of samplers.SAMPLERS; schedule: its steps.
+    :param plan: how to sample; s and null are filled in.
     :param spade_cache: on, off, or auto: on if memory allows.
-    :param keep_colour: the null condition keeps the colour map; interval and guide: see samplers.Denoiser.
+    :param keep_colour: the null condition keeps the colour map.
     """
 
     dataset: NucleiDataset
     spec: ConditionSpec
-    diffusion: GaussianDiffusion
+    plan: SamplingPlan
     checkpoints: Sequence[str]
     scales: Sequence[Scale]
     results_path: str
     count: int
-    sampler: str
-    schedule: Schedule
-    seed: int = 0
     batch_size: int = 1
     num_workers: int = 0
-    clip_denoised: bool = True
     spade_cache: str = "auto"
     keep_colour: bool = False
-    interval: tuple[float, float] = (0.0, float("inf"))
-    guide: UNetModel | None = None
 
     def __post_init__(self) -> None:
         n = len(self.dataset)
@@ -196,67 +189,48 @@ class Sweep:
         """Sample batches of one checkpoint; :return: an iterator over how many samples all ranks have made, about."""
         device = dist_util.dev()
         size = self.dataset.image_size
-        zeros = self.spec.null(th.empty(1, self.spec.channels, size, size, device=device))
         cache = self._use_cache(model, size)
-        with kept_conditions(model, zeros, enabled=cache):
-            for batch, images, cond in own:
-                made = batch.before
-                y = self.spec.assemble({key: value.to(device) for key, value in cond.items() if th.is_tensor(value)})
-                null = self.spec.null(y, keep_colour=True) if self.keep_colour else zeros
-                pictures = self.spec.render(y)
-                with self._kept(model, y, null, cache):
-                    for scale, wanted in batch.wanted.items():
-                        samples = to_uint8(self._sample(model, y, null, scale, batch.numbers))
-                        for i, k in enumerate(batch.numbers):
-                            if k not in wanted:
-                                continue
-                            parts = dict(
-                                image=to_uint8(images[i : i + 1])[0],
-                                label=cond["label_ori"][i].numpy(),
-                                cond=pictures[i],
-                                sample=samples[i],
-                                inst=cond["instance"][i, 0].numpy(),
-                            )
-                            row, folder = self._row(batch.checkpoint, scale, k), self.folders[batch.checkpoint, scale]
-                            writer(functools.partial(folder.write, row, **parts))
-                        made += len(wanted)
-                        yield made
+        zeros = _kept(model, self.spec.null(th.empty(1, self.spec.channels, size, size, device=device)), cache)
+        for batch, images, cond in own:
+            made = batch.before
+            y = self.spec.assemble({key: value.to(device) for key, value in cond.items() if th.is_tensor(value)})
+            pictures = self.spec.render(y)
+            null = self._null(model, y, zeros, cache)
+            y = _kept(model, y, cache)
+            for scale, wanted in batch.wanted.items():
+                samples = to_uint8(self._sample(model, y, null, scale, batch.numbers))
+                for i, k in enumerate(batch.numbers):
+                    if k not in wanted:
+                        continue
+                    parts = dict(
+                        image=to_uint8(images[i : i + 1])[0],
+                        label=cond["label_ori"][i].numpy(),
+                        cond=pictures[i],
+                        sample=samples[i],
+                        inst=cond["instance"][i, 0].numpy(),
+                    )
+                    row, folder = self._row(batch.checkpoint, scale, k), self.folders[batch.checkpoint, scale]
+                    writer(functools.partial(folder.write, row, **parts))
+                made += len(wanted)
+                yield made
+            del y, null  # which frees their memory before the next batch's is taken
 
     def _sample(
-        self, model: UNetModel, y: th.Tensor, null: th.Tensor, scale: Scale, indices: Sequence[int]
+        self, model: UNetModel, y: Condition, null: Condition, scale: Scale, indices: Sequence[int]
     ) -> th.Tensor:
         shown = dist_util.rank() == 0 and sys.stderr.isatty()
-        with tqdm(total=len(self.schedule), unit="step", leave=False, disable=not shown) as bar:
-            return sample(
-                self.sampler,
-                self.diffusion,
-                model,
-                y,
-                s=scale.s,
-                channels=self.spec.in_channels,
-                seed=self.seed,
-                indices=indices,
-                schedule=self.schedule,
-                null=null,
-                guide=self.guide,
-                interval=self.interval,
-                clip_denoised=self.clip_denoised,
-                callback=lambda i, x_start: bar.update(),
-            )
+        return dataclasses.replace(self.plan, s=scale.s, null=null).sample(model, y, indices, progress=shown)
 
-    @contextlib.contextmanager
-    def _kept(self, model: UNetModel, y: th.Tensor, null: th.Tensor, cache: bool) -> Iterator[None]:
-        """Keep what a batch's conditions make, in the model and in the guide."""
-        own = (y, null) if self.keep_colour else (y,)
-        with kept_conditions(model, *own, enabled=cache), contextlib.ExitStack() as stack:
-            if self.guide is not None:
-                stack.enter_context(kept_conditions(self.guide, y, enabled=cache))
-            yield
+    def _null(self, model: UNetModel, y: th.Tensor, zeros: Condition, cache: bool) -> Condition:
+        """What the weaker branch of guidance is shown for a batch with these conditions."""
+        if self.plan.guide is not None:
+            return _kept(self.plan.guide, y, cache)
+        return _kept(model, self.spec.null(y, keep_colour=True), cache) if self.keep_colour else zeros
 
     def _use_cache(self, model: UNetModel, size: int) -> bool:
         if self.spade_cache != "auto":
             return self.spade_cache == "on"
-        batches = 1 + self.keep_colour + (self.guide is not None)
+        batches = 1 + self.keep_colour + (self.plan.guide is not None)
         needed = model.modulation_bytes(size) * (batches * self.batch_size + 1)
         free = free_memory(dist_util.dev())
         if needed > free / 2:
@@ -272,18 +246,18 @@ class Sweep:
         return dict(
             index=k,
             stem=self.stems[k],
-            seed=self.seed,
+            seed=self.plan.seed,
             structure=self.dataset.items[index].image,
             appearance=self.dataset.appearance_of(index),
             s=scale.text,
             checkpoint=path,
-            sampler=self.sampler,
-            steps=len(self.schedule),
+            sampler=self.plan.sampler,
+            steps=len(self.plan),
         )
 
     def _draw(self) -> None:
         """Draw grid.png in each folder and, where there are several, sweep.png above them."""
-        what = f"{self.sampler}, {len(self.schedule)} steps"
+        what = f"{self.plan.sampler}, {len(self.plan)} steps"
         for (path, scale), folder in self.folders.items():
             title = f"{PurePath(path).name}, s = {scale.text}, {what}"
             picture = folder.write_grid(self.stems[:GRID_ROWS], title)
@@ -299,6 +273,12 @@ class Sweep:
                 rows, ["condition", "appearance", *captions], what, Path(self.results_path) / "sweep.png"
             )
         logger.log(f"{self.count * len(self.folders)} samples; look at {picture}")
+
+
+@th.inference_mode()
+def _kept(model: UNetModel, y: th.Tensor, cache: bool) -> Condition:
+    """A condition, convolved once for all steps and scales if there is memory for that."""
+    return model.modulations(y) if cache else y
 
 
 def free_memory(device: th.device) -> int:

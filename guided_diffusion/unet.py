@@ -5,209 +5,21 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch as th
-import torch.nn.functional as F
 from torch import nn
 
 from .fp16_util import cast_convolutions
-from .nn import GROUPS, Conv1d, Conv2d, checkpoint, normalization, silu, timestep_embedding, zero_module
-from .spade import CachedCondition, Modulations, SPADEGroupNorm
-
-
-def upsample(x: th.Tensor) -> th.Tensor:
-    """Double height and width by nearest neighbour."""
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-def downsample(x: th.Tensor) -> th.Tensor:
-    """Halve height and width by averaging 2 x 2 pixels."""
-    return F.avg_pool2d(x, 2)
-
-
-class Upsample(nn.Module):
-    """Doubles height and width, then convolves unless told not to."""
-
-    def __init__(self, channels: int, use_conv: bool) -> None:
-        super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
-
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        return self.conv(upsample(x))
-
-
-class Downsample(nn.Module):
-    """Halves height and width, by a strided convolution or by averaging."""
-
-    def __init__(self, channels: int, use_conv: bool) -> None:
-        super().__init__()
-        self.op = Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
-
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        return self.op(x)
-
-
-class _ResidualBlock(nn.Module):
-    """
-    What the encoder's and the decoder's residual blocks share; they differ in how they normalise.
-
-    The order in which the two make their layers is that of the reference's parameters, by which optimiser files go.
-
-    :param resample: a function applied to the hidden and the skip branch (upsample, downsample), or None.
-    :param use_scale_shift_norm: let the embedding scale and shift the second norm's output; else it is added before.
-    :param use_checkpoint: compute activations again in the backward pass.
-    """
-
-    def __init__(self, *, resample, use_scale_shift_norm: bool, use_checkpoint: bool) -> None:
-        super().__init__()
-        self.resample = resample or (lambda x: x)
-        self.use_scale_shift_norm = use_scale_shift_norm
-        self.use_checkpoint = use_checkpoint
-
-    def _make_emb_layers(self, emb_channels: int, out_channels: int) -> nn.Sequential:
-        return nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, (1 + self.use_scale_shift_norm) * out_channels))
-
-    def first_norm(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
-        raise NotImplementedError
-
-    def second_norm(self, h: th.Tensor, y: th.Tensor) -> th.Tensor:
-        raise NotImplementedError
-
-    def forward(self, x: th.Tensor, emb: th.Tensor, y: th.Tensor) -> th.Tensor:
-        """
-        :param x: an [N x C x H x W] feature map.
-        :param emb: an [N x emb_channels] fp32 timestep embedding.
-        :param y: an [N x cond_channels x H' x W'] condition; the encoder's blocks do not look at it.
-        """
-        return checkpoint(self._forward, self.use_checkpoint, x, emb, y)
-
-    def _forward(self, x: th.Tensor, emb: th.Tensor, y: th.Tensor) -> th.Tensor:
-        h = self.resample(silu(self.first_norm(x, y)))
-        h = self.in_layers[-1](h)
-        emb_out = self.emb_layers(emb).to(h.dtype)[..., None, None]
-        if self.use_scale_shift_norm:
-            scale, shift = emb_out.chunk(2, dim=1)
-            h = self.second_norm(h, y) * (1 + scale) + shift
-        else:
-            h = self.second_norm(h.add_(emb_out), y)
-        dropout, conv = self.out_layers[-2:]
-        return conv(dropout(silu(h))).add_(self.skip_connection(self.resample(x)))
-
-
-class ResBlock(_ResidualBlock):
-    """
-    The encoder's residual block, normalised by group norms; it never sees the condition.
-
-    :param channels: input channels.
-    :param emb_channels: width of the timestep embedding.
-    :param out_channels: output channels.
-    :param options: resample, use_scale_shift_norm, use_checkpoint.
-    """
-
-    def __init__(self, channels: int, emb_channels: int, dropout: float, out_channels: int, **options) -> None:
-        super().__init__(**options)
-        self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), Conv2d(channels, out_channels, 3, padding=1))
-        self.emb_layers = self._make_emb_layers(emb_channels, out_channels)
-        self.out_layers = nn.Sequential(
-            normalization(out_channels),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            zero_module(Conv2d(out_channels, out_channels, 3, padding=1)),
-        )
-        self.skip_connection = _make_skip(channels, out_channels)
-
-    def first_norm(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
-        return self.in_layers[0](x)
-
-    def second_norm(self, h: th.Tensor, y: th.Tensor) -> th.Tensor:
-        return self.out_layers[0](h)
-
-
-class SDMResBlock(_ResidualBlock):
-    """
-    The middle block's and the decoder's residual block, normalised by SPADE with the condition.
-
-    :param cond_channels: channels of the condition; other parameters as ResBlock's.
-    """
-
-    def __init__(
-        self, channels: int, emb_channels: int, dropout: float, out_channels: int, cond_channels: int, **options
-    ) -> None:
-        super().__init__(**options)
-        self.in_norm = SPADEGroupNorm(channels, cond_channels)
-        self.in_layers = nn.Sequential(nn.SiLU(), Conv2d(channels, out_channels, 3, padding=1))
-        self.emb_layers = self._make_emb_layers(emb_channels, out_channels)
-        self.out_norm = SPADEGroupNorm(out_channels, cond_channels)
-        self.out_layers = nn.Sequential(
-            nn.SiLU(), nn.Dropout(dropout), zero_module(Conv2d(out_channels, out_channels, 3, padding=1))
-        )
-        self.skip_connection = _make_skip(channels, out_channels)
-
-    def first_norm(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
-        return self.in_norm(x, y)
-
-    def second_norm(self, h: th.Tensor, y: th.Tensor) -> th.Tensor:
-        return self.out_norm(h, y)
-
-
-def _make_skip(channels: int, out_channels: int) -> nn.Module:
-    return nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
-
-
-class AttentionBlock(nn.Module):
-    """
-    Self-attention over all pixels, added to its input.
-
-    :param channels: the number of channels.
-    :param num_heads: heads, where num_head_channels is -1.
-    :param num_head_channels: channels per head, or -1.
-    :param use_new_attention_order: lay the qkv channels out as q, k, v, each split into heads; else as heads, each
-        split into q, k, v. Only loading a checkpoint cares.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        use_checkpoint: bool = False,
-        use_new_attention_order: bool = False,
-    ) -> None:
-        super().__init__()
-        by_count = num_head_channels == -1
-        divisor = num_heads if by_count else num_head_channels
-        if divisor < 1 or channels % divisor:
-            flag = "--num_heads or --num_heads_upsample" if by_count else "--num_head_channels"
-            raise ValueError(f"{flag} {divisor} does not divide the {channels} channels that attention works on")
-        self.num_heads = divisor if by_count else channels // divisor
-        self.use_checkpoint = use_checkpoint
-        self.use_new_attention_order = use_new_attention_order
-        self.norm = normalization(channels)
-        self.qkv = Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zero_module(Conv1d(channels, channels, 1))
-
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        """:param x: an [N x C x H x W] feature map."""
-        return checkpoint(self._forward, self.use_checkpoint, x)
-
-    def _forward(self, x: th.Tensor) -> th.Tensor:
-        n, channels = x.shape[:2]
-        qkv = self.qkv(self.norm(x).flatten(2))
-        if self.use_new_attention_order:
-            q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        else:
-            q, k, v = qkv.unflatten(1, (self.num_heads, 3, -1)).unbind(2)
-        # [N x heads x T x d], contiguous: torch takes its slow path for any other layout.
-        q, k, v = (part.transpose(2, 3).contiguous() for part in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, channels, -1)
-        return x + self.proj_out(attended).view(x.shape)
-
-
-class TimestepEmbedSequential(nn.Sequential):
-    """A sequence of layers; the embedding and the condition go to those that take them."""
-
-    def forward(self, x: th.Tensor, emb: th.Tensor, y: th.Tensor) -> th.Tensor:
-        for layer in self:
-            x = layer(x, emb, y) if isinstance(layer, _ResidualBlock) else layer(x)
-        return x
+from .nn import GROUPS, Conv2d, normalization, timestep_embedding, zero_module
+from .spade import Condition, Modulation, Modulations, SPADEGroupNorm
+from .unet_blocks import (
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    SDMResBlock,
+    TimestepEmbedSequential,
+    Upsample,
+    downsample,
+    upsample,
+)
 
 
 class UNetModel(nn.Module):
@@ -222,6 +34,7 @@ class UNetModel(nn.Module):
     :param attention_resolutions: the downsampling rates at which attention is used; 4 means at image_size / 4.
     :param channel_mult: multiplier of model_channels, per level; its length is the number of levels.
     :param conv_resample: convolve when resampling; has no effect with resblock_updown.
+    :param dims: 2, for images; the reference's order of arguments has it here.
     :param num_classes: channels of the condition y (the name is the reference's).
     :param use_fp16: compute in fp16; the parameters stay in fp32. See convert_to.
     :param num_heads_upsample: heads in the decoder; -1 means num_heads.
@@ -240,6 +53,7 @@ class UNetModel(nn.Module):
         dropout: float = 0,
         channel_mult: tuple[float, ...] = (1, 2, 4, 8),
         conv_resample: bool = True,
+        dims: int = 2,
         num_classes: int = 1,
         use_checkpoint: bool = False,
         use_fp16: bool = False,
@@ -252,6 +66,8 @@ class UNetModel(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(image_size, model_channels, channel_mult)
+        if dims != 2:
+            raise ValueError(f"UNetModel is for images: dims {dims} must be 2")
         if num_res_blocks < 1:
             raise ValueError(f"--num_res_blocks {num_res_blocks} must be at least 1")
         if not 0 <= dropout < 1:
@@ -261,7 +77,6 @@ class UNetModel(nn.Module):
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.dtype = th.float16 if use_fp16 else th.float32
-        self.cached_conditions: list[CachedCondition] = []  # filled by spade.cached_condition
         emb_channels = 4 * model_channels
         options = dict(use_scale_shift_norm=use_scale_shift_norm, use_checkpoint=use_checkpoint)
 
@@ -313,7 +128,8 @@ class UNetModel(nn.Module):
 
     def convert_to(self, dtype: th.dtype, weights: bool = False) -> None:
         """
-        Compute in this dtype from now on; norms' statistics, the time embedding and the last layer stay in fp32.
+        Compute in this dtype from now on. The time embedding and the last layer stay in fp32, and the encoder's group
+        norms; those of the decoder sum in fp32, see SPADEGroupNorm.
 
         :param weights: also store the convolutions' weights so: half the memory, for inference only.
         """
@@ -326,8 +142,8 @@ class UNetModel(nn.Module):
         """
         Move the model to a device, in the memory layout that is fastest there.
 
-        :param compiled: have encoder and decoder translated to fused kernels when they are first called, which takes
-            minutes; every other batch size is translated apart.
+        :param compiled: compile encoder and decoder to fused kernels when they are first called, which takes minutes;
+            once for each batch size.
         :param training: whether there will be backward passes.
         :raises ValueError: where this machine has no compiler that would do.
         """
@@ -348,28 +164,42 @@ class UNetModel(nn.Module):
         """Undo convert_to_fp16, as far as the rounded weights allow."""
         self.convert_to(th.float32, weights=True)
 
-    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor) -> th.Tensor:
+    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: Condition) -> th.Tensor:
         """
         :param x: an [N x in_channels x H x W] tensor of noisy images.
         :param timesteps: an [N] tensor of timesteps.
-        :param y: an [N x num_classes x H x W] condition.
+        :param y: an [N or 1 x num_classes x H x W] condition, or its modulations.
         :return: an [N x out_channels x H x W] tensor, in x's dtype.
         """
         return self.branches(x, timesteps, [y])[0]
 
-    def branches(self, x: th.Tensor, timesteps: th.Tensor, ys: Sequence[th.Tensor]) -> list[th.Tensor]:
+    def branches(self, x: th.Tensor, timesteps: th.Tensor, ys: Sequence[Condition]) -> list[th.Tensor]:
         """
         Run the encoder once and the decoder for each of several conditions, as guidance does.
 
-        :param ys: conditions, each [N or 1 x num_classes x H x W]; other parameters as forward's.
+        :param ys: conditions or their modulations; other parameters as forward's.
         :return: what forward gives for each.
         """
         emb = self.embed(timesteps)
         h, skips = self.encode(x, emb)
         return [self.decode(h, skips, emb, y).to(x.dtype) for y in ys]
 
+    def modulations(self, y: th.Tensor) -> Modulations:
+        """
+        Convolve a condition once, for all the calls of this model that are given the result in y's place.
+
+        Sampling wants this in th.no_grad() or th.inference_mode(), since gradients take memory.
+
+        :param y: an [N or 1 x num_classes x H x W] condition, of the images' own size.
+        """
+        self._check_channels(y)
+        shrink = 2 ** (self.levels - 1)
+        sizes = self._spade_layers(y.shape[2] // shrink, y.shape[3] // shrink)
+        cast = y.to(self.dtype)
+        return Modulations(y.shape, {layer: layer.modulation(cast, size) for layer, size in sizes})
+
     def modulation_bytes(self, image_size: int) -> int:
-        """:return: how much memory spade.cached_condition takes for one image of this height and width."""
+        """:return: how many bytes the modulations of one image of this height and width take."""
         side = image_size // 2 ** (self.levels - 1)
         values = sum(2 * layer.channels * math.prod(size) for layer, size in self._spade_layers(side, side))
         return values * self.dtype.itemsize
@@ -391,27 +221,31 @@ class UNetModel(nn.Module):
             skips.append(h)
         return h, skips
 
-    def decode(self, h: th.Tensor, skips: list[th.Tensor], emb: th.Tensor, y: th.Tensor) -> th.Tensor:
+    def decode(self, h: th.Tensor, skips: list[th.Tensor], emb: th.Tensor, y: Condition) -> th.Tensor:
         """
         Run the middle block, the decoder and the output layer.
 
         :param h: what encode gave; so are skips.
         :param emb: the timestep embedding that encode was given.
-        :param y: an [N x num_classes x H x W] condition.
+        :param y: an [N or 1 x num_classes x H x W] condition, or its modulations.
         :return: an [N x out_channels x H x W] fp32 tensor.
         """
+        if th.is_tensor(y):
+            self._check_channels(y)
+            return self._decode(h, skips, emb, y.to(self.dtype))
+        if self.middle_block[0].in_norm not in y.layers:
+            raise ValueError("these modulations are another model's: make them by this one's method")
+        return self._decode(h, skips, emb, y.layers)
+
+    def _check_channels(self, y: th.Tensor) -> None:
         if y.shape[1] != self.num_classes:
             raise ValueError(
                 f"the condition has {y.shape[1]} channels; by --num_classes the model was made for {self.num_classes}"
             )
-        cached = next((c for c in self.cached_conditions if c.y is y), None)
-        if cached:
-            y = cached.modulations(list(self._spade_layers(*h.shape[2:])), self.dtype)
-        else:
-            y = y.to(self.dtype)
-        return self._decode(h, skips, emb, y)
 
-    def _decode(self, h: th.Tensor, skips: list[th.Tensor], emb: th.Tensor, y: th.Tensor | Modulations) -> th.Tensor:
+    def _decode(
+        self, h: th.Tensor, skips: list[th.Tensor], emb: th.Tensor, y: th.Tensor | dict[SPADEGroupNorm, Modulation]
+    ) -> th.Tensor:
         h = self.middle_block(h, emb, y)
         for block, skip in zip(self.output_blocks, reversed(skips)):
             h = block(th.cat([h, skip], dim=1), emb, y)

@@ -14,7 +14,8 @@ from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import NucleiDataset
 from .meters import LossMeter
 from .pictures import draw_grid
-from .samplers import SampleNoise, kept_conditions, make_schedule, sample, to_uint8
+from .samplers import SampleNoise
+from .sampling_plan import SamplingPlan, process_for, to_uint8
 from .unet import UNetModel
 
 MIN_LOSSES = 64  # a smaller data set is gone through several times, with other noise and timesteps
@@ -80,10 +81,10 @@ class Validation:
         count = min(count, len(self.dataset))
         images, y = self._batch(list(range(count)), next(model.parameters()).device)
         steps = min(PREVIEW_STEPS, self.diffusion.num_timesteps // 2)
-        schedule = make_schedule(PREVIEW_SAMPLER, self.diffusion, max(steps, 1))
-        options = dict(channels=images.shape[1], seed=self.seed, indices=range(count), schedule=schedule)
-        with kept_conditions(model, y):
-            made = sample(PREVIEW_SAMPLER, self.diffusion, model, y, **options)
+        process = process_for(PREVIEW_SAMPLER, self.diffusion, max(steps, 1))
+        plan = SamplingPlan(PREVIEW_SAMPLER, process, seed=self.seed, channels=images.shape[1])
+        with th.inference_mode():
+            made = plan.sample(model, model.modulations(y), range(count))
         rows = [
             [cond, as_rgb(image), as_rgb(result)]
             for cond, image, result in zip(self.spec.render(y), to_uint8(images), to_uint8(made))

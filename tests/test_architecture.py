@@ -28,6 +28,7 @@ RANKS = {
     "data_util": 0,
     "guidance": 0,
     "background": 0,
+    "schedules": 0,
     "streams": 0,
     "options": 0,
     "conditioning": 1,
@@ -39,26 +40,29 @@ RANKS = {
     "spade": 1,
     "image_transforms": 1,
     "data_stream": 1,
-    "gaussian_diffusion": 1,
+    "samplers": 1,
+    "diffusion_process": 2,
     "checkpoint": 1,
     "image_datasets": 2,
-    "unet": 2,
-    "respace": 2,
     "results": 2,
     "results_path": 3,
-    "samplers": 2,
+    "unet_blocks": 2,
     "model_options": 2,
     "run_options": 2,
     "sample_options": 3,
     "train_options": 3,
-    "script_util": 3,
     "checkpoint_sets": 2,
     "checkpointer": 3,
     "microbatch": 3,
-    "sweep": 3,
-    "validation": 3,
-    "train_util": 4,
-    "bridge": 4,
+    "unet": 3,
+    "gaussian_diffusion": 3,
+    "respace": 4,
+    "script_util": 5,
+    "sampling_plan": 5,
+    "sweep": 6,
+    "validation": 6,
+    "train_util": 7,
+    "bridge": 7,
     "histology.slides.annotations": 0,
     "histology.slides.patches": 0,
     "histology.slides.toy": 0,
@@ -143,7 +147,7 @@ def test_every_room_says_what_it_owns():
 
 
 def test_the_check_sees_imports():
-    assert imports(PACKAGE / "unet.py", "unet") == {"nn", "fp16_util", "spade"}
+    assert imports(PACKAGE / "unet.py", "unet") == {"nn", "fp16_util", "spade", "unet_blocks"}
     assert "logger" in imports(PACKAGE / "train_util.py", "train_util")
 
 

@@ -14,7 +14,6 @@ from guided_diffusion.gaussian_diffusion import (
     LossType,
     ModelMeanType,
     ModelVarType,
-    betas_for_alpha_bar,
     get_named_beta_schedule,
 )
 from guided_diffusion.losses import discretized_gaussian_log_likelihood
@@ -103,42 +102,6 @@ class Oracle:
             low = column(facts.clipped_log_variance, t)
             values = 2 * (values - low) / (beta.log() - low) - 1
         return th.cat([prediction, values.expand_as(x)], dim=1).float()
-
-
-# ---- schedules and tables ----
-
-
-def test_linear_schedule():
-    np.testing.assert_allclose(get_named_beta_schedule("linear", 1000), 1e-4 + np.arange(1000) * 0.0199 / 999)
-    # Half the steps, each twice as long.
-    np.testing.assert_allclose(get_named_beta_schedule("linear", 500)[[0, -1]], [2e-4, 0.04])
-
-
-def test_cosine_schedule_follows_the_cosine_to_its_cap():
-    betas = get_named_beta_schedule("cosine", 1000)
-    u = np.arange(1001) / 1000
-    level = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
-    np.testing.assert_allclose(np.cumprod(1 - betas)[:-1], (level / level[0])[1:-1], rtol=1e-9)
-    assert betas[-1] == 0.999
-
-
-def test_betas_for_alpha_bar():
-    betas = betas_for_alpha_bar(4, lambda u: 1 - u**2, max_beta=0.6)
-    np.testing.assert_allclose(betas, [1 / 16, 1 - 12 / 15, 1 - 7 / 12, 0.6])
-
-
-def test_unknown_schedule():
-    with pytest.raises(ValueError, match=r"--noise_schedule quadratic.*linear, cosine"):
-        get_named_beta_schedule("quadratic", 10)
-    assert all(len(get_named_beta_schedule(name, 30)) == 30 for name in NOISE_SCHEDULES)
-
-
-def test_linear_schedule_too_short():
-    # Twenty steps would need a beta of one: all signal gone at once.
-    with pytest.raises(ValueError, match=r"--diffusion_steps 20 .*linear"):
-        get_named_beta_schedule("linear", 20)
-    assert get_named_beta_schedule("linear", 21).max() < 1
-    assert get_named_beta_schedule("cosine", 2).max() < 1
 
 
 @pytest.mark.parametrize("betas", [[0.0, 0.1], [-0.1], [0.5, 1.1], [[0.1, 0.2]], [float("nan")]])
@@ -281,16 +244,10 @@ def test_clip_denoised_and_denoised_fn():
 
 def sampled_moments(diffusion, sampler, n, **options):
     mu, sigma = 0.4, 0.5
-    generator = th.Generator().manual_seed(0)
+    shape = (1, 1, 1, n)  # pixels are independent: one image is n samples
+    th.manual_seed(0)
     loop = getattr(diffusion, sampler)
-    samples = loop(
-        Oracle(diffusion, mu, sigma),
-        (1, 1, 1, n),  # pixels are independent: one image is n samples
-        clip_denoised=False,
-        device="cpu",
-        noise_fn=lambda like: th.randn(like.shape, generator=generator),
-        **options,
-    )
+    samples = loop(Oracle(diffusion, mu, sigma), shape, clip_denoised=False, device="cpu", **options)
     return (samples.mean().item() - mu) / sigma, samples.var().item() / sigma**2
 
 
@@ -322,10 +279,9 @@ def test_ddim_chain_reaches_the_data(mean_type, eta, bias):
 def test_large_variance_is_exact_for_standard_normal_data():
     """Then p(x_{t-1} | x_t) has variance beta at every step, so that very few steps suffice."""
     diffusion, n = process(25, "cosine", var_type=ModelVarType.FIXED_LARGE), 50_000
-    generator = th.Generator().manual_seed(0)
+    th.manual_seed(0)
     oracle = Oracle(diffusion, 0.0, 1.0)
-    options = dict(clip_denoised=False, noise_fn=lambda like: th.randn(like.shape, generator=generator), device="cpu")
-    *_, before_last, last = diffusion.p_sample_loop_progressive(oracle, (1, 1, 1, n), **options)
+    *_, before_last, last = diffusion.p_sample_loop_progressive(oracle, (1, 1, 1, n), clip_denoised=False, device="cpu")
     assert before_last["sample"].mean().item() == pytest.approx(0, abs=4 / math.sqrt(n))
     assert before_last["sample"].var().item() == pytest.approx(1, abs=4 * math.sqrt(2 / n))
     # The last step is the mean of x_0 given x at the first noise level, without noise.
@@ -341,41 +297,28 @@ def test_ddim_follows_the_probability_flow():
 
 
 @pytest.mark.parametrize("step", ["p_sample", "ddim_sample"])
-def test_noise_fn_is_what_is_used_and_not_at_the_first_step(step):
+def test_noise_of_a_step_and_none_at_the_first(step):
     diffusion = process(var_type=ModelVarType.FIXED_LARGE)
     x, t = normal(3, 2, 2, 2), th.tensor([0, 1, 60])
-    noise = 100 * normal(3, 2, 2, 2, seed=1)
-    seen = []
-
-    def noise_fn(like):
-        seen.append(like.shape)
-        return noise
-
-    oracle = Oracle(diffusion, 0.0, 0.5)
-    options = dict(noise_fn=noise_fn, **({"eta": 1.0} if step == "ddim_sample" else {}))
-    out = getattr(diffusion, step)(oracle, x, t, clip_denoised=False, **options)
-    assert seen == [x.shape]
+    options = {"eta": 1.0} if step == "ddim_sample" else {}
+    th.manual_seed(5)
+    out = getattr(diffusion, step)(Oracle(diffusion, 0.0, 0.5), x, t, clip_denoised=False, **options)
+    th.manual_seed(5)
+    noise = th.randn_like(x)
     # DDIM's own variance is the posterior's; FIXED_LARGE is for the ancestral step.
     facts = Facts(diffusion.betas)
     variance = facts.betas if step == "p_sample" else facts.post_variance
     mean = facts.previous_x(out["pred_xstart"].double(), x.double(), t)
     expected = mean + column(variance, t).sqrt() * noise * (t > 0).view(-1, 1, 1, 1)
-    th.testing.assert_close(out["sample"].double(), expected, rtol=1e-4, atol=1e-3)
-
-
-def test_ddim_with_eta_one_is_the_ancestral_step():
-    diffusion = process(var_type=ModelVarType.FIXED_SMALL)
-    x, t, noise = normal(4, 1, 3, 3), th.tensor([0, 1, 20, 99]), normal(4, 1, 3, 3, seed=1)
-    oracle = Oracle(diffusion, 0.1, 0.3)
-    ancestral = diffusion.p_sample(oracle, x, t, noise_fn=lambda like: noise)
-    ddim = diffusion.ddim_sample(oracle, x, t, eta=1.0, noise_fn=lambda like: noise)
-    th.testing.assert_close(ddim["sample"], ancestral["sample"], rtol=1e-4, atol=1e-4)
+    th.testing.assert_close(out["sample"].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_ddim_without_eta_draws_nothing_and_is_the_formula():
     diffusion = process()
     x, t, eps = normal(2, 1, 3, 3), th.tensor([1, 70]), normal(2, 1, 3, 3, seed=1)
-    out = diffusion.ddim_sample(lambda x, t: eps, x, t, clip_denoised=False, noise_fn=None)
+    state = th.get_rng_state()
+    out = diffusion.ddim_sample(lambda x, t: eps, x, t, clip_denoised=False)
+    assert th.equal(th.get_rng_state(), state)
     facts = Facts(diffusion.betas)
     abar, abar_prev = column(facts.abar, t), column(facts.abar_prev, t)
     x_start = (x.double() - (1 - abar).sqrt() * eps) / abar.sqrt()
@@ -398,6 +341,8 @@ def test_ddim_reverse_sample_inverts_ddim_sample():
         assert (up["sample"] - x).abs().max() > 1e-3
         th.testing.assert_close(down["sample"], x, rtol=1e-4, atol=1e-4)
         th.testing.assert_close(down["pred_xstart"], up["pred_xstart"], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"eta 0\.5"):
+        diffusion.ddim_reverse_sample(model, x, t, eta=0.5)
     # Beyond the last step there is only noise.
     last = diffusion.ddim_reverse_sample(model, x, th.full((2,), 59), clip_denoised=False)
     th.testing.assert_close(last["sample"], eps, rtol=1e-4, atol=1e-4)
@@ -411,37 +356,61 @@ class Recorder(nn.Module):
         self.weight = nn.Parameter(th.tensor(0.1))
         self.seen = []
 
-    def forward(self, x, t):
+    def forward(self, x, t, weight=1.0):
         self.seen.append(t)
-        return self.weight * x
+        return weight * self.weight * x
 
 
-@pytest.mark.parametrize("sampler", ["p_sample_loop", "ddim_sample_loop"])
-def test_loops(sampler):
-    diffusion, shape = process(steps=30), (2, 1, 2, 2)
-    model, noise, draws = Recorder(), normal(2, 1, 2, 2), []
+@pytest.mark.parametrize("eta", [None, 0.0, 0.7])
+def test_loops_are_their_steps_repeated(eta):
+    """And take their arguments by position in the reference's order; eta None is the ancestral chain."""
+    diffusion, shape, shift = process(steps=30, var_type=ModelVarType.FIXED_LARGE), (2, 1, 2, 2), 0.1
+    model, noise, seen = Recorder(), normal(2, 1, 2, 2), []
 
-    def noise_fn(like):
-        draws.append(like.shape)
-        return normal(*like.shape, seed=len(draws))
+    def shifted(x_start):
+        return x_start + shift
 
-    options = dict(noise=noise, noise_fn=noise_fn)
-    steps = list(getattr(diffusion, f"{sampler}_progressive")(model, shape, **options))
-    assert len(steps) == 30
-    assert [t.tolist() for t in model.seen] == [[i, i] for i in range(29, -1, -1)]
-    assert not any(step["sample"].requires_grad for step in steps)
-    assert len(draws) == (30 if sampler == "p_sample_loop" else 0)
+    def cond_fn(x, t, **kwargs):
+        seen.append((t.tolist(), kwargs))
+        return -x
 
-    draws.clear()
-    last = getattr(diffusion, sampler)(model, shape, **options)
-    assert th.equal(last, steps[-1]["sample"])
+    name, last = ("p_sample", ()) if eta is None else ("ddim_sample", (eta,))
+    step, loop, progressive = (getattr(diffusion, name + suffix) for suffix in ("", "_loop", "_loop_progressive"))
+    kwargs = {"weight": 1.0}
+    th.manual_seed(0)
+    x = noise
+    for i in range(29, -1, -1):
+        x = step(model, x, th.full((2,), i), False, shifted, cond_fn, kwargs, *last)["sample"]
+    assert seen == [([i, i], kwargs) for i in range(29, -1, -1)] == [(t.tolist(), kwargs) for t in model.seen]
+    for run in (loop, progressive):
+        th.manual_seed(0)
+        out = run(model, shape, noise, False, shifted, cond_fn, kwargs, "cpu", False, *last)
+        if run is progressive:
+            steps = list(out)
+            assert len(steps) == 30 and not any(step["sample"].requires_grad for step in steps)
+            out = steps[-1]["sample"]
+        th.testing.assert_close(out, x)
+    # Without noise, x_T is drawn on the model's own device.
+    th.manual_seed(1)
+    drawn = loop(model, shape, None, False, shifted, cond_fn, kwargs, None, False, *last)
+    th.manual_seed(1)
+    given = loop(model, shape, th.randn(shape), False, shifted, cond_fn, kwargs, None, False, *last)
+    assert th.equal(drawn, given) and not th.equal(drawn, out)
 
-    # Without noise, noise_fn draws x_T too, on the model's own device.
-    draws.clear()
-    drawn = getattr(diffusion, sampler)(model, shape, noise_fn=noise_fn)
-    assert len(draws) == (31 if sampler == "p_sample_loop" else 1)
-    if sampler == "ddim_sample_loop":
-        assert th.equal(drawn, diffusion.ddim_sample_loop(model, shape, noise=normal(*shape, seed=1)))
+
+@pytest.mark.parametrize("sampler, bias", [("p_sample_loop", 0.03), ("ddim_sample_loop", 0.01)])
+def test_cond_fn_steers_to_the_tilted_data(sampler, bias):
+    """Of data N(mu, sigma^2) weighted by exp(c x_0), which is N(mu + c sigma^2, sigma^2)."""
+    diffusion, c, sigma = process(1000, "cosine"), 1.5, 0.5
+    abar = th.from_numpy(np.cumprod(1 - diffusion.betas)).float()
+
+    def cond_fn(x, t):
+        level = abar[t].view(-1, 1, 1, 1)
+        return (c * sigma**2 * level.sqrt() / (level * sigma**2 + 1 - level)).expand_as(x)
+
+    mean_error, variance_ratio = sampled_moments(diffusion, sampler, 10_000, cond_fn=cond_fn)
+    assert mean_error == pytest.approx(c * sigma, abs=0.04 + bias)
+    assert abs(variance_ratio - 1) < 4 * math.sqrt(2 / 10_000) + bias
 
 
 def test_loop_starts_from_the_noise_it_is_given():

@@ -85,5 +85,13 @@ def test_guide_takes_the_place_of_the_null_branch():
     strong = lambda x, t, y: 3 * x + y.mean()  # noqa: E731
     weak = lambda x, t, y: 2 * x + y.mean()  # noqa: E731
     x, t, y = th.rand(2, 3, 4, 4), th.zeros(2), th.rand(2, 6, 4, 4)
-    out = GuidedModel(strong, 2.0, guide=weak)(x, t, y)
-    th.testing.assert_close(out, 4 * x + y.mean())
+    th.testing.assert_close(GuidedModel(strong, 2.0, guide=weak)(x, t, y), 4 * x + y.mean())
+    # It is shown what null says, which sampling uses to give it its own modulations of y.
+    th.testing.assert_close(GuidedModel(strong, 2.0, 0 * y, weak)(x, t, y), 4 * x + 2 * y.mean())
+
+
+def test_modulations_have_no_zeros():
+    y = object()
+    assert GuidedModel(lambda x, t, y: y, 1.0)(None, None, y) is y
+    with pytest.raises(ValueError, match="null"):
+        GuidedModel(lambda x, t, y: y, 1.5)(None, None, y)

@@ -12,7 +12,7 @@ from guided_diffusion.gaussian_diffusion import (
     ModelVarType,
     get_named_beta_schedule,
 )
-from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.respace import SpacedDiffusion, respaced, space_timesteps
 
 OPTIONS = dict(
     model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.LEARNED_RANGE, loss_type=LossType.RESCALED_MSE
@@ -122,11 +122,12 @@ def test_ddim_step_jumps_between_kept_steps():
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
 def test_model_sees_the_base_timesteps(loop, rescale):
     kept = [3, 10, 11, 90]
-    short, model = spaced(kept, steps=250, rescale_timesteps=rescale), Recorder()
-    getattr(short, loop)(model, (2, 1, 2, 2), device="cpu")
+    short, model, asked = spaced(kept, steps=250, rescale_timesteps=rescale), Recorder(), []
+    getattr(short, loop)(model, (2, 1, 2, 2), cond_fn=lambda x, t: (asked.append(t), 0 * x)[1], device="cpu")
     expected = [4 * k for k in kept] if rescale else kept
     assert [t.tolist() for t in model.seen] == [[k, k] for k in reversed(expected)]
     assert all(t.dtype == (th.float32 if rescale else th.int64) for t in model.seen)
+    assert all(th.equal(a, b) for a, b in zip(asked, model.seen, strict=True))
 
 
 def test_model_sees_the_base_timesteps_in_training():
@@ -141,7 +142,18 @@ def test_model_sees_the_base_timesteps_in_training():
 
 
 def test_order_and_repeats_of_the_kept_steps_do_not_matter():
-    assert spaced([60, 5, 20]).timestep_map == spaced({5, 20, 60}).timestep_map == [5, 20, 60]
+    assert spaced([60, 5, 20, 5]).timestep_map == spaced({5, 20, 60}).timestep_map == [5, 20, 60]
+
+
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+def test_respaced_goes_by_the_base_process(schedule):
+    """Also from a process that is spaced itself."""
+    direct = spaced([5, 20, 60], schedule, rescale_timesteps=True)
+    again = respaced(spaced([3, 90], schedule, rescale_timesteps=True), [60, 5, 20])
+    assert again.timestep_map == direct.timestep_map and again.original_num_steps == 100
+    for table in TABLES:
+        np.testing.assert_allclose(getattr(again, table), getattr(direct, table), rtol=1e-9, err_msg=table)
+    assert {name: getattr(again, name) for name in OPTIONS} == OPTIONS and again.rescale_timesteps
 
 
 @pytest.mark.parametrize("rescale", [False, True])

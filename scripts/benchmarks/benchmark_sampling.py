@@ -1,19 +1,21 @@
 """Measure what sampling's savings bring, each row against the plain path in the same run.
 
     python scripts/benchmarks/benchmark_sampling.py
-        [--config readme|small] [--batch 2] [--repeats 5] [--compile] [--end_to_end 25]
+        [--config readme|small] [--batch 2] [--repeats 3] [--rounds 2] [--compile] [--end_to_end 25]
 
 The plain path is two forward passes of the whole U-Net a step, in fp32 on a CPU and in fp16 on a GPU, with every layer
-in its textbook form (plain_path.py). Weights are random: time does not depend on them. Times are medians over
-interleaved repeats, so that a busy machine slows all rows alike. --end_to_end also samples one batch with each sampler
-at so many steps, and with the plain path a 1000-step chain, of which 10 steps are run and the rest is computed.
+in its textbook form (plain_path.py). Weights are random: time does not depend on them. One way at a time is in memory:
+each round builds them all in turn, and times are medians over all rounds, so that a busy machine slows all rows alike.
+--end_to_end also samples one batch with each sampler at so many steps, and with the plain path a 1000-step chain, of
+which 10 steps are run and the rest is computed.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,14 +28,15 @@ from tqdm.auto import tqdm
 
 from guided_diffusion import cli
 from guided_diffusion.fp16_util import has_bf16
-from guided_diffusion.guidance import GuidedModel
-from guided_diffusion.samplers import SAMPLERS, kept_conditions, make_schedule, sample
+from guided_diffusion.guidance import GuidedModel, Model
+from guided_diffusion.samplers import SAMPLERS
+from guided_diffusion.sampling_plan import SamplingPlan, process_for
 from guided_diffusion.script_util import (
     create_gaussian_diffusion,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
 )
-from guided_diffusion.unet import UNetModel
+from guided_diffusion.spade import Condition
 
 CONFIGS = {
     "readme": dict(image_size=128, num_channels=128, num_res_blocks=2, attention_resolutions="32,16,8"),
@@ -42,68 +45,115 @@ CONFIGS = {
 SCALE = 1.5
 
 
+@dataclass
 class Way:
     """
-    One way to compute a guided step.
+    One way to compute a guided step, and what was measured of it.
 
-    :param model: the U-Net, as this way needs it.
+    :param textbook: every layer in its textbook form.
     :param shared: run the encoder once for both branches.
-    :param cached: keep what SPADE layers make of the conditions.
+    :param cached: convolve the conditions once for all steps.
     """
 
-    def __init__(
-        self, name: str, model: UNetModel, x: th.Tensor, y: th.Tensor, shared: bool = True, cached: bool = True
-    ) -> None:
-        self.name = name
-        self.x, self.y, self.t = x, y, th.full((len(x),), 500.0, device=x.device)
-        self.null = th.zeros_like(y[:1] if shared else y)
-        self.model = model
-        self.guided = GuidedModel(model if shared else lambda x, t, y: model(x, t, y=y), SCALE, self.null)
-        self.cached = cached
-        self.seconds: list[float] = []
+    name: str
+    dtype: th.dtype
+    textbook: bool = False
+    shared: bool = True
+    cached: bool = True
+    channels_last: bool = False
+    compiled: bool = False
+    seconds: list[float] = field(default_factory=list)
+    flops: int = 0
+    memory: str = "-"
+    deviation: float = 0.0
 
-    def kept(self) -> ExitStack:
-        """:return: a with block inside which the caches are open, if this way has them."""
-        stack = ExitStack()
-        stack.enter_context(kept_conditions(self.model, self.y, self.null, enabled=self.cached))
-        return stack
+    def make_model(self, config: dict, device: th.device) -> Model:
+        """:return: a U-Net with random weights, none of them zero; the same for every call."""
+        flags = dict(num_classes=6, learn_sigma=True, resblock_updown=True, num_head_channels=32, **config)
+        th.manual_seed(0)
+        model, _ = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **flags})
+        for p in model.parameters():
+            p.data.add_(0.01 * th.randn_like(p))
+        model.eval().place(device, self.compiled)
+        model.convert_to(self.dtype, weights=self.dtype != th.float32)
+        model.to(memory_format=th.channels_last if self.channels_last else th.contiguous_format)
+        if self.textbook:
+            make_plain(model)
+        return model if self.shared else lambda x, t, y: model(x, t, y=y)
 
-    def step(self) -> th.Tensor:
-        """:return: the output of one guided step."""
-        return self.guided(self.x, self.t, self.y)
-
-
-def make_model(
-    config: dict, device: th.device, dtype: th.dtype, channels_last: bool = False, compiled: bool = False
-) -> UNetModel:
-    """:return: a U-Net with random weights, none of them zero; the same for every call."""
-    flags = dict(num_classes=6, learn_sigma=True, resblock_updown=True, num_head_channels=32, **config)
-    th.manual_seed(0)
-    model, _ = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **flags})
-    for p in model.parameters():
-        p.data.add_(0.01 * th.randn_like(p))
-    model.eval().place(device, compiled)
-    model.convert_to(dtype, weights=dtype != th.float32)
-    return model.to(memory_format=th.channels_last if channels_last else th.contiguous_format)
+    def conditions(self, model: Model, y: th.Tensor) -> tuple[Condition, Condition]:
+        """:return: the condition and the null condition as this way shows them to the model."""
+        null = th.zeros_like(y[:1] if self.shared else y)
+        return (model.modulations(y), model.modulations(null)) if self.cached else (y, null)
 
 
-def peak_memory(device: th.device, function: Callable[[], th.Tensor]) -> str:
-    """:return: the most memory that a call takes on a GPU, over what was taken before; on a CPU it is not known."""
-    if device.type != "cuda":
-        return "-"
-    th.cuda.reset_peak_memory_stats()
-    before = th.cuda.memory_allocated()
-    function()
-    return f"{(th.cuda.max_memory_allocated() - before) / 2**20:.0f} MiB"
+@dataclass
+class Bench:
+    """Inputs, the same for all ways; x is [N x 3 x S x S] noise, y an [N x 6 x S x S] condition."""
+
+    config: dict
+    device: th.device
+    x: th.Tensor
+    y: th.Tensor
+    reference: th.Tensor | None = None  # the first way's output
+
+    def measure(self, way: Way, repeats: int) -> None:
+        """Build one way, time some steps of it, and let go of it."""
+        model = way.make_model(self.config, self.device)
+        y, null = way.conditions(model, self.y)
+        guided, t = GuidedModel(model, SCALE, null), th.full((len(self.x),), 500.0, device=self.device)
+        output = guided(self.x, t, y)  # which warms up, and compiles
+        self.reference = output if self.reference is None else self.reference
+        way.deviation = float((output - self.reference).abs().max() / self.reference.abs().max())
+        with FlopCounterMode(display=False) as counter:
+            guided(self.x, t, y)
+        way.flops = counter.get_total_flops()
+        if self.device.type == "cuda":
+            th.cuda.reset_peak_memory_stats()
+        way.seconds += [self.timed(lambda: guided(self.x, t, y)) for _ in range(repeats)]
+        if self.device.type == "cuda":
+            way.memory = f"{th.cuda.max_memory_allocated() / 2**20:.0f} MiB"
+
+    def timed(self, function: Callable[[], th.Tensor]) -> float:
+        """:return: seconds that a call takes."""
+        began = time.perf_counter()
+        function()
+        if self.device.type == "cuda":
+            th.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def sample(self, way: Way, runs: list[tuple[str, int]]) -> list[float]:
+        """:return: seconds for one batch, its conditions included, by each of some samplers and numbers of steps."""
+        model, diffusion = way.make_model(self.config, self.device), create_gaussian_diffusion(learn_sigma=True)
+
+        def once(name: str, steps: int) -> th.Tensor:
+            y, null = way.conditions(model, self.y)
+            return SamplingPlan(name, process_for(name, diffusion, steps), SCALE, null).sample(model, y, range(len(y)))
+
+        once("ddim", 1)  # warms up, and compiles
+        return [self.timed(partial(once, name, steps)) for name, steps in runs]
 
 
-def timed(device: th.device, function: Callable[[], th.Tensor]) -> float:
-    """:return: seconds that a call takes."""
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        th.cuda.synchronize()
-    return time.perf_counter() - began
+def ways_to_measure(device: th.device, compiled: bool) -> list[Way]:
+    """:return: the plain way first."""
+    plain = th.float16 if device.type == "cuda" else th.float32
+    name = str(plain).removeprefix("torch.")
+    ways = [
+        Way(f"plain {name}", plain, textbook=True, shared=False, cached=False),
+        Way("our layers", plain, shared=False, cached=False),
+        Way("+ shared encoder", plain, cached=False),
+        Way("+ cached conditions", plain),
+        Way("+ channels_last", plain, channels_last=True),
+    ]
+    half = [th.bfloat16] if has_bf16(device) else []
+    for dtype in half:
+        ways += [Way("bfloat16", dtype), Way("bfloat16, channels_last", dtype, channels_last=True)]
+    if not half:
+        print("no bfloat16 rows: this CPU has no units for it")
+    for dtype in dict.fromkeys((plain, *half)) if compiled else ():
+        label = f"{str(dtype).removeprefix('torch.')}, channels_last, compiled"
+        ways.append(Way(label, dtype, channels_last=True, compiled=True))
+    return ways
 
 
 @th.inference_mode()
@@ -112,50 +162,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=CONFIGS, default="readme")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each way in a round")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--end_to_end", type=int, nargs="+", default=[], metavar="STEPS")
     args = parser.parse_args(argv)
     config = CONFIGS[args.config]
     device = th.device("cuda" if th.cuda.is_available() else "cpu")
-    plain = th.float16 if device.type == "cuda" else th.float32
+    size = config["image_size"]
     generator = th.Generator(device).manual_seed(0)
-    shape = (args.batch, 3, config["image_size"], config["image_size"])
-    x = th.randn(shape, generator=generator, device=device)
-    y = th.randn((args.batch, 6, *shape[2:]), generator=generator, device=device)
-    name = str(plain).removeprefix("torch.")
-    model = make_model(config, device, plain)
-    last = make_model(config, device, plain, channels_last=True)
-    ways = [
-        Way(f"plain {name}", make_plain(make_model(config, device, plain)), x, y, shared=False, cached=False),
-        Way("our layers", model, x, y, shared=False, cached=False),
-        Way("+ shared encoder", model, x, y, cached=False),
-        Way("+ cached conditions", model, x, y),
-        Way("+ channels_last", last, x, y),
-    ]
-    if has_bf16(device):
-        ways.append(Way("bfloat16", make_model(config, device, th.bfloat16), x, y))
-        half_last = make_model(config, device, th.bfloat16, channels_last=True)
-        ways.append(Way("bfloat16, channels_last", half_last, x, y))
-    else:
-        print("no bfloat16 rows: this CPU has no units for it")
-    if args.compile:
-        for dtype in dict.fromkeys((plain, *([th.bfloat16] if has_bf16(device) else []))):
-            label = f"{str(dtype).removeprefix('torch.')}, channels_last, compiled"
-            ways.append(Way(label, make_model(config, device, dtype, channels_last=True, compiled=True), x, y))
-
-    reference, deviations, flops, memory = ways[0].step(), {}, {}, {}
-    with ExitStack() as caches:
-        for way in ways:
-            caches.enter_context(way.kept())
-            deviations[way.name] = float((way.step() - reference).abs().max() / reference.abs().max())
-            with FlopCounterMode(display=False) as counter:
-                way.step()
-            flops[way.name] = counter.get_total_flops() / args.batch
-            memory[way.name] = peak_memory(device, way.step)
-        for _ in tqdm(range(args.repeats), unit="repeat"):
-            for way in ways:
-                way.seconds.append(timed(device, way.step))
+    noise = th.randn(args.batch, 9, size, size, generator=generator, device=device)
+    bench = Bench(config, device, noise[:, :3], noise[:, 3:])
+    ways = ways_to_measure(device, args.compile)
+    for _, way in tqdm([(i, way) for i in range(args.rounds) for way in ways], unit="way"):
+        bench.measure(way, args.repeats)
+        th._dynamo.reset()  # a compiled model stays in memory until then
 
     base = float(np.median(ways[0].seconds))
     print(
@@ -166,37 +187,23 @@ def main(argv: list[str] | None = None) -> None:
     for way in ways:
         seconds = float(np.median(way.seconds))
         print(
-            f"| {way.name} | {flops[way.name] / 1e9:.0f} | {seconds:.4f} | {args.batch / seconds / 25:.3f} | "
-            f"{base / seconds:.2f} | {memory[way.name]} | {deviations[way.name]:.1e} |"
+            f"| {way.name} | {way.flops / args.batch / 1e9:.0f} | {seconds:.4f} | {args.batch / seconds / 25:.3f} | "
+            f"{base / seconds:.2f} | {way.memory} | {way.deviation:.1e} |"
         )
     if args.end_to_end:
-        whole_runs(ways, args.batch, device, args.end_to_end)
+        whole_runs(bench, ways, args.end_to_end)
 
 
-def whole_runs(ways: list[Way], batch: int, device: th.device, step_counts: list[int]) -> None:
+def whole_runs(bench: Bench, ways: list[Way], step_counts: list[int]) -> None:
     """Sample a batch with each sampler, in the way that was fastest, and print it over the plain chain."""
     plain, fastest = ways[0], min(ways, key=lambda way: np.median(way.seconds))
-    diffusion = create_gaussian_diffusion(learn_sigma=True)
-    shape = dict(channels=3, seed=0, indices=range(batch))
-
-    def run(way: Way, name: str, steps: int) -> float:
-        model = way.model if way is not plain else lambda x, t, y: way.model(x, t, y=y)
-        schedule = make_schedule(name, diffusion, steps)
-        y, null = way.y.clone(), way.null.clone()  # as for a new batch: what is kept of them is made anew
-
-        def once() -> th.Tensor:
-            with kept_conditions(way.model, y, null, enabled=way.cached):
-                return sample(name, diffusion, model, y, null=null, s=SCALE, schedule=schedule, **shape)
-
-        return timed(device, once)
-
-    chain = 100 * run(plain, "ddpm", 10)
+    batch = len(bench.x)
+    chain = 100 * bench.sample(plain, [("ddpm", 10)])[0]
     print(f"\n{plain.name}, ddpm, 1000 steps: {chain:.0f} s a batch (100 times what 10 steps took)")
     print(f"| {fastest.name} | steps | s a batch | images/s | times the plain chain |\n|---|---|---|---|---|")
-    for name in SAMPLERS:
-        for steps in step_counts:
-            seconds = run(fastest, name, steps)
-            print(f"| {name} | {steps} | {seconds:.1f} | {batch / seconds:.3f} | {chain / seconds:.0f} |")
+    runs = [(name, steps) for name in SAMPLERS for steps in step_counts]
+    for (name, steps), seconds in zip(runs, bench.sample(fastest, runs)):
+        print(f"| {name} | {steps} | {seconds:.1f} | {batch / seconds:.3f} | {chain / seconds:.0f} |")
 
 
 if __name__ == "__main__":

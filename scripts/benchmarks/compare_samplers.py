@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch as th
 from scipy.stats import rankdata, wasserstein_distance
-from tqdm.auto import tqdm
 
 import image_sample
 from guided_diffusion import checkpoint, cli, dist_util
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.image_datasets import load_dataset
-from guided_diffusion.samplers import SAMPLERS, kept_conditions, make_schedule, sample, to_uint8
+from guided_diffusion.samplers import SAMPLERS
+from guided_diffusion.sampling_plan import SamplingPlan, process_for, to_uint8
 from guided_diffusion.script_util import (
     args_to_dict,
     condition_spec,
@@ -51,7 +51,7 @@ def nuclei_agreement(image: np.ndarray, inst: np.ndarray) -> float:
     return float((ranks[inside].sum() - n * (n + 1) / 2) / (n * m))
 
 
-@th.no_grad()
+@th.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     """Sample, compare, print a table."""
     args = image_sample.resolve(sys.argv[1:] if argv is None else argv)
@@ -71,36 +71,21 @@ def main(argv: list[str] | None = None) -> None:
     cond = {key: th.stack([item[1][key] for item in items]).to(device) for key in ("label", "instance", "col_map")}
     insts = cond["instance"][:, 0].cpu().numpy()
     y = spec.assemble(cond)
-    null = spec.null(y)
-    s = parse_scales(args.s)[0].s
+    null, y = model.modulations(spec.null(y[:1])), model.modulations(y)
+    options = dict(s=parse_scales(args.s)[0].s, null=null, channels=args.in_channels, seed=args.seed)
 
     def run(name: str, steps: int, first: int) -> np.ndarray:
-        schedule = make_schedule(name, diffusion, steps)
-        with tqdm(total=len(schedule), desc=f"{name} {len(schedule)}", leave=False) as bar:
-            x = sample(
-                name,
-                diffusion,
-                model,
-                y,
-                s=s,
-                null=null,
-                channels=args.in_channels,
-                seed=args.seed,
-                indices=range(first, first + count),
-                schedule=schedule,
-                callback=lambda i, x_start: bar.update(),
-            )
-        return to_uint8(x)
+        plan = SamplingPlan(name, process_for(name, diffusion, steps), **options)
+        return to_uint8(plan.sample(model, y, range(first, first + count), progress=True))
 
     steps = args.num_steps or 25
-    with kept_conditions(model, y, null):
-        chain = run("ddpm", 0, 0)
-        runs = {f"ddpm, {diffusion.num_timesteps} steps, again": run("ddpm", 0, count)}
-        for name in SAMPLERS:
-            runs[f"{name}, {steps} steps"] = run(name, steps, count)
+    chain = run("ddpm", 0, 0)
+    runs = {f"ddpm, {diffusion.num_timesteps} steps, again": run("ddpm", 0, count)}
+    for name in SAMPLERS:
+        runs[f"{name}, {steps} steps"] = run(name, steps, count)
 
     own = np.array([nuclei_agreement(a, inst) for a, inst in zip(chain, insts)])
-    print(f"{count} samples, s = {s:g}; the chain itself has a mean area of {np.nanmean(own):.3f}")
+    print(f"{count} samples, s = {args.s}; the chain itself has a mean area of {np.nanmean(own):.3f}")
     print("| sampler | colours | over the chain's own | agreement | over the chain's own | mean area |")
     print("|---|---|---|---|---|---|")
     base = None
