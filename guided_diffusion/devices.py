@@ -1,39 +1,59 @@
-"""Which device a program computes on. Knows nothing of ranks or of what is computed."""
+"""Which device to compute on, and in which precision. For the core and histology alike; knows nothing of ranks."""
 
 import os
 import shutil
 import subprocess
 import warnings
+from pathlib import Path
 
 import torch as th
 
-DEVICES = ("auto", "cuda", "cpu")
+PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
+UNSCALED = ("fp32", "bf16")  # those that need no scaled loss, which all programs but image_train.py offer
 
 
-def choose(device: str = "auto", number: int = 0) -> th.device:
+def has_bf16(device: th.device) -> bool:
     """
-    Choose the device, and make a GPU the current one.
-
-    :param device: auto is a GPU where there is one; cuda needs one; cpu takes none.
-    :param number: which of the GPUs, from 0; beyond the last it begins at the first again.
-    :raises ValueError: where torch cannot use the GPUs that are there and cpu was not asked for: days on a CPU would
-        be what nobody meant.
+    Say whether a device computes in bfloat16 itself, as GPUs do from Ampere on, and CPUs with AVX-512 BF16, AMX or
+    Arm's extension of that name. Other CPUs imitate it, some 20 times slower than fp32.
     """
-    if device not in DEVICES:
-        raise ValueError(f"--device {device}: choose one of {', '.join(DEVICES)}")
-    if device == "cpu":
+    if device.type == "cuda":
+        return th.cuda.is_bf16_supported(False)
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def find_device(text: str = "auto", number: int = 0) -> th.device:
+    """
+    Find the device that a --device names, and make a GPU the current one.
+
+    :param text: auto, or "", is a GPU where there is one; cuda, or cuda:1, needs one; cpu takes none.
+    :param number: which of the GPUs auto and cuda take, from 0; beyond the last it begins at the first again.
+    :raises ValueError: where there is no such device, or where torch cannot use the GPUs that are there and cpu was not
+        asked for: days on a CPU would be what nobody meant.
+    """
+    kind, _, place = text.partition(":")
+    if kind not in ("", "auto", "cuda", "cpu") or (place and not (kind == "cuda" and place.isdecimal())):
+        raise ValueError(f"--device {text}: give auto, cpu, cuda, or one GPU such as cuda:1")
+    if kind == "cpu":
         return th.device("cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of a driver that is too old; the error says so
         usable = th.cuda.is_available()
     if not usable:
         gpus = _listed_gpus()
-        if gpus or device == "cuda":
+        if gpus or kind == "cuda":
             raise ValueError(_unusable(gpus))
         return th.device("cpu")
-    chosen = th.device("cuda", number % th.cuda.device_count())
-    th.cuda.set_device(chosen)
-    return chosen
+    count = th.cuda.device_count()
+    if place and int(place) >= count:
+        raise ValueError(f"--device {text}: torch sees {count} GPU{'s' * (count > 1)}, numbered from 0")
+    device = th.device("cuda", int(place) if place else number % count)
+    th.cuda.set_device(device)
+    return device
 
 
 def _listed_gpus() -> list[str]:

@@ -36,8 +36,8 @@ def setup_dist(device: str = "auto") -> None:
     Join the process group of the launcher, if one started this process, else make one of this process alone; and choose
     the device.
 
-    :param device: auto, cuda or cpu: see devices.choose.
-    :raises ValueError: where processes were started together that do not know of each other; or by devices.choose.
+    :param device: auto, cuda or cpu: see devices.find_device.
+    :raises ValueError: where processes were started together that do not know of each other; or by devices.find_device.
     """
     global _local_rank
     place = environment.torchrun(os.environ)
@@ -56,7 +56,7 @@ def setup_dist(device: str = "auto") -> None:
 
 def _choose(device: str) -> None:
     global _device
-    _device = devices.choose(device, _local_rank)
+    _device = devices.find_device(device, _local_rank)
 
 
 def _stay_alone() -> None:

@@ -3,32 +3,16 @@ master weights; layers cast them at use (see nn.Conv2d), so checkpoints are alwa
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch as th
 from torch import nn
 
 from . import logger
+from .devices import PRECISIONS, has_bf16
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of a parameter, besides the number of steps
-
-PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
-
-
-def has_bf16(device: th.device) -> bool:
-    """
-    Say whether a device computes in bfloat16 itself, as GPUs do from Ampere on, and CPUs with AVX-512 BF16, AMX or
-    Arm's extension of that name. Other CPUs imitate it, some 20 times slower than fp32.
-    """
-    if device.type == "cuda":
-        return th.cuda.is_bf16_supported(False)
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def compute_dtype(use_fp16: bool, device: th.device, precision: str = "") -> th.dtype:

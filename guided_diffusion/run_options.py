@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .fp16_util import PRECISIONS
+from .devices import PRECISIONS
 from .images import LAYOUTS
 from .options import Options, flag
 

@@ -32,30 +32,31 @@ def test_gpus_that_torch_cannot_use(driver, monkeypatch):
     driver(THREE)
     for device in ("auto", "cuda"):
         with pytest.raises(ValueError) as error:
-            devices.choose(device)
+            devices.find_device(device)
         assert "nvidia-smi lists 3 GPUs (driver 470.82.01), but torch" in str(error.value)
         assert f"built for {th.version.cuda or 'no CUDA'}" in str(error.value) and "--device cpu" in str(error.value)
-    assert devices.choose("cpu") == th.device("cpu")
+    assert devices.find_device("cpu") == th.device("cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     with pytest.raises(ValueError, match=r"CUDA_VISIBLE_DEVICES=5\)"):
-        devices.choose()
+        devices.find_device()
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_gpus_that_the_user_has_hidden(driver, monkeypatch, hidden):
     driver(THREE)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert devices.choose() == th.device("cpu")
+    assert devices.find_device() == th.device("cpu")
 
 
 @pytest.mark.parametrize("script", ["#!/bin/sh\necho No devices found.\n", "#!/bin/sh\nexit 9\n", "no program"])
 def test_a_driver_without_gpus(driver, script):
     driver(script)
-    assert devices.choose() == th.device("cpu")
+    assert devices.find_device() == th.device("cpu")
     with pytest.raises(ValueError, match=r"there is no GPU, but torch .* --device cpu"):
-        devices.choose("cuda")
+        devices.find_device("cuda")
 
 
-def test_unknown_device():
-    with pytest.raises(ValueError, match="--device tpu: choose one of auto, cuda, cpu"):
-        devices.choose("tpu")
+@pytest.mark.parametrize("text", ["tpu", "cpu:1", "cuda:-1", "cuda:x"])
+def test_unknown_device(text):
+    with pytest.raises(ValueError, match=f"--device {text}: give auto, cpu, cuda"):
+        devices.find_device(text)
