@@ -158,35 +158,44 @@ def write_json(path: str | Path, value: Any, durable: bool = True) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n", durable)
 
 
-def replace_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
+def replace_folder(path: str | Path, fill: Callable[[Path], None], flag: str) -> None:
     """
     Make a local folder aside and put it in the place of what is there, which must be a folder or nothing.
 
+    Killed at any time, this leaves the whole old folder or the whole new one; between the two renames as .NAME.old,
+    which the next call puts back first.
+
     :param fill: is given the folder aside, in the same parent, so that relative links in it stay right.
+    :param flag: what the path was given by, for the error.
+    :raises ValueError: where another process is replacing it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside, before = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
-    try:
-        aside.mkdir()
-        fill(aside)
+    aside, before = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
+    with locked(aside, flag):
+        if before.is_dir() and not os.path.lexists(path):
+            os.replace(before, path)
+        _remove(before)
+        for leftover in aside.iterdir():
+            if leftover.name != LOCK:
+                _remove(leftover)
+        try:
+            fill(aside)
+        except BaseException:
+            _remove(aside)
+            raise
         if path.exists():
             os.replace(path, before)
         os.replace(aside, path)
-    finally:
-        for folder in (aside, before):
-            shutil.rmtree(folder, ignore_errors=True)
+        (path / LOCK).unlink()
+        _remove(before)
 
 
-def write_link(path: str | Path, target: str | Path) -> None:
-    """Make a symbolic link, in the place of what file or link was there."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        os.symlink(target, aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+def _remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ patches are assigned; label -1 is noise. With --trials K, K seeds are tried and 
 25,10,05,02 makes LABEL/25ss, LABEL/10ss, ...: that many per cent of a cluster's training patches, each drawn from the
 one before, with all its test patches. Any LABEL, and any LABEL/NNss, is a --data_dir; finetune.sh takes DATA/NAME.
 
-Run again, it replaces its own links and files, and touches nothing else.
+Run again, it replaces the folder as a whole, unless there is anything in it that it did not put there.
 """
 
 import argparse
@@ -30,13 +30,12 @@ import numpy as np
 from tqdm import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.files import write_bytes, write_text
 from guided_diffusion.histology.features.cluster_folders import (
-    RECORD,
-    ClusterFolder,
     Patch,
+    check_replaceable,
     list_patches,
     plan,
+    write_clusters,
 )
 from guided_diffusion.histology.features.cluster_picture import by_size, draw_clusters
 from guided_diffusion.histology.features.clustering import (
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     vectors = features.of([patch.image for patch in patches]) if features else None
     is_test = np.array([patch.split == TEST_SPLIT for patch in patches])
     folder = args.data / (args.out_name or default_name(args, options, features, patches))
-    check_folder(folder)
+    check_replaceable(folder, OWN_FILES)
 
     best, scores = None, {}
     if args.cluster == "slide":
@@ -77,7 +76,6 @@ def main(argv: list[str] | None = None) -> None:
         scores = describe(best, trials, vectors[~is_test], features)
     train_sizes = Counter(label for label, patch in zip(labels, patches) if patch.split == TRAIN_SPLIT)
     subsets = {label: subset_cascade(size, percents, args.seed) for label, size in train_sizes.items()}
-    made = ClusterFolder(folder, plan(patches, labels, subsets, args.copy), args.copy)
     points = np.concatenate([best.train, best.test]) if best else np.zeros((len(patches), 0))
     picture = draw_clusters(
         points,
@@ -87,13 +85,13 @@ def main(argv: list[str] | None = None) -> None:
         f"{folder.name}: {len(patches)} patches",
         args.seed,
     )
-    with tqdm(total=len(made.entries), desc="writing", unit="file", leave=False) as bar:
-        made.write(bar.update)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     sizes = {name: size_of(labels, patches, name) for name in by_size(np.array(labels))[0]}
-    write_text(folder / "clusters.csv", table(patches, labels, args.data))
-    write_bytes(folder / "clusters.png", picture)
-    write_text(folder / "scores.json", json.dumps({**scores, "sizes": sizes, "settings": settings}, indent=1) + "\n")
+    summary = json.dumps({**scores, "sizes": sizes, "settings": settings}, indent=1) + "\n"
+    contents = (table(patches, labels, args.data).encode(), summary.encode(), picture)
+    entries = plan(patches, labels, subsets, args.copy)
+    with tqdm(total=len(entries), desc="writing", unit="file", leave=False) as bar:
+        write_clusters(folder, entries, dict(zip(OWN_FILES, contents)), args.copy, bar.update)
     report(folder, labels, scores, subsets, percents)
 
 
@@ -151,14 +149,6 @@ def check_used(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{flag} {getattr(args, flag)} makes no use of --{name} {getattr(args, name)}: leave it out"
             )
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse, before the long work, a folder that another program has made."""
-    ClusterFolder(folder, {})
-    for name in OWN_FILES:
-        if (folder / name).exists() and not (folder / RECORD).exists():
-            raise ValueError(f"{folder / name} is there but not by this command: choose another --out_name")
 
 
 def default_name(

@@ -269,7 +269,7 @@ def write_out(out: Path, judged: list[Kept], kept: np.ndarray, picture: bytes, r
     (out / REPORT).unlink(missing_ok=True)
     chosen = [item for item, keeps in zip(judged, kept) if keeps]
     write = partial(write_kept, kept=chosen, folders=results.FOLDERS, fields=results.MANIFEST_FIELDS, several=several)
-    replace_folder(out / "kept", write)
+    replace_folder(out / "kept", write, "--out")
     rows = [
         {
             "path": Path(os.path.relpath(item.sample.sample.absolute(), out.absolute())).as_posix(),

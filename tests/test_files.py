@@ -1,10 +1,14 @@
 """Whole writes and locked folders."""
 
 import errno
+import itertools
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -17,6 +21,11 @@ with files.locked(sys.argv[1], "--out"):
     print("held", flush=True)
     input()
 """
+
+
+def fail(aside):
+    (aside / "new").write_text("2")
+    raise OSError("disk full")
 
 
 def touched(folder, *names):
@@ -108,24 +117,72 @@ def test_a_missing_folder_is_an_error_with_the_path(tmp_path):
 
 def test_a_folder_is_replaced_whole_or_stays(tmp_path):
     folder = tmp_path / "out"
-    files.replace_folder(folder, lambda aside: (aside / "old").write_text("1"))
-
-    def fail(aside):
-        (aside / "new").write_text("2")
-        raise OSError("disk full")
-
+    files.replace_folder(folder, lambda aside: (aside / "old").write_text("1"), "--out")
     with pytest.raises(OSError, match="disk full"):
-        files.replace_folder(folder, fail)
+        files.replace_folder(folder, fail, "--out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
-    files.replace_folder(folder, lambda aside: (aside / "new").write_text("2"))
+    files.replace_folder(folder, lambda aside: (aside / "new").write_text("2"), "--out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
-def test_a_link_takes_the_place_of_another(tmp_path):
-    for target in ("a", "b"):
-        files.write_link(tmp_path / "link", target)
-        assert os.readlink(tmp_path / "link") == target
-    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+def test_a_folder_replaced_and_killed_at_random_is_the_old_or_the_new_one(tmp_path):
+    """Another process replaces a folder of twenty files over and over, and is killed."""
+    folder = tmp_path / "out"
+
+    def fill(version):
+        def write(aside):
+            for k in range(20):
+                (aside / f"{k}.txt").write_text(version)
+
+        return write
+
+    def replace_for_ever():
+        for round in itertools.count():
+            files.replace_folder(folder, fill(f"version {round}"), "--out")
+
+    def versions():
+        return {path.read_text() for path in folder.glob("*.txt")}
+
+    rng = random.Random(0)
+    for _ in range(30):
+        process = multiprocessing.get_context("fork").Process(target=replace_for_ever)
+        process.start()
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        if folder.exists():
+            assert len(versions()) == 1 and len(list(folder.glob("*.txt"))) == 20
+        with pytest.raises(OSError, match="disk full"):
+            files.replace_folder(folder, fail, "--out")
+        assert {path.name for path in tmp_path.iterdir()} <= {"out"}
+    files.replace_folder(folder, fill("last"), "--out")
+    assert versions() == {"last"} and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_was_moved_away_when_its_run_was_killed_is_put_back(tmp_path):
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "old").touch()
+    touched(tmp_path / ".out.part", "half", files.LOCK)
+    with pytest.raises(OSError, match="disk full"):
+        files.replace_folder(tmp_path / "out", fail, "--out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_two_do_not_replace_a_folder_at_once(tmp_path):
+    script = f"""
+from guided_diffusion import files
+try:
+    files.replace_folder({str(tmp_path / "out")!r}, lambda aside: None, "--out")
+except ValueError as error:
+    print(error)
+"""
+    said = []
+
+    def fill(aside):
+        said.append(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+
+    files.replace_folder(tmp_path / "out", fill, "--out")
+    assert said[0].startswith("--out ") and "is in use by process" in said[0]
 
 
 def test_leftovers_of_killed_runs_go(tmp_path):

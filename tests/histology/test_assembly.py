@@ -96,7 +96,9 @@ def test_a_set(tmp_path, copy):
     (tmp_path / "data/MoNuSegTestData/file").write_text("test")
     named = assembly.name_synthetic([write_sample(tmp_path / "run", "slide-0_001")], ["slide-0_000"])
     out = tmp_path / "deep/er/out"
-    files.replace_folder(out, lambda folder: assembly.write_set(folder, tmp_path / "data", [real], named, copy))
+    files.replace_folder(
+        out, lambda folder: assembly.write_set(folder, tmp_path / "data", [real], named, copy), "--out"
+    )
     train = out / "MoNuSegTrainingData"
     for name, stem in (("70000", "slide-0_000"), ("60000", "slide-0_001")):
         stem = stem if name == "70000" else named[0].stem
@@ -128,7 +130,7 @@ def test_kept_files_are_relative_links_that_survive_a_move(tmp_path):
     folder = tmp_path / "in" / "kept"
     folders, fields = ("images", "labels", "samples", "inst_masks"), ("index", "stem", "s")
     assert not assembly.is_kept(folder)
-    files.replace_folder(folder, lambda aside: assembly.write_kept(aside, kept, folders, fields, several=True))
+    files.replace_folder(folder, lambda aside: assembly.write_kept(aside, kept, folders, fields, several=True), "--out")
     assert assembly.is_kept(folder)
     os.rename(tmp_path / "in", tmp_path / "moved")
     moved = tmp_path / "moved" / "kept"

@@ -1,26 +1,24 @@
 """
 Cluster folders: NAME/LABEL/{MoNuSegTrainingData,MoNuSegTestData}/{images,bin_masks,inst_masks} of links or copies.
 
-Owns their layout, and the record of what it wrote, by which it never touches anything else. Knows nothing of how labels
-came about.
+Owns their layout, and the record of what it wrote, by which it replaces nothing else. Knows nothing of how labels came
+about.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from ...files import by_stem, write_link, write_text, writing
+from ...files import LOCK, by_stem, replace_folder, write_bytes, write_json
 from ...images import EXTENSIONS, check_complete
 from ..slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from ..slides.patches import SUFFIXES
 
-# Paths in the folder and where their links lead, or a copy's SHA-256: "links", what the last run wrote or was to write,
-# and "earlier", what was there before it, empty once it is finished.
-RECORD = "links.json"
+RECORD = "links.json"  # path in the folder -> where its link leads, or a copy's SHA-256
 COPY = "sha256:"
 
 
@@ -124,122 +122,85 @@ def plan(
     return entries
 
 
-class ClusterFolder:
+def check_replaceable(folder: Path, own: Collection[str]) -> None:
     """
-    A folder that holds what a plan says, beside anything that others have put there.
+    Refuse to replace a folder that holds anything but what write_clusters put there.
 
-    :param path: it need not be there yet.
+    :param own: the names of its own files, beside links and copies.
+    :raises ValueError: naming what was not put there, or has changed since.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is there and is no folder: choose another --out_name")
+    record = _read_record(folder)
+    for name in _files_below(folder):
+        if not (record and name in {RECORD, LOCK, *own}) and _mark(folder / name) != record.get(name):
+            raise ValueError(
+                f"{folder / name} is there but not by this command, or changed: move it or choose another --out_name"
+            )
+
+
+def write_clusters(
+    folder: Path,
+    entries: Mapping[str, Path],
+    files: Mapping[str, bytes],
+    copy: bool = False,
+    progress: Callable[[], object] = lambda: None,
+) -> None:
+    """
+    Make a folder as planned, in the place of what check_replaceable has passed.
+
     :param entries: what `plan` gave.
+    :param files: name -> content, beside them.
     :param copy: copy files rather than link them.
-    :raises ValueError: where something that this class did not write stands in the way. Nothing is written yet.
+    :param progress: called after each entry.
     """
 
-    def __init__(self, path: Path, entries: Mapping[str, Path], copy: bool = False) -> None:
-        self.path = Path(path)
-        self.copy = copy
-        self.entries = dict(entries)
-        self.before = self._read_record()
-        if os.path.lexists(self.path) and not self.path.is_dir():
-            raise ValueError(f"{self.path} is there and is no folder: choose another --out_name")
-        own = {name for name, marks in self.before.items() if any(self._is_own(name, mark) for mark in marks)}
-        self.stale = own - self.entries.keys()
-        for name in self.entries:
-            self._check_free(name, own)
-
-    def write(self, progress: Callable[[], object] = lambda: None) -> None:
-        """
-        Make the folder as planned; what an earlier run has put there and is not planned goes.
-
-        :param progress: called after each entry.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        # What is to come is recorded first, so that a killed run's links are known for what they are.
-        marks = {name: self._mark(name) for name in self.entries}
-        self._write_record(marks, self.before)
-        for name in sorted(self.stale):
-            (self.path / name).unlink()
-            self._remove_empty((self.path / name).parent)
-        for name, mark in marks.items():
-            self._make(name, mark)
+    def fill(aside: Path) -> None:
+        marks = {}
+        for name, target in entries.items():
+            place = aside / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if copy:
+                shutil.copyfile(target, place)
+            else:
+                place.symlink_to(_leading(aside / target, place))
+            marks[name] = _mark(place)
             progress()
-        self._write_record(marks, {})
+        for name, content in files.items():
+            write_bytes(aside / name, content)
+        write_json(aside / RECORD, {"links": marks})
 
-    def _check_free(self, name: str, own: set[str]) -> None:
-        """Refuse to write to a path where something lies that this class did not write, or below such a thing."""
-        for above in reversed(PurePosixPath(name).parents[:-1]):
-            place = self.path / above
-            if str(above) in self.stale or not os.path.lexists(place):
-                return
-            if place.is_symlink() or not place.is_dir():
-                raise ValueError(f"{place} is there and is no folder of this command: choose another --out_name")
-        place = self.path / name
-        if os.path.lexists(place) and name not in own and not self._goes_away(place):
-            raise ValueError(f"{place} is there but not by this command, or changed: choose another --out_name")
-
-    def _mark(self, name: str) -> str:
-        target = self.entries[name]
-        if self.copy:
-            return COPY + _sha256(target)
-        if not target.is_absolute():
-            target = self.path / target
-        # Both ends with links resolved, for a link is followed from where it really lies.
-        folder = os.path.realpath((self.path / name).parent)
-        return os.path.relpath(os.path.join(os.path.realpath(target.parent), target.name), folder)
-
-    def _make(self, name: str, mark: str) -> None:
-        place = self.path / name
-        if self._is_own(name, mark):
-            return
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not self.copy:
-            write_link(place, mark)
-            return
-        with writing(place, durable=False) as file, open(self.entries[name], "rb") as source:
-            shutil.copyfileobj(source, file)
-
-    def _is_own(self, name: str, mark: str) -> bool:
-        """Whether a path is still what the record says this class put there."""
-        place = self.path / name
-        if any((self.path / above).is_symlink() for above in PurePosixPath(name).parents[:-1]):
-            return False  # whatever is there lies elsewhere
-        if mark.startswith(COPY):
-            return place.is_file() and not place.is_symlink() and COPY + _sha256(place) == mark
-        return place.is_symlink() and os.readlink(place) == mark
-
-    def _goes_away(self, place: Path) -> bool:
-        """Whether a folder holds nothing but what is to be removed."""
-        if place.is_symlink() or not place.is_dir():
-            return False
-        held = [inner for inner in place.rglob("*") if inner.is_symlink() or not inner.is_dir()]
-        return all(inner.relative_to(self.path).as_posix() in self.stale for inner in held)
-
-    def _remove_empty(self, folder: Path) -> None:
-        while folder != self.path and not any(folder.iterdir()):
-            folder.rmdir()
-            folder = folder.parent
-
-    def _read_record(self) -> dict[str, set[str]]:
-        """Path -> what it may be, as far as this class has put it there."""
-        file = self.path / RECORD
-        if not file.exists():
-            return {}
-        known: dict[str, set[str]] = {}
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            for name, mark in [*record["links"].items(), *record["earlier"]]:
-                known.setdefault(str(name), set()).add(str(mark))
-        except (ValueError, TypeError, KeyError, AttributeError, OSError):
-            raise ValueError(f"{file} is not readable; choose another --out_name or delete {self.path}") from None
-        for name in known:
-            if name.startswith("/") or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"{file}: {name!r} leads out of {self.path}; choose another --out_name")
-        return known
-
-    def _write_record(self, marks: Mapping[str, str], earlier: Mapping[str, set[str]]) -> None:
-        pairs = [[name, mark] for name, marks in sorted(earlier.items()) for mark in sorted(marks)]
-        write_text(self.path / RECORD, json.dumps({"links": dict(marks), "earlier": pairs}, indent=0) + "\n")
+    replace_folder(folder, fill, "--out_name")
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _leading(target: Path, place: Path) -> str:
+    """A relative link to a target, both with links resolved, for a link is followed from where it really lies."""
+    return os.path.relpath(os.path.join(os.path.realpath(target.parent), target.name), os.path.realpath(place.parent))
+
+
+def _mark(place: Path) -> str:
+    """What the record says of a link or a file."""
+    if place.is_symlink():
+        return os.readlink(place)
+    with open(place, "rb") as opened:
+        return COPY + hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """The paths of all files and links below a folder, from it on; links to folders are not followed."""
+    for root, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        yield from (os.path.relpath(os.path.join(root, name), folder) for name in sorted([*files, *links]))
+
+
+def _read_record(folder: Path) -> dict[str, str]:
+    """Path -> mark of what write_clusters put there; nothing where it did not make the folder."""
+    file = folder / RECORD
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["links"])
+    except (ValueError, TypeError, KeyError, OSError):
+        raise ValueError(f"{file} is not readable; choose another --out_name or delete {folder}") from None
