@@ -53,7 +53,7 @@ RANKS = {
     "train_options": 3,
     "checkpoint_sets": 2,
     "checkpointer": 3,
-    "microbatch": 3,
+    "microbatch": 4,
     "unet": 3,
     "gaussian_diffusion": 3,
     "respace": 4,
