@@ -126,7 +126,10 @@ class JsonSink(Sink):
 
 
 class TensorBoardSink(Sink):
-    """Numbers and images as TensorBoard events; text values are left out."""
+    """
+    Numbers and images as TensorBoard events; text values are left out. A row's "mode" goes before its tags: "loss" with
+    mode "train" is train_loss, and "val_loss" with mode "val" stays so.
+    """
 
     def __init__(self, folder: str, writer_class: Callable) -> None:
         """
@@ -136,9 +139,10 @@ class TensorBoardSink(Sink):
         self.writer = writer_class(folder)
 
     def write_kvs(self, kvs: Mapping[str, Value], step: int) -> None:
+        mode = f"{kvs['mode']}_" if kvs.get("mode") else ""
         for key, value in kvs.items():
             if key != "step" and isinstance(value, (int, float)):
-                self.writer.add_scalar(key, value, step)
+                self.writer.add_scalar(mode + key.removeprefix(mode), value, step)
         self.writer.flush()
 
     def write_image(self, key: str, image: np.ndarray, step: int) -> None:

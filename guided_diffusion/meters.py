@@ -2,13 +2,31 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch as th
 
 from . import dist_util
 
 QUARTERS = 4
+# What the progress bar shows of a row of the log, by the names it has room for.
+_SHOWN = {
+    "loss": "loss",
+    **{f"loss_q{i}": f"q{i}" for i in range(QUARTERS)},
+    "grad_norm": "grad",
+    "lr": "lr",
+    "lg_loss_scale": "lg_scale",
+    "samples": "seen",
+    "images_per_s": "img/s",
+    "data_wait": "wait",
+    "peak_memory_mib": "MiB",
+}
+
+
+def shown(row: Mapping[str, Any]) -> dict[str, str]:
+    """:return: what there is room for of a row of the log, in a progress bar."""
+    return {short: f"{row[key]:.4g}" for key, short in _SHOWN.items() if key in row}
 
 
 class LossMeter:

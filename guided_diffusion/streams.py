@@ -4,7 +4,9 @@ Random streams: each draw of a run has a purpose and a place, and its numbers fo
 No stream is part of another, and none depends on what was drawn before. Knows nothing of what is drawn.
 """
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch as th
@@ -34,3 +36,11 @@ def seed(purpose: str, *key: int) -> int:
 def generator(purpose: str, *key: int, device: th.device | str = "cpu") -> th.Generator:
     """:return: the torch generator of one stream on a device, see rng. Kinds of device draw different numbers."""
     return th.Generator(device).manual_seed(seed(purpose, *key))
+
+
+@contextlib.contextmanager
+def global_generator(purpose: str, *key: int, device: th.device | str = "cpu") -> Iterator[None]:
+    """Give what draws from torch's global generator, such as dropout, one stream for a with block, see rng."""
+    with th.random.fork_rng([device] if th.device(device).type == "cuda" else []):
+        th.manual_seed(seed(purpose, *key))
+        yield

@@ -21,7 +21,7 @@ from .conditioning import ConditionSpec
 from .ema import Ema
 from .fp16_util import MixedPrecisionTrainer, compute_dtype
 from .gaussian_diffusion import GaussianDiffusion
-from .meters import QUARTERS, LossMeter, StepClock
+from .meters import LossMeter, StepClock, shown
 from .microbatch import largest_microbatch
 from .resample import ScheduleSampler, UniformSampler
 from .signals import StopRequest
@@ -31,18 +31,6 @@ from .validation import Validation
 MAX_SKIPPED = 50  # steps in a row that are not finite, after which training has failed
 SKIPPED_UNSAVED = 5  # such steps in a row that are no chance any more: the checkpoints before are better than a new one
 CHECK_INTERVAL = 10  # steps between two looks at it, each of which waits for the device
-# What the progress bar shows of a row of the log, by the names it has room for.
-SHOWN = {
-    "loss": "loss",
-    **{f"loss_q{i}": f"q{i}" for i in range(QUARTERS)},
-    "grad_norm": "grad",
-    "lr": "lr",
-    "lg_loss_scale": "lg_scale",
-    "samples": "seen",
-    "images_per_s": "img/s",
-    "data_wait": "wait",
-    "peak_memory_mib": "MiB",
-}
 
 
 class TrainLoop:
@@ -219,9 +207,7 @@ class TrainLoop:
                 if self.step % CHECK_INTERVAL == 0:
                     self._check()
                 if self.step % self.options.log_interval == 0:
-                    row = self._log()
-                    shown = {short: f"{row[key]:.4g}" for key, short in SHOWN.items() if key in row}
-                    bar.set_postfix(shown, refresh=False)
+                    bar.set_postfix(shown(self._log()), refresh=False)
                 if self.validation and self.step % self.options.val_interval == 0:
                     self._validate()
                 due = self.step % self.options.save_interval == 0
@@ -252,18 +238,12 @@ class TrainLoop:
     def forward_backward(self, batch: th.Tensor, cond: dict) -> None:
         """Compute the gradients of one batch, averaged over it and over all ranks."""
         self.mp_trainer.zero_grad()
-        with self._seeded_dropout():
+        if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in self.model.modules()):
+            key = self.options.seed, self.step, dist_util.rank()
+            with streams.global_generator("dropout", *key, device=self.device):
+                self._forward_backward(batch, cond)
+        else:
             self._forward_backward(batch, cond)
-
-    @contextlib.contextmanager
-    def _seeded_dropout(self) -> Iterator[None]:
-        """Give dropout, which can only draw from the global generator, one that is a function of (seed, step, rank)."""
-        if not any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in self.model.modules()):
-            yield
-            return
-        with th.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            th.manual_seed(streams.seed("dropout", self.options.seed, self.step, dist_util.rank()))
-            yield
 
     def _forward_backward(self, batch: th.Tensor, cond: dict) -> None:
         draws = self._draw(batch.shape)

@@ -65,6 +65,25 @@ def test_contradictions_are_refused(flags, message):
         ConditionSpec(**flags)
 
 
+@pytest.mark.parametrize("use_col_map", [False, True])
+@pytest.mark.parametrize("no_instance", [False, True])
+@pytest.mark.parametrize("structure", [{"use_hv_map": True}, {}, {"class_cond": True, "num_classes": 5}])
+def test_it_is_told_from_a_batch_and_the_models_channels(structure, no_instance, use_col_map):
+    size = (2, 8, 8)
+    channels = (2 if structure.get("use_hv_map") else 1) + 3 * use_col_map + (not no_instance)
+    flags = {"num_classes": channels, **structure, "use_col_map": use_col_map, "no_instance": no_instance}
+    spec = ConditionSpec(**flags)
+    cond = {"label": th.zeros(2, 2 if spec.use_hv_map else 1, 8, 8), "instance": th.zeros(2, 1, 8, 8, dtype=th.int32)}
+    if spec.class_cond:
+        cond["label"] = cond["label"].long()
+        if no_instance:
+            del cond["instance"]  # as the reference's data have it then
+    if use_col_map:
+        cond["col_map"] = th.zeros(2, 3, 8, 8)
+    assert ConditionSpec.of(cond, spec.channels) == spec
+    assert spec.assemble(cond).shape == (2, spec.channels, *size[1:])
+
+
 def test_assembled_in_the_reference_order():
     image, class_map, inst = example()
     y = README.assemble(decoded(README, image, class_map, inst, np.random.default_rng(3)))

@@ -185,6 +185,25 @@ except ValueError as error:
     assert said[0].startswith("--out ") and "is in use by process" in said[0]
 
 
+def test_a_fingerprint_tells_files_wherever_they_lie(tmp_path):
+    prints = {}
+    for name, files_of in {
+        "a": {"x/1.png": b"11", "x/2.png": b"2"},
+        "moved": {"x/2.png": b"3", "x/1.png": b"22"},  # which have the same sizes
+        "one more": {"x/1.png": b"11", "x/2.png": b"2", "x/3.png": b""},
+        "renamed": {"x/1.png": b"11", "x/4.png": b"2"},
+        "changed": {"x/1.png": b"11", "x/2.png": b"longer"},
+    }.items():
+        for path, data in files_of.items():
+            touched(tmp_path / name, path)
+            (tmp_path / name / path).write_bytes(data)
+        prints[name] = files.fingerprint([str(tmp_path / name / path) for path in files_of])
+    assert prints.pop("moved") == prints["a"]
+    assert len(set(prints.values())) == len(prints) and files.fingerprint([]) == ""
+    urls = ["gs://bucket/data/1.png", "gs://bucket/data/2.png"]
+    assert files.fingerprint(urls) == files.fingerprint([url.replace("data", "other/data") for url in urls])
+
+
 def test_leftovers_of_killed_runs_go(tmp_path):
     for name in (".model.pt.12.part", "model.pt", "mine.part"):
         (tmp_path / name).touch()

@@ -87,11 +87,19 @@ def test_tensorboard_content(tmp_path):
     logger.dumpkvs()
     logger.logkv("loss", 0.125)
     logger.dumpkvs()  # no step: the number of the dump
+    logger.logkvs({"mode": "train", "step": 41, "loss": 0.5})
+    logger.dumpkvs()
+    logger.logkvs({"mode": "val", "step": 41, "val_loss": 0.75})
+    logger.dumpkvs()
     with logger.prefix("val"):
         logger.logimage("grid", np.full((4, 5, 3), 7, np.uint8), 40)
     events = tensorboard_events(tmp_path / "tb")  # before close: everything is flushed
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(40, 0.25), (1, 0.125)]
-    assert events.Tags()["scalars"] == ["loss"]
+    assert [(e.step, e.value) for tag in ("train_loss", "val_loss") for e in events.Scalars(tag)] == [
+        (41, 0.5),
+        (41, 0.75),
+    ]
+    assert sorted(events.Tags()["scalars"]) == ["loss", "train_loss", "val_loss"]
     (image,) = events.Images("val_grid")
     assert (image.step, image.width, image.height) == (40, 5, 4)
 

@@ -24,3 +24,13 @@ def test_a_stream_is_the_same_in_every_run_and_for_every_kind_of_integer():
     draws = [th.randn(4, generator=streams.generator("noise", *numbers)) for numbers in (key, (3, 7))]
     assert th.equal(*draws)
     assert streams.seed("noise", 3, 7) == 6710289276270146595  # checkpoints go on with what they began with
+
+
+def test_what_draws_from_the_global_generator_is_given_a_stream_for_a_while():
+    before = th.get_rng_state()
+    drawn = []
+    for key in ((3, 7), (3, 7), (3, 8)):
+        with streams.global_generator("dropout", *key):
+            drawn.append(th.dropout(th.ones(100), 0.5, True))
+    assert th.equal(drawn[0], drawn[1]) and not th.equal(drawn[0], drawn[2])
+    assert th.equal(before, th.get_rng_state())
