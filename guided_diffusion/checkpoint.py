@@ -50,7 +50,7 @@ MODEL_FIELDS = (
 
 
 def model_name(step: int) -> str:
-    """:return: the file name of the weights after so many steps."""
+    """:return: the file name of the weights after this number of steps."""
     return f"model{step:06d}.pt"
 
 

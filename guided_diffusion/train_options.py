@@ -52,7 +52,12 @@ class TrainOptions(RunOptions):
     keep_checkpoints: str = flag(
         "all", "keep the newest so many; the best one is kept apart", changeable=True, ours=True
     )
-    resume_checkpoint: str = flag("", "go on from this checkpoint, with the state beside it", changeable=True)
+    resume_checkpoint: str = flag(
+        "",
+        "go on from this model with the state beside it, whatever OPENAI_LOGDIR holds; without a step in its name, as "
+        "in model.pt: begin with its weights",
+        changeable=True,
+    )
     init_checkpoint: str = flag(
         "", "begin with these weights, at step 0 with a fresh optimiser: for fine-tuning", ours=True
     )
@@ -71,7 +76,11 @@ class TrainOptions(RunOptions):
     )
     val_interval: int = flag(1000, "steps between two validations", within="[1, inf)", changeable=True, ours=True)
     preview_samples: int = flag(
-        4, "held-out conditions that are sampled at each checkpoint", within="[0, inf)", changeable=True, ours=True
+        4,
+        "held-out and training conditions, each, that are sampled at each checkpoint",
+        within="[0, inf)",
+        changeable=True,
+        ours=True,
     )
 
     def __post_init__(self) -> None:
