@@ -27,7 +27,9 @@ from guided_diffusion.sweep import Sweep, find_checkpoints, parse_interval, pars
 from guided_diffusion.unet import UNetModel
 
 # What decides how a run is carried out, and not what it writes.
-HOW = "batch_size num_workers results_path num_samples spade_cache compile overwrite dry_run use_checkpoint".split()
+HOW = (
+    "batch_size num_workers device results_path num_samples spade_cache compile overwrite dry_run use_checkpoint"
+).split()
 
 FLAGS = {
     "data": DataOptions,
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
 
     :param argv: the command line without the program's name; sys.argv's if None.
     """
-    dist_util.setup_dist()
+    dist_util.setup_dist(create_argparser().parse_args(argv).device)
     if dist_util.rank():
         logger.set_level(logger.ERROR)
     args, checkpoints = resolve(argv)

@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(config, indent=2))
         return
 
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     if dist_util.rank():
         logger.set_level(logger.ERROR)
     dtype = compute_dtype(args.use_fp16, dist_util.dev(), args.precision)

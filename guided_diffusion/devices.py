@@ -46,7 +46,7 @@ def find_device(text: str = "auto", number: int = 0) -> th.device:
     if not usable:
         gpus = _listed_gpus()
         if gpus or kind == "cuda":
-            raise ValueError(_unusable(gpus))
+            raise ValueError(f"--device {text}: {_unusable(gpus)}")
         return th.device("cpu")
     count = th.cuda.device_count()
     if place and int(place) >= count:

@@ -45,6 +45,12 @@ class RunOptions(Options):
     precision: str = flag(
         "", "what to compute in; wins over --use_fp16", choices=("", *PRECISIONS), changeable=True, ours=True
     )
+    device: str = flag(
+        "auto",
+        "where to compute: auto is a GPU where there is one; cuda insists on one; cpu; cuda:1 is one GPU by its number",
+        changeable=True,
+        ours=True,
+    )
     compile: bool = flag(
         False, "compile the model to fused kernels at the start; needs a C++ compiler", changeable=True, ours=True
     )

@@ -1,9 +1,15 @@
 """The choice of a device, on a machine without GPUs; an nvidia-smi of the test's own lists some."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch as th
 
 from guided_diffusion import devices
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.skipif(th.cuda.is_available(), reason="torch can use the GPUs of this machine")
 
@@ -60,3 +66,16 @@ def test_a_driver_without_gpus(driver, script):
 def test_unknown_device(text):
     with pytest.raises(ValueError, match=f"--device {text}: give auto, cpu, cuda"):
         devices.find_device(text)
+
+
+@pytest.mark.parametrize(
+    "program, flag, missing",
+    [("image_train.py", "--data_dir", "--data_dir 'nowhere'"), ("image_sample.py", "--model_path", "--results_path")],
+)
+def test_programs_compute_where_they_are_told(driver, program, flag, missing):
+    driver(THREE)
+    for device, said in (("auto", "--device auto: nvidia-smi lists 3 GPUs"), ("cpu", missing)):
+        words = [sys.executable, ROOT / program, flag, "nowhere", "--device", device]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
+        assert done.stderr.startswith(f"error: {said}"), done.stderr
