@@ -21,11 +21,11 @@ from pathlib import Path, PurePath
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import torch as th
 from tqdm import tqdm
 
 from guided_diffusion import cli
 from guided_diffusion.bridge import load_backbone
+from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
 from guided_diffusion.files import by_stem, write_json, writing
 from guided_diffusion.histology.evaluation import image_metrics, instance_metrics, runs
 from guided_diffusion.histology.evaluation import report as evaluation_report
@@ -40,10 +40,8 @@ from guided_diffusion.histology.evaluation.evaluator import (
 from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
 from guided_diffusion.images import Item, list_items, read_image, read_inst_mask, slide_of
-from scripts.extract_features import find_device
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
-PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16}
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -140,8 +138,8 @@ def check(args: argparse.Namespace) -> list[str]:
         if args.metrics != ",".join(METRICS):
             raise ValueError("--metrics structure needs --model_path, a model of scripts/train_segmenter.py")
         metrics.remove("structure")
-    if args.precision not in PRECISIONS:
-        raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(PRECISIONS)}")
+    if args.precision not in UNSCALED:
+        raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(UNSCALED)}")
     if args.batch_size < 1 or args.limit < 0:
         raise ValueError(f"--batch_size {args.batch_size} must be at least 1, --limit {args.limit} at least 0")
     if args.out.exists() and not args.out.is_dir():

@@ -25,11 +25,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch as th
 from tqdm import tqdm
 
 from guided_diffusion import cli
 from guided_diffusion.bridge import load_backbone
+from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
 from guided_diffusion.histology.features.embeddings import (
     Features,
     data_root,
@@ -41,8 +41,6 @@ from guided_diffusion.histology.features.embeddings import (
     save_features,
 )
 from guided_diffusion.images import slide_of
-
-PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,19 +94,9 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--root", type=Path, help="folder that paths are relative to")
     parser.add_argument("--batch_size", type=int, default=32, help="images at once")
     parser.add_argument("--num_workers", type=int, default=2, help="threads that read")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network's products")
+    parser.add_argument("--precision", choices=UNSCALED, default="fp32", help="of the network's products")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     return parser
-
-
-def find_device(text: str) -> th.device:
-    """:return: the device a --device names; auto is the GPU, or the CPU where there is none."""
-    try:
-        device = th.device(("cuda" if th.cuda.is_available() else "cpu") if text in ("", "auto") else text)
-        th.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {text} is not on this machine: leave it out, or give cpu") from None
-    return device
 
 
 def check_out(out: Path) -> None:

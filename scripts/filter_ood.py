@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from guided_diffusion import cli, results
 from guided_diffusion.bridge import load_backbone
+from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
 from guided_diffusion.files import list_files, replace_folder, write_bytes, write_text
 from guided_diffusion.histology.assembly import (
     Kept,
@@ -49,7 +50,6 @@ from guided_diffusion.histology.filtering.picture import SHOWN, Scored, draw_sco
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 from guided_diffusion.images import EXTENSIONS, check_complete, check_image, read_image, slide_of
 from guided_diffusion.script_util import str2bool
-from scripts.extract_features import PRECISIONS, find_device
 
 REPORT = "report.json"
 SCORE_FIELDS = ("path", "run", "stem", "score", "weight", "kept")
@@ -131,7 +131,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--reweight", type=str2bool, default=False, help="re-weight scores by equation 7 of the paper")
     parser.add_argument("--seed", type=int, default=0, help="of the slides held out and the projection")
     parser.add_argument("--batch_size", type=int, default=32, help="images at once")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network's products")
+    parser.add_argument("--precision", choices=UNSCALED, default="fp32", help="of the network's products")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     return parser
 

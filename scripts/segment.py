@@ -21,13 +21,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from guided_diffusion import cli
+from guided_diffusion.devices import find_device
 from guided_diffusion.files import write_json, writing
 from guided_diffusion.histology.evaluation import instance_metrics
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter, outlined
 from guided_diffusion.images import EXTENSIONS, read_image, slide_of
 from guided_diffusion.script_util import str2bool
-from scripts.extract_features import find_device
 
 METRICS = "metrics.json"
 FOUND, TRUE = (255, 230, 0), (0, 90, 255)

@@ -22,15 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from guided_diffusion import cli
+from guided_diffusion.devices import UNSCALED, find_device
 from guided_diffusion.files import write_json
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.data import Pair
 from guided_diffusion.histology.segmenter.decoding import FILE
 from guided_diffusion.histology.segmenter.net import STRIDE
-from guided_diffusion.histology.segmenter.training import CHECKPOINT, PRECISIONS, Settings, Training
+from guided_diffusion.histology.segmenter.training import CHECKPOINT, Settings, Training
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT
 from guided_diffusion.script_util import str2bool
-from scripts.extract_features import find_device
 
 CONFIG, RESULT = "config.json", "result.json"
 
@@ -118,8 +118,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise ValueError(f"--crop {args.crop} must be a multiple of {STRIDE}")
     if not 0 <= args.val_share < 1:
         raise ValueError(f"--val_share {args.val_share} must be in [0, 1)")
-    if args.precision not in PRECISIONS:
-        raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(PRECISIONS)}")
+    if args.precision not in UNSCALED:
+        raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(UNSCALED)}")
     spelled = {"steps": "max_steps", "eval_interval": "val_interval"}
     given = {field.name: getattr(args, spelled.get(field.name, field.name)) for field in fields(Settings)}
     if args.max_steps is None and args.minutes is None:

@@ -158,6 +158,12 @@ def test_library_code_does_not_print():
         assert not printed or name == "logger", f"{name} prints"
 
 
+def test_no_program_imports_another():
+    for path in (ROOT / "scripts").rglob("*.py"):
+        modules = [n.module or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        assert not [module for module in modules if module.split(".")[0] in ("scripts", "image_train", "image_sample")]
+
+
 @pytest.mark.parametrize("script", ["image_train.py", "image_sample.py"])
 def test_entry_scripts_stay_short(script):
     assert len((ROOT / script).read_text().splitlines()) < 200

@@ -25,7 +25,6 @@ from .decoding import FILE, Segmenter, as_content, as_input, load_checked
 from .net import load_imagenet_weights, seeded_net
 
 CHECKPOINT = "checkpoint.pt"
-PRECISIONS = ("fp32", "bf16")
 _KIND = "segmenter training"
 _WARM_UP = 0.05  # share of the run
 _WEIGHT_DECAY = 0.01
