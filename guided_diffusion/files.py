@@ -158,6 +158,17 @@ def write_json(path: str | Path, value: Any, durable: bool = True) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n", durable)
 
 
+def write_link(path: str | Path, target: str | Path) -> None:
+    """Make a symbolic link, in the place of what file or link was there."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        os.symlink(target, aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def replace_folder(path: str | Path, fill: Callable[[Path], None], flag: str) -> None:
     """
     Make a local folder aside and put it in the place of what is there, which must be a folder or nothing.

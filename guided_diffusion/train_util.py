@@ -104,6 +104,8 @@ class TrainLoop:
         self.averages = [Ema(model, rate) for rate in options.ema_rates]
         if resume_checkpoint:
             self._resume(resume_checkpoint)
+        elif init_checkpoint:
+            self.began = f"beginning at step 0 with the weights of {init_checkpoint}"
 
         self.ddp_model = model
         if dist_util.world_size() > 1:
@@ -183,6 +185,8 @@ class TrainLoop:
         """
         with contextlib.ExitStack() as stack:
             if self.checkpointer is None:
+                if logger.get_dir() is None:
+                    logger.configure(rank=dist_util.rank())
                 self.checkpointer = stack.enter_context(Checkpointer(logger.get_dir(), self.options.kept_checkpoints))
                 self.checkpointer.begin()
             if self.began:

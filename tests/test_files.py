@@ -185,6 +185,12 @@ except ValueError as error:
     assert said[0].startswith("--out ") and "is in use by process" in said[0]
 
 
+def test_a_link_takes_the_place_of_another(tmp_path):
+    for target in ("one", "two", "two"):
+        files.write_link(tmp_path / "link", target)
+        assert os.readlink(tmp_path / "link") == target and os.listdir(tmp_path) == ["link"]
+
+
 def test_a_fingerprint_tells_files_wherever_they_lie(tmp_path):
     prints = {}
     for name, files_of in {

@@ -99,6 +99,8 @@ def test_init_checkpoint_starts_at_step_zero(data_dir, logdir, monkeypatch):
     train(data_dir, "--max_steps", "1", "--lr", "1e-12", "--init_checkpoint", str(logdir / "ema_0.5_000002.pt"))
     tuned = weights(logdir.parent / "tuned" / "model000001.pt")
     assert largest_difference(tuned, weights(logdir / "ema_0.5_000002.pt")) < 1e-9
+    line = f"beginning at step 0 with the weights of {logdir / 'ema_0.5_000002.pt'}"
+    assert line in (logdir.parent / "tuned" / "log.txt").read_text()
 
 
 def test_microbatches_change_nothing(data_dir, logdir, monkeypatch):

@@ -205,7 +205,7 @@ def recorded(monkeypatch):
 
 def run(out, data_dir, *flags, monkeypatch):
     monkeypatch.setenv("OPENAI_LOGDIR", str(out))
-    monkeypatch.setenv("OPENAI_LOG_FORMAT", "log,csv")
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "log,csv,tensorboard")
     image_train.main(["--data_dir", str(data_dir), *TINY, *FEW_STEPS, *TRAIN, *flags])
     return out
 
@@ -258,6 +258,19 @@ def test_the_loss_of_the_log_is_that_of_the_averaged_weights(slides, trained):
 def test_previews_are_sampled_at_saves(trained):
     names = [f"step00000{step}{kind}.png" for step in (3, 6) for kind in ("", "_train")]
     assert sorted(path.name for path in (trained[0] / "previews").iterdir()) == sorted(names)
+
+
+def test_rows_and_pictures_have_the_references_tags(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[0] / "tb"))
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["images"]) == {"sample_val", "sample_train"}
+    assert {"train_loss", "train_loss_q0", "train_param_norm", "train_lr", "val_loss", "val_mse"} <= set(
+        tags["scalars"]
+    )
+    assert {row["mode"] for row in rows(trained[0])} == {"train", "val"}
 
 
 def test_the_best_can_be_sampled_from_without_model_flags(slides, trained, tmp_path):
