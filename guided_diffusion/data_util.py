@@ -11,12 +11,11 @@ import cv2
 import numpy as np
 from scipy.spatial.distance import cdist
 
+from .stains import OD_QUANTILES, STAINS, optical_density
+
 NEAREST = 19  # the candidates of a match; the reference ranks 20 and takes the query itself out
 CAP_QUANTILE = 0.85  # differences above this quantile count as equally large
 LEGACY_SEED = 42  # of the reference's shuffles and subsamples
-# Haematoxylin, eosin and DAB as optical densities of red, green and blue (Ruifrok and Johnston 2001).
-STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
-OD_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 _MAX_COUNTED_ID = 1 << 20  # above it, counting by sorting takes less memory than a table of all ids
 _CHUNK_ELEMENTS = 1 << 21  # of one [rows x N] block of distances: 16 MiB of float64
@@ -100,7 +99,7 @@ def match_struct(
 
 def stain_descriptor(image: np.ndarray) -> np.ndarray:
     """
-    Describe the stain of an image by statistics of its optical density, -log10((value + 1) / 256).
+    Describe the stain of an image by statistics of its optical density.
 
     Density is proportional to the amount of stain (Beer-Lambert), so its statistics say how much of which colour
     there is, and nothing of where.
@@ -112,7 +111,7 @@ def stain_descriptor(image: np.ndarray) -> np.ndarray:
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(f"stain descriptor: expected [H x W x 3] uint8, got {image.shape} {image.dtype}")
-    density = -np.log10((np.arange(255, -1, -1) + 1) / 256)  # ascending: the brightest value first
+    density = optical_density(np.arange(255, -1, -1))  # ascending: the brightest value first
     n = image.shape[0] * image.shape[1]
     described = []
     for channel in range(3):
@@ -149,8 +148,7 @@ def haematoxylin_histogram(image: np.ndarray) -> np.ndarray:
     :param image: an [H x W x 3] uint8 array.
     :return: a [64] int64 array: pixels with up to 0.025 units of optical density, up to 0.05, ..., and the rest.
     """
-    density = -np.log10((np.arange(256) + 1) / 256)[image]
-    amount = density @ np.linalg.inv(STAINS)[:, 0]
+    amount = optical_density(image) @ np.linalg.inv(STAINS)[:, 0]
     return np.bincount(np.clip(amount.ravel() * 40, 0, 63).astype(np.int64), minlength=64)
 
 

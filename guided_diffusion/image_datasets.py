@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from . import data_util, dist_util
 from .conditioning import ConditionSpec, as_rgb, as_signed, hv_planes
 from .data_stream import Key, stream
-from .image_transforms import center_crop, jitter_stains, random_crop, random_flip_turn
+from .image_transforms import center_crop, random_crop, random_flip_turn
 from .images import Item, list_images, list_items, read_image, read_inst_mask, read_mask, slide_of, split_slides
+from .stains import jitter_stains
 
 # Decoded files and HV maps are kept in memory up to this many bytes a process; MoNuSeg's patches take 0.6 GB.
 CACHE_BYTES = 2 << 30

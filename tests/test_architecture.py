@@ -13,6 +13,7 @@ RANKS = {
     "files": -2,
     "images": -1,
     "devices": -2,
+    "stains": -1,
     # What dist_util stands on:
     "environment": -2,
     "mpi": -1,
@@ -97,7 +98,7 @@ ROOMS = {
     "assembly": {"evaluation", "features", "slides"},
     "bridge": {"", "features"},
 }
-SHARED = {"files", "images", "devices"}
+SHARED = {"files", "images", "stains", "devices"}
 
 
 def module_files() -> dict[str, Path]:

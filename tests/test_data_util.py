@@ -10,7 +10,6 @@ from reference_numbers import FOLDER
 
 from guided_diffusion import data_util
 from guided_diffusion.data_util import (
-    STAINS,
     area_properties,
     haematoxylin_histogram,
     match_app,
@@ -23,6 +22,7 @@ from guided_diffusion.data_util import (
     stain_descriptor,
     subsample_indices,
 )
+from guided_diffusion.stains import STAINS
 
 
 def test_properties_equal_the_reference():

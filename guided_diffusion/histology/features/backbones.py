@@ -23,14 +23,11 @@ import numpy as np
 import torch as th
 import torch.nn.functional as F
 
+from ...stains import OD_QUANTILES, ROUNDED, optical_density
 from .lite0 import Lite0, load_weights, shipped_weights
 
 LITE_SIZE = 128  # px; see EfficientNetLite0
 LITE_STAGES = (2, 4)  # the last one at stride 8, and the last at stride 16
-OD_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-# Unit optical density of haematoxylin and eosin in R, G, B: Ruifrok & Johnston 2001, "Quantification of histochemical
-# staining by color deconvolution". The third row, what neither explains, is their cross product.
-STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11))
 
 
 class Backbone(Protocol):
@@ -148,16 +145,15 @@ class Stain:
     """
     How much of which stain an image holds, and nothing of where: statistics of optical density, without a network.
 
-    Density is -log10((v + 1) / 256), proportional to the amount of stain (Beer-Lambert). For R, G, B and the amounts of
-    haematoxylin and eosin by colour deconvolution (STAINS): mean, standard deviation, and OD_QUANTILES.
+    For R, G, B and the amounts of haematoxylin and eosin by colour deconvolution: mean, standard deviation, and
+    OD_QUANTILES. The third direction, what neither stain explains, is their vectors' cross product.
     """
 
     weight_hash = "none"
 
     def __init__(self, name: str, device: th.device, dtype: th.dtype = th.float32) -> None:
         self.name = name
-        self.density = -np.log10((np.arange(256) + 1) / 256)
-        first, second = np.array(STAINS)
+        first, second = ROUNDED
         vectors = np.stack([first, second, np.cross(first, second)])
         self.unmix = np.linalg.inv(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))[:, :2]
 
@@ -171,7 +167,7 @@ class Stain:
         raise ValueError("--backbone stain has no feature maps: choose efficientnet_lite0, hf:... or sdm:...")
 
     def _describe(self, image: np.ndarray) -> np.ndarray:
-        rgb = self.density[image.reshape(-1, 3)]
+        rgb = optical_density(image.reshape(-1, 3))
         channels = np.concatenate([rgb, rgb @ self.unmix], axis=1)
         quantiles = np.quantile(channels, OD_QUANTILES, axis=0)
         return np.concatenate([[channels.mean(0), channels.std(0)], quantiles]).T.ravel().astype(np.float32)

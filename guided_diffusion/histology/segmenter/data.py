@@ -17,14 +17,13 @@ import torch as th
 
 from ...files import by_stem
 from ...images import EXTENSIONS, check_complete, read_image, read_inst_mask, slide_of
+from ...stains import jitter_stains
 from ..evaluation.runs import MANIFEST
 from ..slides.annotations import TRAIN_SPLIT
 from .decoding import hv_target
 
 _SCALES = (0.8, 1.25)
-_AMOUNT, _OFFSET = 0.35, 0.05  # of the stains' jitter: relative, and in units of optical density
-# Hematoxylin, eosin and DAB as optical densities of red, green and blue (Ruifrok and Johnston 2001).
-_STAINS = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
+_JITTER = 0.35  # of the stains
 _VAL_PIXELS = 400 * 400  # of each held-out slide
 
 
@@ -212,7 +211,7 @@ class Crops(th.utils.data.Dataset):
         example = self.examples[int(np.searchsorted(self._shares, rng.random(), side="right"))]
         image, inst_map = self._cut(example, rng)
         if self.colour:
-            image = jitter_stains(image, rng)
+            image = jitter_stains(image, _JITTER, rng)
         target = np.concatenate([(inst_map > 0)[..., None], hv_target(inst_map)], axis=2, dtype=np.float32)
         return th.tensor(image), th.from_numpy(np.ascontiguousarray(target.transpose(2, 0, 1)))
 
@@ -231,22 +230,6 @@ class Crops(th.utils.data.Dataset):
         turned = [np.rot90(array, turns) for array in (image, inst_map)]
         turned = [np.flip(array, 1) if mirror else array for array in turned]
         return np.ascontiguousarray(turned[0]), np.ascontiguousarray(turned[1])
-
-
-def jitter_stains(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """
-    Change how much there is of each stain (Tellez et al., IEEE TMI 2018): a' = a * alpha + beta per stain.
-
-    :param image: an [H x W x 3] uint8 array.
-    :param rng: draws alpha in 0.65 ... 1.35 and beta in -0.05 ... 0.05 units of optical density.
-    :return: the same kind of array.
-    """
-    stains = np.array(_STAINS)
-    alpha, beta = rng.uniform(1 - _AMOUNT, 1 + _AMOUNT, 3), rng.uniform(-_OFFSET, _OFFSET, 3)
-    mixing = (np.linalg.inv(stains) * alpha) @ stains
-    density = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)[image]
-    changed = density @ mixing.astype(np.float32) + (beta @ stains).astype(np.float32)
-    return np.clip(np.rint(256 * 10**-changed - 1), 0, 255).astype(np.uint8)
 
 
 def _synthetic_sources(path: Path) -> dict[str, frozenset[str]]:

@@ -200,11 +200,3 @@ def test_large_images_are_drawn_from_more_often():
 def test_a_crop_larger_than_an_image_is_refused():
     with pytest.raises(ValueError, match="--crop 64 is larger than s-0_000, 48 x 48"):
         Crops(examples(), 64, 0)
-
-
-def test_jitter_changes_stains_and_leaves_glass_nearly_white():
-    image = np.array([[[110, 60, 130], [225, 160, 200], [250, 250, 250]]], np.uint8).repeat(4, axis=0)
-    changed = [segmenter_data.jitter_stains(image, np.random.default_rng(k)).astype(int) for k in range(50)]
-    spread = np.std([c[0] for c in changed], axis=0)
-    assert (spread[:2] > 3).all() and np.abs(np.mean([c[0, 2] for c in changed]) - 250) < 6
-    assert np.array_equal(changed[0], segmenter_data.jitter_stains(image, np.random.default_rng(0)))
