@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch as th
 from PIL import Image
 
 from guided_diffusion.histology.features import embeddings
@@ -31,7 +32,7 @@ def test_goes_on_after_a_kill(data_dir, tmp_path, monkeypatch):
     extract_features.main(command)
     whole = (tmp_path / "f.npz").read_bytes()
     (tmp_path / "f.npz").unlink()
-    embed, calls = extract_features.load_backbone("stain", extract_features.find_device("cpu")).__class__.embed, []
+    embed, calls = extract_features.load_backbone("stain", th.device("cpu")).__class__.embed, []
 
     def killed(self, images):
         calls.append(len(images))

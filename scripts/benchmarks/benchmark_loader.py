@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from guided_diffusion import cli
 from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.devices import find_device
 from guided_diffusion.histology.slides.toy import draw_slide
 from guided_diffusion.image_datasets import load_data
 
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--slides", type=int, default=4, help="toy slides to draw, each of 100 patches of 128 px")
     args = parser.parse_args(argv)
     th.set_num_threads(args.threads)
-    device = th.device("cuda" if th.cuda.is_available() else "cpu")
+    device = find_device()
     with tempfile.TemporaryDirectory() as root:
         nuclei = write_patches(Path(root), args.slides, (IMAGE_SIZE, 2 * IMAGE_SIZE))
         print(

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from guided_diffusion import cli
+from guided_diffusion.devices import find_device
 from guided_diffusion.fp16_util import has_bf16
 from guided_diffusion.guidance import GuidedModel, Model
 from guided_diffusion.samplers import SAMPLERS
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--end_to_end", type=int, nargs="+", default=[], metavar="STEPS")
     args = parser.parse_args(argv)
     config = CONFIGS[args.config]
-    device = th.device("cuda" if th.cuda.is_available() else "cpu")
+    device = find_device()
     size = config["image_size"]
     generator = th.Generator(device).manual_seed(0)
     noise = th.randn(args.batch, 9, size, size, generator=generator, device=device)

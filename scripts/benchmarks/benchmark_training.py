@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from guided_diffusion import cli, logger
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
+from guided_diffusion.devices import find_device
 from guided_diffusion.fp16_util import has_bf16
 from guided_diffusion.histology.slides.toy import draw_slide
 from guided_diffusion.image_datasets import load_dataset
@@ -82,7 +83,7 @@ class Way:
         compiled: bool = False,
     ) -> None:
         self.name = name
-        self.device = th.device("cuda" if th.cuda.is_available() else "cpu")
+        self.device = find_device()
         config = CONFIGS[args.config]
         model = make_model(config, self.device, dtype, plain_layers, channels_last, compiled)
         _, diffusion = create_model_and_diffusion(**model_flags(config))

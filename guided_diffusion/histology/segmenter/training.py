@@ -17,6 +17,7 @@ import torch as th
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ...devices import PRECISIONS
 from ...files import writing
 from ...images import slide_of
 from ..evaluation import instance_metrics
@@ -185,8 +186,8 @@ class Training:
         self.net.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * _schedule(self.progress())
-        bf16 = self.settings.precision == "bf16"
-        with th.autocast(self.device.type, th.bfloat16, enabled=bf16):
+        dtype = PRECISIONS[self.settings.precision]
+        with th.autocast(self.device.type, dtype, enabled=dtype != th.float32):
             out = self.net(as_input(images.numpy(), self.device))
         loss = segmentation_loss(out.float(), target.to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
