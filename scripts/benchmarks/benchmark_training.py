@@ -27,6 +27,7 @@ from guided_diffusion import cli, logger
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
 from guided_diffusion.devices import find_device
+from guided_diffusion.ema import Ema
 from guided_diffusion.fp16_util import has_bf16
 from guided_diffusion.histology.slides.toy import draw_slide
 from guided_diffusion.image_datasets import load_dataset
@@ -44,17 +45,21 @@ SPEC = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
+class PlainEma(Ema):
+    """An average that is moved tensor by tensor."""
+
+    def update(self, step: int, taken: th.Tensor | None = None) -> None:
+        for average, p in zip(self.params, self.model.parameters()):
+            average.mul_(self.rate).add_(p.detach(), alpha=1 - self.rate)
+
+
 class PlainLoop(TrainLoop):
     """The loop with optimiser and averages tensor by tensor, waiting for the device after every step."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
         self.opt = th.optim.AdamW(self.model.parameters(), lr=self.options.lr, foreach=False, fused=False)
-
-    def _update_ema(self, taken: th.Tensor) -> None:
-        for rate, averages in self.ema_params.items():
-            for average, p in zip(averages, self.model.parameters()):
-                average.mul_(rate).add_(p.detach(), alpha=1 - rate)
+        self.averages = [PlainEma(self.model, rate) for rate in self.options.ema_rates]
 
     def run_step(self, batch: th.Tensor, cond: dict) -> None:
         super().run_step(batch, cond)
