@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             made = {"settings": settings, "real": len(real), "synthetic": len(synthetic)}
             write_text(folder / RECORD, json.dumps(made, indent=1) + "\n")
 
-        replace_folder(args.out, fill, "--out")
+        replace_folder(args.out, fill, "--results_path")
     print(f"{args.out}: {len(real)} real and {len(synthetic)} synthetic training patches")
 
 

@@ -69,7 +69,7 @@ def create_argparser() -> argparse.ArgumentParser:
         type=Path,
         help="model of train_segmenter.py, for structure agreement",
     )
-    parser.add_argument("--limit", type=int, default=0, help="measure at most so many patches a set; 0: all")
+    parser.add_argument("--limit", type=int, default=0, help="patches of each set to measure at most; 0: all")
     parser.add_argument("--batch_size", type=int, default=32, help="patches a forward pass")
     parser.add_argument("--precision", default="fp32", help="fp32 or bf16")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
@@ -170,7 +170,7 @@ def by_name(items: Sequence[Item]) -> dict[str, Item]:
 
 
 def spread(items: Sequence, limit: int) -> list:
-    """At most so many of the items, evenly spread; 0 means all."""
+    """At most `limit` of the items, evenly spread; 0 means all."""
     if not limit or len(items) <= limit:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
@@ -352,8 +352,8 @@ def place(run: runs.Run) -> tuple[str, float | None]:
 
 def draw_copies(evaluator: Evaluator, sets: list[PatchSet], items: list[Item], path: Path) -> None:
     """
-    Draw the samples that look copied beside the patches they look copied from: those told by pixels, the closest first,
-    then those told by features alone.
+    Draw the samples that look copied beside the patches they look copied from: those found by pixels, the closest
+    first, then those found by features alone.
     """
     pairs = []
     for patches in sets:

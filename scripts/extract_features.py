@@ -13,8 +13,8 @@ above all images that holds MoNuSegTrainingData or MoNuSegTestData. Backbones:
     sdm:CHECKPOINT[@T]   encoder and middle features of a U-Net that image_train.py trained, at timestep T
     hf:MODEL_OR_FOLDER   an image model of transformers
 
-Killed, the same command goes on: finished chunks lie in FILE.npz.parts until all are there. At the end it says for how
-many images the nearest other one is of the same slide.
+After a kill the same command resumes: finished chunks are kept in FILE.npz.parts until all are there. At the end it
+says for how many images the nearest other one is of the same slide.
 """
 
 import argparse

@@ -157,7 +157,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """Refuse a --results_path among the inputs, or with a kept/ of somebody else."""
+    """Refuse a --results_path among the inputs, or with a kept/ that another program made."""
     kept = args.out / "kept"
     check_apart(args.out, [args.real, *args.synthetic], kept)
     if os.path.lexists(kept) and not is_kept(kept):
@@ -264,12 +264,12 @@ def draw(
 
 
 def write_out(out: Path, judged: list[Kept], kept: np.ndarray, picture: bytes, report: dict, several: bool) -> None:
-    """Write all files, the report last: where it lies, the others are of the same run."""
+    """Write all files, the report last: where it is, the others are of the same run."""
     out.mkdir(parents=True, exist_ok=True)
     (out / REPORT).unlink(missing_ok=True)
     chosen = [item for item, keeps in zip(judged, kept) if keeps]
     write = partial(write_kept, kept=chosen, folders=results.FOLDERS, fields=results.MANIFEST_FIELDS, several=several)
-    replace_folder(out / "kept", write, "--out")
+    replace_folder(out / "kept", write, "--results_path")
     rows = [
         {
             "path": Path(os.path.relpath(item.sample.sample.absolute(), out.absolute())).as_posix(),

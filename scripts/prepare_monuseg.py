@@ -154,7 +154,7 @@ def check_manifest(out: Path, settings: dict) -> None:
 
 
 def check_recorded_slides(out: Path, counts: Counts) -> None:
-    """Refuse to leave behind patches of an earlier run, or to overwrite patches of somebody else."""
+    """Refuse to leave behind patches of an earlier run, or to overwrite what it did not write."""
     manifest = read_manifest(out) or {"patches": {}}
     for split, stems in counts.items():
         for stem in stems.keys() - manifest["patches"].get(split, {}).keys():

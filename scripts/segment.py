@@ -70,7 +70,7 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--truth", metavar="MASKS", type=Path, help="folder of true instance masks of the same stems")
     parser.add_argument("--flips", type=str2bool, default=False, help="average over mirrored images: slower, better")
-    parser.add_argument("--centre", type=int, default=0, help="take only the central square of so many px; 0: all")
+    parser.add_argument("--centre", type=int, default=0, help="side in px of a central square to take alone; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     return parser

@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     if (args.data / LAYOUT.test).is_dir():
         wanted[LAYOUT.test] = args.data / LAYOUT.test
     present = {p.relative_to(args.out).as_posix() for p in args.out.rglob("*") if p.is_symlink() or p.is_file()}
-    strangers = sorted(present - set(wanted))
-    if strangers or args.out.resolve() == args.data.resolve():
-        named = f"holds {strangers[0]}, which is not of this choice" if strangers else "is DATA itself"
+    foreign = sorted(present - set(wanted))
+    if foreign or args.out.resolve() == args.data.resolve():
+        named = f"holds {foreign[0]}, which is not of this choice" if foreign else "is DATA itself"
         raise ValueError(f"OUT {args.out} {named}: give a new folder")
     for name, target in wanted.items():
         if os.path.lexists(args.out / name) and (args.out / name).resolve() != target.resolve():

@@ -7,7 +7,7 @@ DATA/MoNuSegTrainingData/{images,inst_masks} holds whole slides or patches, real
 what DATA/manifest.csv calls synthetic is trained on, but never validated on, and left out where it was made from a
 held-out slide. Of the slides a seeded share is held out; training stops when they no longer improve, and the best
 weights are kept. Writes DIR/segmenter.pt, config.json and result.json; until then checkpoint.pt, from which the same
-command goes on. By steps, and on a CPU, equal seeds give equal weights; by minutes they cannot.
+command resumes. By steps, and on a CPU, equal seeds give equal weights; by minutes they cannot.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "--patience",
         type=int,
         default=usual.patience,
-        help="stop after so many validations without a better one; 0: never",
+        help="validations without a better one after which to stop; 0: never",
     )
     parser.add_argument("--num_workers", type=int, default=0, help="processes that make crops")
     parser.add_argument("--colour_augment", type=str2bool, default=True, help="jitter the stains")
@@ -130,7 +130,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def config_of(
     args: argparse.Namespace, settings: Settings, train: list[Pair], held: list[Pair], left_out: list[Pair]
 ) -> dict[str, Any]:
-    """All that decides the weights; a run is taken up only with the same."""
+    """All that decides the weights; a run is resumed only with the same."""
     return {
         **asdict(settings),
         "data": str(args.data.resolve()),

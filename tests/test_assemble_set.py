@@ -112,7 +112,7 @@ def no_instances(data, synthetic):
     shutil.rmtree(data / TRAIN / "inst_masks")
 
 
-def stranger(data, synthetic):
+def foreign(data, synthetic):
     (data.parent / "set").mkdir()
     (data.parent / "set" / "mine").touch()
 
@@ -141,15 +141,15 @@ CASES = [
     (no_training, "--ratio 1", "has no MoNuSegTrainingData/images"),
     (empty_training, "--ratio 1", "holds no image"),
     (no_instances, "--ratio 1", "has no MoNuSegTrainingData/inst_masks"),
-    (stranger, "--ratio 1", "did not make"),
+    (foreign, "--ratio 1", "did not make"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "flags", "message"), CASES)
-def test_bad_input_leaves_no_trace(data_dir, synthetic, tmp_path, monkeypatch, spoil, flags, message):
+@pytest.mark.parametrize(("damage", "flags", "message"), CASES)
+def test_bad_input_leaves_no_trace(data_dir, synthetic, tmp_path, monkeypatch, damage, flags, message):
     monkeypatch.chdir(tmp_path)
-    if spoil:
-        spoil(data_dir, synthetic)
+    if damage:
+        damage(data_dir, synthetic)
     before = snapshot(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         assemble_set.main(["--data_dir", "data", "--synthetic", "results", "--results_path", "set", *flags.split()])

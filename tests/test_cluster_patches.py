@@ -212,7 +212,7 @@ def test_features_are_needed_but_for_slides(data):
         cluster_patches.main([str(data), *KMEANS])
 
 
-def test_somebody_elses_folder_is_refused(data, features):
+def test_a_folder_of_another_program_is_refused(data, features):
     (data / "C").mkdir()
     (data / "C" / "scores.json").write_text("{}")
     with pytest.raises(ValueError, match="scores.json is there but not by this command"):

@@ -119,7 +119,7 @@ def test_copies_are_drawn(real, sweep, tmp_path, capsys):
 def test_copies_are_drawn_beside_what_told_them(monkeypatch, tmp_path, by_pixels):
     held_out = draw_set("held out", range(100, 108), np.eye(8, 3) + 1)
     evaluator = Evaluator(draw_set("train", range(8), np.eye(8, 3) * 9), held_out, ["copies"])
-    # By features the first training patch, by pixels the second, or a stranger.
+    # By features the first training patch, by pixels the second, or an unrelated one.
     samples = draw_set("m", [1 if by_pixels else 50], np.eye(1, 3) * 9)
     drawn = []
     monkeypatch.setattr(evaluation_report, "draw_pairs", lambda pairs, path: drawn.extend(pairs))
@@ -293,8 +293,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_give_one_line_and_write_nothing(real, sweep, tmp_path, capsys, name):
-    spoil, flags, message = MISTAKES[name]
-    spoil(real, sweep)
+    damage, flags, message = MISTAKES[name]
+    damage(real, sweep)
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: run(real, sweep, tmp_path / "out", *flags))
     error = capsys.readouterr().err.splitlines()[-1]

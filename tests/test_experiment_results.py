@@ -23,7 +23,7 @@ def out(tmp_path):
         put(tmp_path, 20, seed, "real", real)
         put(tmp_path, 20, seed, "filtered", filtered)
     put(tmp_path, 100, 0, "real", 0.8)
-    put(tmp_path, 100, 0, "somebody's", 0.9)
+    put(tmp_path, 100, 0, "foreign", 0.9)
     return tmp_path
 
 

@@ -79,7 +79,7 @@ def test_a_mistake_writes_nothing(data_dir, tmp_path, monkeypatch, flags, messag
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_broken_link_and_somebody_elses_file_are_refused(data_dir, tmp_path):
+def test_a_broken_link_and_another_programs_file_are_refused(data_dir, tmp_path):
     (tmp_path / "f.npz").write_text("mine")
     with pytest.raises(ValueError, match="is no feature file"):
         extract_features.main([str(data_dir), "--results_path", str(tmp_path / "f.npz"), "--backbone", "stain"])

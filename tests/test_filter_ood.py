@@ -190,7 +190,7 @@ def small_sample():
     Image.fromarray(draw_patch(0, 16)[0]).save("sweep/m_s2/samples/s1_000.png")
 
 
-def stranger():
+def foreign():
     Path("out/kept").mkdir(parents=True)
 
 
@@ -212,7 +212,7 @@ CASES = [
     (one_slide, "", "patches of 1 slide (slide-0)"),
     (no_training, "", "--data_dir data holds no image"),
     (small_sample, "", "s1_000.png is 16 x 16 px"),
-    (stranger, "", "kept/ that is not of this command"),
+    (foreign, "", "kept/ that is not of this command"),
     (file, "", "--results_path out is a file"),
     (None, "--results_path sweep/m_s1/out", "lies in the input"),
     (None, "--results_path data", "lies in the input"),

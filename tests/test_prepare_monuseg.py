@@ -85,7 +85,7 @@ def test_modes_and_sizes(raw, tmp_path):
     assert Image.open(files[0]).size == (8, 8)
 
 
-def test_a_second_run_writes_the_same_bytes_and_spares_strangers(raw, tmp_path):
+def test_a_second_run_writes_the_same_bytes_and_leaves_other_files_alone(raw, tmp_path):
     out = tmp_path / "out"
     (out / TRAIN / "images").mkdir(parents=True)
     (out / TRAIN / "images" / "mine.png").write_bytes(b"keep")
@@ -129,7 +129,7 @@ def test_no_test_slides_make_no_test_folder(raw, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [TRAIN, "prepare.json"]
 
 
-def test_toy_slides_walk_the_same_road(tmp_path):
+def test_toy_slides_are_prepared_like_real_ones(tmp_path):
     toy.write_toy_monuseg(tmp_path / "raw", train=2, test=1, size=96)
     prepare(tmp_path / "raw", tmp_path / "out", "--patch_size", 64, "--stride", 64)
     mask = np.asarray(Image.open(tmp_path / "out" / TRAIN / "inst_masks" / "TCGA-TOY-A000-01Z-00-DX1_003.tif"))

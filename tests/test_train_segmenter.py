@@ -120,7 +120,7 @@ def test_synthetic_patches_are_trained_on_but_not_those_of_held_out_slides(data,
     assert "2 synthetic images made from held-out slides are left out" in capsys.readouterr().out
 
 
-def test_too_few_slides_to_hold_one_out_are_told(tmp_path, capsys):
+def test_too_few_slides_to_hold_one_out_are_reported(tmp_path, capsys):
     write_patches(tmp_path / "data" / "MoNuSegTrainingData", count=8)
     train(tmp_path / "data", tmp_path / "out")
     assert "no slide is held out" in capsys.readouterr().out

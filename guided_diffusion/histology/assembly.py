@@ -54,7 +54,7 @@ def check_apart(out: Path, inputs: Sequence[Path], replaced: Path) -> None:
     """
     Refuse an output that lies in an input, and one that would replace an input.
 
-    :param out: where files are to be written; replaced: the folder in it, or itself, that is written anew.
+    :param out: where files are to be written; replaced: the folder in it, or itself, that is rewritten.
     :raises ValueError: naming the two.
     """
     if os.path.lexists(out) and not out.is_dir():
@@ -175,8 +175,8 @@ def _weight(sample: Sample) -> float:
 
 def name_synthetic(samples: Sequence[Sample], real: Iterable[str]) -> list[Synthetic]:
     """
-    Name samples SLIDE_NUMBER: SLIDE is that of the appearance, so that whoever holds a slide out holds them out with
-    it, and NUMBER is above those of real patches.
+    Name samples SLIDE_NUMBER: SLIDE is that of the appearance, so that holding a slide out by its name holds them
+    out, too, and NUMBER is above those of real patches.
 
     :param real: the stems of real patches, none of which comes again.
     """
@@ -224,7 +224,7 @@ def write_set(
 
     :param folder: exists. :param data: the real data folder, whose test split is linked or copied as it is.
     :param real: its training patches, each with an instance mask; a missing binary one is made of it.
-    :param progress: is told of each patch.
+    :param progress: called after each patch.
     """
     train = folder / TRAIN_SPLIT
     for name in SUFFIXES:

@@ -1,7 +1,7 @@
 """
 What a set of synthetic patches is worth beside real ones: one figure after another, with real against real as a floor.
 
-Owns which figures there are, what is compared with what, and how copies are told. Knows no files and no flags.
+Owns which figures there are, what is compared with what, and how copies are recognised. Knows no files and no flags.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from . import image_metrics as im
 
 METRICS = ("kid", "frechet", "precision_recall", "colour", "structure", "copies", "diversity")
 BY_FEATURES = ("kid", "frechet", "precision_recall", "copies", "diversity")  # those that look at features
-CANDIDATES = 20  # nearest training patches by features, which a patch is laid over
+CANDIDATES = 20  # nearest training patches by features, which a patch is compared with by pixels
 
 Figures = dict[str, "float | im.Estimate | None"]
 # (patches of a set) -> figures, by an independent segmenter.
@@ -29,11 +29,11 @@ class PatchSet:
     :param name: what to call them.
     :param images: [N x H x W x 3] uint8.
     :param inst_maps: [N x H x W] int32, the nuclei they should show.
-    :param features: [N x D] float32; of no matter where none of BY_FEATURES is asked for.
+    :param features: [N x D] float32; unused where none of BY_FEATURES is asked for.
     :param slides: the slide that each one's structure comes from.
     :param structures: the patch that it comes from, by its stem; of real patches, each one itself.
     :param appearances: of synthetic patches, the images whose colours they took, [N x H x W x 3] uint8.
-    :param conditions: of synthetic patches, what tells one condition from another.
+    :param conditions: of synthetic patches, a name of each one's condition.
     :param originals: of synthetic patches, the real ones that show these very nuclei, [N x H x W x 3] uint8.
     """
 
@@ -54,7 +54,7 @@ class Neighbours:
     The training patches that come nearest to each patch of a set.
 
     :param by_features: [N] indices, and feature_distance, [N], theirs.
-    :param by_pixels: [N] indices of the best among CANDIDATES when laid over it, and pixel_distance, [N], theirs. The
+    :param by_pixels: [N] indices of the best match among CANDIDATES, and pixel_distance, [N], theirs. The
         patch that its structure comes from is none of them: its nuclei lie there by design, so that every faithful
         sample would pass for a copy. By features it counts.
     """
@@ -91,7 +91,7 @@ class Evaluator:
         self.seed = seed
         self._found: dict[str, Neighbours] = {}
         self._thumbnails = np.stack([im.thumbnail(image) for image in train.images]) if "copies" in metrics else None
-        # A copy is what lies nearer to a training patch than any real patch of another slide does.
+        # A copy is nearer to a training patch than any real patch of another slide does.
         self._usual = self.neighbours(held_out) if "copies" in metrics else None
 
     def figures(self, patches: PatchSet) -> Figures:

@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 KID_SUBSETS, KID_SUBSET = 100, 1000  # how many, and images a side in each
 NEIGHBOURS = 3  # of the manifolds in precision_recall, as in the paper
 _BLOCK = 32  # MiB of distances at a time
-_ALIGNED_SIDE = 32  # in px: what images are reduced to before they are laid over each other
+_ALIGNED_SIDE = 32  # in px: what images are reduced to before they are aligned
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,10 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
 
 def aligned_distance(small: np.ndarray, others: np.ndarray) -> np.ndarray:
     """
-    Compare an image with others, laid over each other as they match best: turned, mirrored and shifted round.
+    Compare an image with others where they match best: by quarter turns, mirroring and cyclic shifts.
 
     :param small: a thumbnail; others: [M x 32 x 32] thumbnails.
-    :return: [M] distances, 1 - the largest correlation: 0 for a copy, about 1 for strangers.
+    :return: [M] distances, 1 - the largest correlation: 0 for a copy, about 1 for unrelated images.
     """
     turns = [np.rot90(mirrored, turn) for mirrored in (small, small[:, ::-1]) for turn in range(4)]
     # The correlation for every shift at once, by the convolution theorem.

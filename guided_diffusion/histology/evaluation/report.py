@@ -42,7 +42,7 @@ def as_json(figures: dict[str, Value]) -> dict[str, float | dict[str, float] | N
 
 def table(rows: dict[str, dict[str, Value]]) -> str:
     """
-    Lay figures out in columns, one line a set.
+    Format figures in columns, one line a set.
 
     :param rows: set -> figure -> value; a set without a figure has a dash there.
     """

@@ -1,7 +1,7 @@
 """
 Folders of synthetic patches: which files belong together, and where each sample came from.
 
-Owns how runs are found, checked and told apart. Knows nothing of how samples are made or judged.
+Owns how runs are found, checked and named. Knows nothing of how samples are made or judged.
 """
 
 import csv
@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Run:
-    """The samples of one results folder, in the order of their stems; `name` tells it from the others."""
+    """The samples of one results folder, in the order of their stems; each has a `name` of its own."""
 
     name: str
     path: Path
@@ -61,7 +61,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         if paths.count(path) > 1:
             raise ValueError(f"{path} is named twice: give it once")
     names = [path.resolve().name for path in paths]
-    # Equal names, as of A/kept and B/kept, are told apart by the folder above.
+    # Equal names, as of A/kept and B/kept, get the name of the folder above.
     names = [f"{p.resolve().parent.name}_{name}" if names.count(name) > 1 else name for p, name in zip(paths, names)]
     for path, name in zip(paths, names):
         if names.count(name) > 1:
@@ -90,7 +90,7 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def _rows(path: Path) -> dict[str, dict[str, str]]:
-    """Stem -> row of a manifest; rows that are cut off are passed over."""
+    """Stem -> row of a manifest; incomplete rows are skipped."""
     if not path.exists():
         return {}
     with open(path, newline="") as file:

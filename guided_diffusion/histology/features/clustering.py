@@ -49,7 +49,7 @@ class Options:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}")
 
     def check_points(self, n: int, dimensions: int) -> None:
-        """:raises ValueError: where n training points of so many dimensions are too few."""
+        """:raises ValueError: where n training points are too few, or of too few dimensions."""
         needed = {
             "--n_clusters": self.n_clusters if self.cluster != "hdbscan" else 0,
             "--min_cluster_size": self.min_cluster_size if self.cluster == "hdbscan" else 0,

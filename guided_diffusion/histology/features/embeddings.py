@@ -149,7 +149,7 @@ def digest(file: Path) -> str:
     """
     Check that an image can be read, as far as its checksums tell.
 
-    :return: a SHA-256 of the file, which tells it from others.
+    :return: a SHA-256 of the file.
     :raises FileNotFoundError, ValueError: in one line, naming the file.
     """
     check_image(file)
@@ -168,14 +168,14 @@ def extract(
     progress: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
     """
-    Embed images, chunk by chunk; what is finished is kept aside, so that after a kill the same call goes on.
+    Embed images, chunk by chunk; finished chunks are saved, so that after a kill the same call resumes.
 
     :param digests: from `digest`, one a file.
     :param parts: a folder for finished chunks, made with the first. A chunk is named after the contents of its files,
         the backbone, its weights and `key`, so that those of another run are never taken for this one's.
     :param key: what else decides a vector, such as its precision.
     :param num_workers: threads that read; 0 reads in this one.
-    :param progress: is told how many images are finished with each step.
+    :param progress: called with the number of images finished in each step.
     :return: an [N x D] float32 array.
     :raises ValueError: naming the first image whose vector is not finite.
     """
@@ -270,26 +270,26 @@ def load_features(path: Path) -> Features:
         with np.load(path, allow_pickle=False) as found:
             arrays = {name: found[name] for name in ARRAYS}
     except (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile):
-        raise ValueError(f"--features {path} is no whole feature file: make it anew with extract_features.py") from None
+        raise ValueError(f"--features {path} is no whole feature file: extract it again") from None
     rows, paths, stems = arrays["features"], arrays["paths"], arrays["stems"]
     if rows.ndim != 2 or rows.dtype != np.float32 or not rows.size:
-        raise ValueError(f"--features {path} holds {list(rows.shape)} {rows.dtype}, not float32 [N x D]: make it anew")
+        raise ValueError(f"--features {path} holds {list(rows.shape)} {rows.dtype}, not float32 [N x D]: make it again")
     if any(array.dtype.kind != "U" for name, array in arrays.items() if name != "features"):
-        raise ValueError(f"--features {path} has names that are no text: make it anew with extract_features.py")
+        raise ValueError(f"--features {path} has names that are not text: make it again with extract_features.py")
     if paths.shape != (len(rows),) or stems.shape != (len(rows),) or len(set(paths.tolist())) != len(rows):
-        raise ValueError(f"--features {path} has not one path and stem for each of {len(rows)} rows: make it anew")
+        raise ValueError(f"--features {path} lacks a path or stem for some of its {len(rows)} rows: make it again")
     for name in paths.tolist():
         if name.startswith("/") or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"--features {path}: {name!r} leads out of the data's folder; make the file anew")
+            raise ValueError(f"--features {path}: {name!r} leads out of the data's folder; make the file again")
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
-        raise ValueError(f"--features {path}: the features of {paths[bad[0]]} are not finite; make the file anew")
+        raise ValueError(f"--features {path}: the features of {paths[bad[0]]} are not finite; make the file again")
     return Features(rows, paths.tolist(), stems.tolist(), str(arrays["backbone"]), str(arrays["weight_hash"]))
 
 
 def same_slide_share(features: np.ndarray, slides: Sequence[str]) -> float:
     """
-    How well features tell slides apart without being told: the share of images whose nearest other image, by Euclidean
+    How well features separate slides: the share of images whose nearest other image, by Euclidean
     distance, is of the same slide. Chance is about 1 / slides.
 
     :param features: an [N x D] array, N at least 2.

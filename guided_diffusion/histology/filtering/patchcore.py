@@ -9,7 +9,7 @@ Beside the paper, each by what it brought on planted failures of MoNuSeg patches
   of 256 small spots says how rare a patch's rarest spot is, the farthest of 16 larger ones what a patch is like;
 - maps of more than 128 channels are averaged down to 128, as the paper does to 1024;
 - local features are whitened over the real patches: stain and organ are the directions of large variance, and would
-  drown what blur or noise changes;
+  hide what blur or noise changes;
 - the coreset begins at the vector farthest from the mean, not at random ones, so that order does not matter.
 """
 
@@ -40,12 +40,12 @@ def local_features(
     Describe places of images by what is around them (section 3.1).
 
     Coarser maps are brought to the finer one's grid, bilinearly; then each channel is averaged over windows, of which
-    only what lies within the map counts.
+    only the cells within the map count.
 
     :param maps: [N x C x h x w] fp32 tensors, the finer first.
     :param neighbourhood: side of a window in cells of the finer map, odd; stride: cells between windows.
     :return: an [N x P x D] tensor, P = rows * columns places, D at most 128 a map; and (rows, columns).
-    :raises ValueError: for a window or stride that is no use.
+    :raises ValueError: for an invalid window or stride.
     """
     check_windows(neighbourhood, stride)
     grid = maps[0].shape[2:]
@@ -91,7 +91,7 @@ def greedy_coreset(x: th.Tensor, count: int, progress: Callable[[int], None] = l
     as it stays above all the rest, whose distances only shrink; then the rest learns of the chosen by one product.
 
     :param x: an [N x D] tensor. :param count: how many, 1 to N.
-    :param progress: is told how many were chosen with each round.
+    :param progress: called with the number chosen in each round.
     :return: a [count] int64 tensor of different indices, on the CPU, in the order of choice.
     """
     squares = x.square().sum(1)
@@ -186,7 +186,7 @@ class PatchCore:
     ) -> "PatchCore":
         """
         :param features: a [V x D] fp32 tensor of real patches' local features; overwritten.
-        :param fraction: the share that is kept, in (0, 1]; max_bank: never more than so many.
+        :param fraction: the share that is kept, in (0, 1]; max_bank: its largest size.
         :param seed: of the projection to 128 dimensions.
         """
         pca = PCA(svd_solver="covariance_eigh").fit(features.double().cpu().numpy())
@@ -250,7 +250,7 @@ class PatchCore:
 
 
 def bank_size(vectors: int, fraction: float, max_bank: int) -> int:
-    """:return: how many of so many vectors the bank keeps: fraction * vectors, but at least 1 and at most max_bank."""
+    """:return: how many of its vectors the bank keeps: fraction * vectors, but at least 1 and at most max_bank."""
     return max(1, min(int(vectors * fraction), max_bank))
 
 

@@ -63,7 +63,7 @@ def draw_scores(
 
 def _histograms(axis, real: np.ndarray, synthetic: np.ndarray, threshold: float) -> None:
     both = np.concatenate([real, synthetic])
-    # What lies far out is counted in the last bin, so that one outlier does not flatten the rest.
+    # Outliers are counted in the last bin, so that they do not flatten the rest.
     high = max(float(np.quantile(both, 0.995)), threshold) * 1.02
     bins = np.linspace(min(float(both.min()), threshold) * 0.98, high, 61)
     for scores, colour, name in ((real, "tab:blue", "held-out real"), (synthetic, "tab:orange", "synthetic")):

@@ -2,7 +2,7 @@
 What a segmenter learns from: a MoNuSeg-layout folder, which of it is held out, and augmented crops of the rest.
 
 Owns the split and the leak rule, the crops and the colour jitter. Crop k of a run is a function of (seed, k) alone:
-not of batch size, workers or where a run was taken up again. Knows nothing of networks or losses.
+not of batch size, workers or where a run was resumed. Knows nothing of networks or losses.
 """
 
 import csv

@@ -155,7 +155,7 @@ def outlined(image: np.ndarray, inst_map: np.ndarray, colour: tuple[int, int, in
 
 def hv_target(inst_map: np.ndarray) -> np.ndarray:
     """
-    Where in its nucleus each pixel lies: what a perfect network would answer.
+    Where in its nucleus each pixel lies: what a perfect network would predict.
 
     Offset from the nucleus's centre of mass, divided by the largest offset on that side (left and right, above and
     below apart), so that every nucleus runs from -1 to 1.

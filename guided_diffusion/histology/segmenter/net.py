@@ -1,5 +1,5 @@
 """
-The segmenter's network: a U-Net that tells nuclei from the rest and says where in its nucleus a pixel lies.
+The segmenter's network: a U-Net that predicts what is nucleus and where in its nucleus a pixel is.
 
 The encoder is EfficientNet-Lite0 up to 1/16 of the resolution, for which there are ImageNet weights; the decoder ends
 at 1/2 and is unfolded to full resolution, which costs a quarter of one more level. Owns the layers. Knows nothing of

@@ -1,5 +1,5 @@
 """
-Training of the segmenter: loss, schedule, validation, early stop, and a checkpoint that a run is taken up from.
+Training of the segmenter: loss, schedule, validation, early stop, and a checkpoint that a run is resumed from.
 
 Owns the loop. Knows nothing of folders of data nor of flags.
 """
@@ -87,7 +87,7 @@ def validate(segmenter: Segmenter, examples: Sequence[Example]) -> dict[str, flo
 
 class Training:
     """
-    One run, new or taken up where its last checkpoint left it.
+    One run, new or resumed from its last checkpoint.
 
     :param settings: of the run.
     :param examples: to train on; held: to validate on, may be empty.

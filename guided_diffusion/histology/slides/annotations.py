@@ -57,8 +57,8 @@ def find_slides(raw: Path) -> list[Slide]:
 
     A folder of slides holds `Tissue Images` or `images` beside `Annotations` or `inst_masks` (an .xml goes before
     a mask of the same stem), or .tif and .xml files side by side. It feeds the split that its name, or else that of
-    its nearest ancestor below `raw`, speaks of: "train" or "test". A folder with a manifest of prepared patches,
-    one named `patches_*` (the reference's output) and hidden ones are passed over.
+    its nearest ancestor below `raw`, contains: "train" or "test". A folder with a manifest of prepared patches,
+    one named `patches_*` (the reference's output) and hidden ones are skipped.
 
     :param raw: the folder to search.
     :return: the slides, training before test, sorted by stem.
@@ -249,7 +249,7 @@ def _split_of(folder: Path, raw: Path) -> str:
     for name in reversed(names):
         train, test = "train" in name.lower(), "test" in name.lower()
         if train and test:
-            raise ValueError(f"{folder}: '{name}' speaks of both train and test; name the folder after one of them")
+            raise ValueError(f"{folder}: '{name}' contains both train and test; name the folder after one of them")
         if train or test:
             return TRAIN_SPLIT if train else TEST_SPLIT
     if folder == raw:

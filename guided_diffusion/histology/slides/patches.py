@@ -21,7 +21,7 @@ def window_positions(height: int, width: int, window: int, step: int) -> list[tu
     """
     Top-left corners of the windows in an [height x width] array; their order is the patches' running number.
 
-    Per axis windows start at 0, step, 2 * step, ... while they fit, and one more lies flush with the end if a rest
+    Per axis windows start at 0, step, 2 * step, ... while they fit, and one more is flush with the end if a rest
     remains. Order: the regular grid row by row, the flush bottom row, the flush right column, the corner.
 
     :param window: side of the square window in px, at least 1.
@@ -47,7 +47,7 @@ def mirror_margins(window: int, step: int, mode: str = "valid") -> tuple[int, in
 
     :param mode: 'valid' pads nothing; 'mirror' pads window - step in all, so that the windows' centres, step x step
         px each, cover the image.
-    :raises ValueError: a window, step or mode that is no use.
+    :raises ValueError: an invalid window, step or mode.
     """
     if window < 1 or step < 1:
         raise ValueError(f"--patch_size is {window}, --stride is {step}; give at least 1 px")

@@ -126,7 +126,7 @@ def write_toy_monuseg(out: Path, train: int = 6, test: int = 2, size: int = 256,
     from the last one back.
 
     :return: the images, training first.
-    :raises ValueError: a count or size that is no use, or files in OUT that this call would not write.
+    :raises ValueError: an invalid count or size, or files in OUT that this call would not write.
     """
     for flag, value, least in (("train", train, 1), ("test", test, 0), ("size", size, _MIN_SIZE), ("seed", seed, 0)):
         if value < least:

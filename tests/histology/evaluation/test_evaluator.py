@@ -69,14 +69,14 @@ def test_colours_are_held_against_the_appearance(evaluator):
     assert evaluator.figures(brighter)["colour_grey"] == pytest.approx(5)
 
 
-def test_copies_are_told(evaluator):
+def test_copies_are_recognised(evaluator):
     train = evaluator.train
-    strangers = draw(20, 7)
-    images, features = strangers.images.copy(), strangers.features + np.float32(0.5)
+    others = draw(20, 7)
+    images, features = others.images.copy(), others.features + np.float32(0.5)
     images[3] = np.roll(np.rot90(train.images[11]), 4, axis=1)  # the same picture, lying otherwise
     features[3] = train.features[11] + np.float32(0.3)
     features[5] = train.features[20]
-    planted = PatchSet("planted", images, strangers.inst_maps, features, strangers.slides)
+    planted = PatchSet("planted", images, others.inst_maps, features, others.slides)
     found = evaluator.neighbours(planted)
     copied = evaluator.copied(found)
     assert copied[[3, 5]].all() and found.by_pixels[3] == 11 and found.by_features[5] == 20
@@ -85,7 +85,7 @@ def test_copies_are_told(evaluator):
 
 
 def test_the_patch_of_a_samples_own_structure_is_no_copy():
-    """Nuclei where the mask has them, in another texture, are what a sample is to show; a stranger's are a copy."""
+    """Nuclei where the mask has them, in another texture, are what a sample is to show; another patch's are a copy."""
     base, held_out = draw(60, 0), draw(40, 1)
     train = replace(base, structures=[f"p{i}" for i in range(60)])
     evaluator = Evaluator(train, held_out, ["copies"])

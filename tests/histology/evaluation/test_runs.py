@@ -1,4 +1,4 @@
-"""Results folders: found, told apart, and refused where they are not whole."""
+"""Results folders: found, named, and refused where they are not whole."""
 
 import pytest
 from PIL import Image
@@ -56,15 +56,15 @@ def dead_link(path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (no_samples, r"samples holds no \.png: sample first"),
         (no_mask, r"a\.png has no mask .*a\.tif"),
         (dead_link, r"a\.tif is a link that leads nowhere"),
     ],
 )
-def test_runs_that_are_not_whole(tmp_path, spoil, message):
-    spoil(write_run(tmp_path / "run"))
+def test_runs_that_are_not_whole(tmp_path, damage, message):
+    damage(write_run(tmp_path / "run"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         runs.find_runs([tmp_path / "run"])
 

@@ -49,7 +49,7 @@ def test_weight_hash_tells_weights_apart():
 
 
 def test_stain_unmixes_pure_stains():
-    """An image painted with known amounts of the two stains gives these amounts back."""
+    """An image made of known amounts of the two stains gives these amounts back."""
     h, e = (np.array(v) / np.linalg.norm(v) for v in ROUNDED)
     amounts = np.random.default_rng(0).uniform(0.1, 0.7, (2, 16, 16, 1))
     density = amounts[0] * h + amounts[1] * e

@@ -186,11 +186,11 @@ def test_rows_are_found_by_path_link_or_stem(tmp_path, made):
     [
         (dict(features=np.zeros((3, 4))), "float64, not float32"),
         (dict(features=np.array([[1, 2], [np.inf, 0], [0, 0]], np.float32)), "b/x_000.png are not finite"),
-        (dict(paths=np.array(["a", "a", "b"])), "not one path and stem"),
-        (dict(paths=np.array(["a", "b"])), "not one path and stem"),
+        (dict(paths=np.array(["a", "a", "b"])), "lacks a path or stem"),
+        (dict(paths=np.array(["a", "b"])), "lacks a path or stem"),
         (dict(paths=np.array(["a", "b", "../c"])), "leads out of"),
         (dict(paths=np.array(["a", "b", "/c"])), "leads out of"),
-        (dict(paths=np.arange(3)), "names that are no text"),
+        (dict(paths=np.arange(3)), "names that are not text"),
         (dict(stems=np.array(["a", {}, 1], dtype=object)), "no whole feature file"),
     ],
 )

@@ -44,9 +44,9 @@ def test_copies_are_chosen_last_and_never_twice():
 
 
 def test_progress_adds_up():
-    told = []
-    patchcore.greedy_coreset(vectors(100, 4), 30, told.append)
-    assert sum(told) == 30
+    seen = []
+    patchcore.greedy_coreset(vectors(100, 4), 30, seen.append)
+    assert sum(seen) == 30
 
 
 def test_distances_are_those_of_all_pairs(monkeypatch):
@@ -189,7 +189,7 @@ def test_slides_are_held_out_whole():
     assert len(patchcore.held_out_slides(["a", "b"], 0.01, 0)) == 1
     with pytest.raises(ValueError, match="1 slide .a."):
         patchcore.held_out_slides(["a", "a"], 0.2, 0)
-    with pytest.raises(ValueError, match="--held_out 0.9"):
+    with pytest.raises(ValueError, match="--val_share 0.9"):
         patchcore.held_out_slides(["a", "b"], 0.9, 0)
 
 
