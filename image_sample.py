@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 
 from guided_diffusion import checkpoint, cli, dist_util, logger
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.histology.features.embeddings import load_features
-from guided_diffusion.image_datasets import load_dataset
+from guided_diffusion.image_datasets import NucleiDataset, load_dataset
 from guided_diffusion.model_options import DiffusionOptions, ModelOptions
 from guided_diffusion.options import add_flags
 from guided_diffusion.results_path import check_results_path, check_same_run, claimed
@@ -94,13 +95,42 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def check_files(args: argparse.Namespace, weights: list[str], run: dict) -> None:
-    """:raises ValueError: where results cannot go to --results_path, or weights were trained with other flags."""
-    check_results_path(args.results_path, args.data_dir, args.appearance_dir)
-    if not args.overwrite:
-        check_same_run(args.results_path, run)
+def check_files(args: argparse.Namespace, model: UNetModel, weights: list[str], run: dict) -> None:
+    """
+    :raises ValueError: where results cannot go to --results_path, or weights are of another model or other flags.
+        Collective.
+    """
+
+    def check() -> None:
+        check_results_path(args.results_path, args.data_dir, args.appearance_dir)
+        if not args.overwrite:
+            check_same_run(args.results_path, run)
+        for path in weights:
+            checkpoint.check_config(path, vars(args))
+
+    dist_util.from_rank_0(check)
     for path in weights:
-        checkpoint.check_config(path, vars(args))
+        checkpoint.check_weights(model, path)
+
+
+def load_conditions(args: argparse.Namespace, spec: ConditionSpec) -> NucleiDataset:
+    """:return: the data set that gives structures and appearances. Collective."""
+    return load_dataset(
+        spec=spec,
+        is_train=args.use_train,
+        image_size=args.image_size,
+        features=load_features(args.features).of if args.features else None,
+        **args_to_dict(args, ["match_other_slide", "appearance_dir"]),
+        **args_to_dict(args, data_defaults().keys() - {"num_workers"}),
+    )
+
+
+def ready(model: UNetModel, args: argparse.Namespace) -> UNetModel:
+    """:return: the model, on this rank's device and in the precision to sample in."""
+    device = dist_util.dev()
+    model.place(device, args.compile)
+    model.eval().convert_to(compute_dtype(args.use_fp16, device, args.precision), weights=True)
+    return model
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,52 +147,38 @@ def main(argv: list[str] | None = None) -> None:
     spec = condition_spec(vars(args))
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
     args.sampler = args.sampler or ("ddim" if args.use_ddim else "ddpm")
+    plan = SamplingPlan(
+        args.sampler,
+        process_for(args.sampler, diffusion, args.num_steps),
+        interval=parse_interval(args.guidance_interval),
+        channels=args.in_channels,
+        **args_to_dict(args, ["seed", "clip_denoised"]),
+    )
     scales = parse_scales(args.s)
-    process = process_for(args.sampler, diffusion, args.num_steps)
-    interval = parse_interval(args.guidance_interval)
     if args.dry_run:
         if dist_util.rank() == 0:
             print(json.dumps({**vars(args), "condition_channels": spec.channel_names}, indent=2))
         return dist_util.shutdown()
 
     run = {name: value for name, value in vars(args).items() if name not in HOW}
-    weights = [*checkpoints, *filter(None, [args.guide_path])]
-    dist_util.from_rank_0(lambda: check_files(args, weights, run))
-    for path in weights:
-        checkpoint.check_weights(model, path)
-    dataset = load_dataset(
-        spec=spec,
-        is_train=args.use_train,
-        image_size=args.image_size,
-        features=load_features(args.features).of if args.features else None,
-        **args_to_dict(args, ["match_other_slide", "appearance_dir"]),
-        **args_to_dict(args, data_defaults().keys() - {"num_workers"}),
-    )
-    device = dist_util.dev()
-    dtype = compute_dtype(args.use_fp16, device, args.precision)
-
-    def ready(model: UNetModel) -> UNetModel:
-        model.place(device, args.compile)
-        model.eval().convert_to(dtype, weights=True)
-        return model
+    check_files(args, model, [*checkpoints, *filter(None, [args.guide_path])], run)
+    dataset = load_conditions(args, spec)
+    ready(model, args)
+    if args.guide_path:
+        guide, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+        checkpoint.load_weights(ready(guide, args), args.guide_path)
+        plan = dataclasses.replace(plan, guide=guide)
 
     def load_model(path: str) -> UNetModel:
         checkpoint.load_weights(model, path, alone=True)
         return model
 
-    ready(model)
-    guide = None
-    if args.guide_path:
-        guide, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
-        checkpoint.load_weights(ready(guide), args.guide_path)
-    options = args_to_dict(args, ["seed", "clip_denoised"])
-    plan = SamplingPlan(args.sampler, process, guide=guide, interval=interval, channels=args.in_channels, **options)
     sweep = Sweep(
-        dataset=dataset,
-        spec=spec,
-        plan=plan,
-        checkpoints=checkpoints,
-        scales=scales,
+        dataset,
+        spec,
+        plan,
+        checkpoints,
+        scales,
         results_path=args.results_path,
         count=args.num_samples or len(dataset),
         keep_colour=args.null_condition == "keep_colour",

@@ -19,7 +19,7 @@ from conftest import TINY, draw_patch
 from PIL import Image
 
 import image_sample
-from guided_diffusion import checkpoint, cli
+from guided_diffusion import checkpoint, cli, files
 from guided_diffusion.histology.features.embeddings import Features, save_features
 from guided_diffusion.results import FOLDERS, ResultFolder
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
@@ -454,7 +454,7 @@ def test_the_checkpoint_brings_its_flags(data_dir, model_path, tmp_path):
     folder.mkdir()
     path = str(folder / "model000007.pt")
     checkpoint.save(th.load(model_path, weights_only=True), str(folder), "model000007.pt")
-    checkpoint.save_config(str(folder), vars(args))
+    files.write_json(folder / "config.json", vars(args))
     short = ["--data_dir", str(data_dir), "--use_train", "True", "--num_samples", "2", "--timestep_respacing", "4"]
     image_sample.main([*short, "--model_path", path, "--results_path", str(tmp_path / "short")])
     long = run(data_dir, path, tmp_path / "long", "--num_samples", "2")
@@ -462,7 +462,7 @@ def test_the_checkpoint_brings_its_flags(data_dir, model_path, tmp_path):
         assert np.abs(pixels(long, row["stem"]) - pixels(tmp_path / "short", row["stem"])).max() <= 1
     with pytest.raises(ValueError, match="trained with --num_channels 32, this run has --num_channels 64"):
         image_sample.main([*short, "--model_path", path, "--results_path", "x", "--num_channels", "64"])
-    checkpoint.save_config(str(folder), {**vars(args), "preserve_nuclei_col": True})
+    files.write_json(folder / "config.json", {**vars(args), "preserve_nuclei_col": True})
     assert image_sample.resolve(["--model_path", path])[0].preserve_nuclei_col
     assert not image_sample.resolve(["--model_path", path, "--preserve_nuclei_col", "False"])[0].preserve_nuclei_col
 
@@ -497,7 +497,7 @@ def test_null_condition_comes_from_training(data_dir, model_path, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     checkpoint.save(th.load(model_path, weights_only=True), str(folder), "m.pt")
-    checkpoint.save_config(str(folder), {"drop_hvb_only": True, "use_col_map": True})
+    files.write_json(folder / "config.json", {"drop_hvb_only": True, "use_col_map": True})
     options = ["--num_samples", "2", "--s", "3"]
     taken = run(data_dir, str(folder / "m.pt"), tmp_path / "taken", *options)
     given = run(data_dir, model_path, tmp_path / "given", *options, "--null_condition", "keep_colour")
