@@ -1,7 +1,7 @@
 """Measure how many patches a second the data loader gives, with HV map, colour map and edges.
 
     python scripts/benchmarks/benchmark_loader.py
-        [--workers 0 1 2] [--batch 64] [--windows 9] [--batches 16] [--threads 1]
+        [--num_workers 0 1 2] [--batch_size 64] [--windows 9] [--batches 16] [--threads 1]
 
 The data are toy slides, drawn into a temporary folder: 128 px patches without augmentation, and 256 px ones with it,
 from which random 128 px crops are cut, flipped and turned. Every batch goes to the training device, and the condition
@@ -69,41 +69,48 @@ def consume(data: Iterator[tuple[th.Tensor, dict]], batches: int, device: th.dev
     return time.perf_counter() - began
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=9)
+def create_argparser() -> argparse.ArgumentParser:
+    """:return: a parser of every flag, with its default."""
+    parser = cli.FlagParser(description=__doc__)
+    parser.add_argument(
+        "--num_workers", "--workers", type=int, nargs="+", default=[0, 1, 2], help="to measure one by one"
+    )
+    parser.add_argument("--batch_size", "--batch", type=int, default=64, help="patches a batch")
+    parser.add_argument("--windows", type=int, default=9, help="over which the median is taken")
     parser.add_argument("--batches", type=int, default=16, help="batches a window")
     parser.add_argument("--threads", type=int, default=1, help="of this process; more compete with the workers")
     parser.add_argument("--slides", type=int, default=4, help="toy slides to draw, each of 100 patches of 128 px")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print the table."""
+    args = create_argparser().parse_args(argv)
     th.set_num_threads(args.threads)
     device = find_device()
     with tempfile.TemporaryDirectory() as root:
         nuclei = write_patches(Path(root), args.slides, (IMAGE_SIZE, 2 * IMAGE_SIZE))
         print(
-            f"{IMAGE_SIZE} px, {nuclei:.0f} nuclei a patch, batch {args.batch}, {device.type}, "
+            f"{IMAGE_SIZE} px, {nuclei:.0f} nuclei a patch, batch {args.batch_size}, {device.type}, "
             f"{th.get_num_threads()} threads"
         )
         print("| augment | source | workers | patches/s | slowest / fastest window |\n|---|---|---|---|---|")
         for augment in (False, True):
             size = IMAGE_SIZE * (2 if augment else 1)
             count = args.slides * (SLIDE_SIZE // size) ** 2
-            for workers in args.workers:
+            for workers in args.num_workers:
                 data = load_data(
                     data_dir=f"{root}/{size}",
                     dataset_mode="monuseg",
-                    batch_size=args.batch,
+                    batch_size=args.batch_size,
                     image_size=IMAGE_SIZE,
                     spec=SPEC,
                     num_workers=workers,
                     augment=augment,
                 )
-                consume(data, max(2 * args.batches, -(-count // args.batch)), device)
+                consume(data, max(2 * args.batches, -(-count // args.batch_size)), device)
                 seconds = [consume(data, args.batches, device) for _ in range(args.windows)]
-                rates = args.batch * args.batches / np.array(seconds)
+                rates = args.batch_size * args.batches / np.array(seconds)
                 print(
                     f"| {'yes' if augment else 'no'} | {count} of {size} px | {workers} | {np.median(rates):.0f} | "
                     f"{rates.min() / rates.max():.2f} |"

@@ -1,7 +1,7 @@
 """Measure what sampling's savings bring, each row against the plain path in the same run.
 
     python scripts/benchmarks/benchmark_sampling.py
-        [--config readme|small] [--batch 2] [--repeats 3] [--rounds 2] [--compile] [--end_to_end 25]
+        [--config readme|small] [--batch_size 2] [--repeats 3] [--rounds 2] [--compile True] [--end_to_end 25]
 
 The plain path is two forward passes of the whole U-Net a step, in fp32 on a CPU and in fp16 on a GPU, with every layer
 in its textbook form (plain_path.py). Weights are random: time does not depend on them. One way at a time is in memory:
@@ -36,6 +36,7 @@ from guided_diffusion.script_util import (
     create_gaussian_diffusion,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
+    str2bool,
 )
 from guided_diffusion.spade import Condition
 
@@ -157,22 +158,31 @@ def ways_to_measure(device: th.device, compiled: bool) -> list[Way]:
     return ways
 
 
+def create_argparser() -> argparse.ArgumentParser:
+    """:return: a parser of every flag, with its default."""
+    parser = cli.FlagParser(description=__doc__)
+    parser.add_argument("--config", choices=CONFIGS, default="readme", help="the model to measure")
+    parser.add_argument("--batch_size", "--batch", type=int, default=2, help="images a step")
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each way in a round")
+    parser.add_argument("--rounds", type=int, default=2, help="over all ways")
+    parser.add_argument(
+        "--compile", type=str2bool, nargs="?", const=True, default=False, help="measure compiled models, too"
+    )
+    parser.add_argument(
+        "--end_to_end", type=int, nargs="+", default=[], metavar="STEPS", help="also sample one batch in so many steps"
+    )
+    return parser
+
+
 @th.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", choices=CONFIGS, default="readme")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3, help="steps of each way in a round")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--end_to_end", type=int, nargs="+", default=[], metavar="STEPS")
-    args = parser.parse_args(argv)
+    args = create_argparser().parse_args(argv)
     config = CONFIGS[args.config]
     device = find_device()
     size = config["image_size"]
     generator = th.Generator(device).manual_seed(0)
-    noise = th.randn(args.batch, 9, size, size, generator=generator, device=device)
+    noise = th.randn(args.batch_size, 9, size, size, generator=generator, device=device)
     bench = Bench(config, device, noise[:, :3], noise[:, 3:])
     ways = ways_to_measure(device, args.compile)
     for _, way in tqdm([(i, way) for i in range(args.rounds) for way in ways], unit="way"):
@@ -181,15 +191,16 @@ def main(argv: list[str] | None = None) -> None:
 
     base = float(np.median(ways[0].seconds))
     print(
-        f"a guided step, {args.config} configuration, batch {args.batch}, {device.type}, {th.get_num_threads()} threads"
+        f"a guided step, {args.config} configuration, batch {args.batch_size}, {device.type}, "
+        f"{th.get_num_threads()} threads"
     )
     print("| way | GFLOP an image | s a step | images/s at 25 steps | times plain | peak memory | largest deviation |")
     print("|---|---|---|---|---|---|---|")
     for way in ways:
         seconds = float(np.median(way.seconds))
         print(
-            f"| {way.name} | {way.flops / args.batch / 1e9:.0f} | {seconds:.4f} | {args.batch / seconds / 25:.3f} | "
-            f"{base / seconds:.2f} | {way.memory} | {way.deviation:.1e} |"
+            f"| {way.name} | {way.flops / args.batch_size / 1e9:.0f} | {seconds:.4f} | "
+            f"{args.batch_size / seconds / 25:.3f} | {base / seconds:.2f} | {way.memory} | {way.deviation:.1e} |"
         )
     if args.end_to_end:
         whole_runs(bench, ways, args.end_to_end)

@@ -1,7 +1,7 @@
 """Measure what training's savings bring, each row against a plain loop in the same run.
 
     python scripts/benchmarks/benchmark_training.py
-        [--config small|readme] [--batch 8] [--steps 4] [--repeats 3] [--compile]
+        [--config small|readme] [--batch_size 8] [--max_steps 4] [--repeats 3] [--compile True]
 
 The plain loop computes in fp32 on a CPU and in fp16 on a GPU, in NCHW, with every layer in its textbook form
 (plain_path.py), attention always checkpointed, optimiser and averages looping over tensors, and batches made in the
@@ -31,7 +31,7 @@ from guided_diffusion.ema import Ema
 from guided_diffusion.fp16_util import has_bf16
 from guided_diffusion.histology.slides.toy import draw_slide
 from guided_diffusion.image_datasets import load_dataset
-from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults, str2bool
 from guided_diffusion.train_options import TrainOptions
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.unet import AttentionBlock, UNetModel
@@ -97,8 +97,8 @@ class Way:
             model=model,
             diffusion=diffusion,
             spec=SPEC,
-            data=stream(dataset, args.batch, num_workers=workers),
-            options=TrainOptions(batch_size=args.batch, drop_rate=0.2),
+            data=stream(dataset, args.batch_size, num_workers=workers),
+            options=TrainOptions(batch_size=args.batch_size, drop_rate=0.2),
         )
         self.seconds: list[float] = []
         self.waits: list[float] = []
@@ -163,20 +163,27 @@ def write_patches(root: Path, size: int, count: int = 64) -> str:
     return str(root)
 
 
+def create_argparser() -> argparse.ArgumentParser:
+    """:return: a parser of every flag, with its default."""
+    parser = cli.FlagParser(description=__doc__)
+    parser.add_argument("--config", choices=CONFIGS, default="small", help="the model to measure")
+    parser.add_argument("--batch_size", "--batch", type=int, default=8, help="images a step")
+    parser.add_argument("--max_steps", "--steps", type=int, default=4, help="of each way in a repeat")
+    parser.add_argument("--repeats", type=int, default=3, help="over which the median is taken")
+    parser.add_argument(
+        "--compile", type=str2bool, nargs="?", const=True, default=False, help="measure compiled models, too"
+    )
+    return parser
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", choices=CONFIGS, default="small")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args(argv)
+    args = create_argparser().parse_args(argv)
     logger.set_level(logger.ERROR)
     plain = th.float16 if th.cuda.is_available() else th.float32
     name = str(plain).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:
-        data_dir = write_patches(Path(folder), CONFIGS[args.config]["image_size"], max(64, args.batch))
+        data_dir = write_patches(Path(folder), CONFIGS[args.config]["image_size"], max(64, args.batch_size))
         as_was = dict(channels_last=False, workers=0)
         ways = [
             Way(f"plain {name}", args, data_dir, plain, plain_layers=True, plain_loop=True, **as_was),
@@ -200,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             way.seconds.clear(), way.waits.clear()
         for _ in tqdm(range(args.repeats), unit="repeat"):
             for way in ways:
-                way.run(args.steps)
+                way.run(args.max_steps)
         report(ways, args)
 
 
@@ -211,8 +218,8 @@ def report(ways: list[Way], args: argparse.Namespace) -> None:
     peak = next((value for key, value in PEAK.items() if key in card), None)
     flops = ways[2].flops()
     base = float(np.median(ways[0].seconds))
-    print(f"training, {args.config} configuration, batch {args.batch}, {card}, {th.get_num_threads()} threads")
-    print(f"{flops / args.batch / 1e9:.0f} GFLOP an image, forward and backward")
+    print(f"training, {args.config} configuration, batch {args.batch_size}, {card}, {th.get_num_threads()} threads")
+    print(f"{flops / args.batch_size / 1e9:.0f} GFLOP an image, forward and backward")
     print("| way | images/s | s a step | times plain | data wait | peak memory | share of peak |")
     print("|---|---|---|---|---|---|---|")
     for way in ways:
@@ -220,7 +227,7 @@ def report(ways: list[Way], args: argparse.Namespace) -> None:
         memory = f"{way.memory:.0f} MiB" if way.memory else "-"
         share = f"{flops / seconds / peak:.1%}" if peak else "-"
         print(
-            f"| {way.name} | {args.batch / seconds:.2f} | {seconds:.3f} | {base / seconds:.2f} | "
+            f"| {way.name} | {args.batch_size / seconds:.2f} | {seconds:.3f} | {base / seconds:.2f} | "
             f"{np.median(way.waits):.1%} | {memory} | {share} |"
         )
 
