@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -280,6 +280,13 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise FileNotFoundError(f"{path} is gone, or a link that leads nowhere") from None
     except Exception as error:  # a damaged file makes Pillow raise a dozen types
         raise ValueError(f"{path} cannot be decoded ({error}): replace it or remove it") from None
+
+
+def draw_slides(slides: Iterable[str], count: int, seed: int) -> set[str]:
+    """:return: `count` of the slides' names; fewer are among more that the same seed draws."""
+    names = sorted(set(slides))
+    order = np.random.default_rng([seed, len(names)]).permutation(len(names))
+    return {names[i] for i in order[:count]}
 
 
 def split_slides(items: list[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 
 from guided_diffusion import cli, images
+from guided_diffusion.files import LOCK, replace_folder
 
 LAYOUT = images.LAYOUTS["monuseg"]
 
@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < args.percent <= 100:
         raise ValueError(f"--percent {args.percent:g} must lie in (0, 100]")
     items = images.list_items(str(args.data), "monuseg")
-    slides = choose_slides([images.slide_of(item.stem) for item in items], args.percent, args.seed)
+    names = {images.slide_of(item.stem) for item in items}
+    slides = images.draw_slides(names, max(1, math.floor(len(names) * args.percent / 100 + 0.5)), args.seed)
     kept = [item for item in items if images.slide_of(item.stem) in slides]
     wanted = {
         f"{LAYOUT.train}/{folder}/{item.stem}{Path(path).suffix}": Path(path)
@@ -39,40 +40,28 @@ def main(argv: list[str] | None = None) -> None:
     if (args.data / LAYOUT.test).is_dir():
         wanted[LAYOUT.test] = args.data / LAYOUT.test
     present = {p.relative_to(args.out).as_posix() for p in args.out.rglob("*") if p.is_symlink() or p.is_file()}
-    foreign = sorted(present - set(wanted))
+    foreign = sorted(present - {*wanted, LOCK})
     if foreign or args.out.resolve() == args.data.resolve():
         named = f"holds {foreign[0]}, which is not of this choice" if foreign else "is DATA itself"
         raise ValueError(f"OUT {args.out} {named}: give a new folder")
     for name, target in wanted.items():
         if os.path.lexists(args.out / name) and (args.out / name).resolve() != target.resolve():
             raise ValueError(f"OUT: {args.out / name} does not lead to {target}, but to other data: give a new folder")
-    for name, target in wanted.items():
-        link(target, args.out / name)
+
+    def fill(folder: Path) -> None:
+        for name, target in wanted.items():
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(os.path.relpath(target.resolve(), place.parent.resolve()))
+
+    replace_folder(args.out, fill, "OUT")
     print(f"{args.out}: {len(slides)} slides, {len(kept)} patches")
-
-
-def choose_slides(slides: list[str], percent: float, seed: int) -> set[str]:
-    """
-    :param slides: the slide of each patch.
-    :return: the chosen ones; those of a smaller share are among those of a larger one by the same seed.
-    """
-    names = sorted(set(slides))
-    count = max(1, math.floor(len(names) * percent / 100 + 0.5))
-    order = np.random.default_rng([seed, len(names)]).permutation(len(names))
-    return {names[i] for i in order[:count]}
 
 
 def parts(item: images.Item) -> list[tuple[str, str]]:
     """:return: (folder, path) of each of an item's files."""
     files = (("images", item.image), (LAYOUT.class_folder, item.class_mask), (LAYOUT.instance_folder, item.inst_mask))
     return [(folder, path) for folder, path in files if path]
-
-
-def link(target: Path, place: Path) -> None:
-    """Make a relative link, unless it is there already."""
-    if not place.is_symlink():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(os.path.relpath(target.resolve(), place.parent.resolve()))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
+from ...images import draw_slides
+
 NEIGHBOURHOOD, STRIDE = 21, 4  # cells of the finer map
 MAP_CHANNELS = 128
 MODES = ("threshold", "weights", "top_n")
@@ -303,8 +305,7 @@ def held_out_slides(slides: Sequence[str], share: float, seed: int) -> set[str]:
     count = max(1, round(share * len(names)))
     if count >= len(names):
         raise ValueError(f"--val_share {share} leaves no slide of {len(names)} to compare with: give less")
-    order = np.random.default_rng([seed, len(names)]).permutation(len(names))
-    return {names[i] for i in order[:count]}
+    return draw_slides(names, count, seed)
 
 
 def auroc(real: np.ndarray, synthetic: np.ndarray) -> float:

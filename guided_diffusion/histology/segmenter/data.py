@@ -16,7 +16,7 @@ import numpy as np
 import torch as th
 
 from ...files import by_stem
-from ...images import EXTENSIONS, check_complete, read_image, read_inst_mask, slide_of
+from ...images import EXTENSIONS, check_complete, draw_slides, read_image, read_inst_mask, slide_of
 from ...stains import jitter_stains
 from ..evaluation.runs import MANIFEST
 from ..slides.annotations import TRAIN_SPLIT
@@ -146,7 +146,7 @@ def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair]
                 f"{MANIFEST} does not say where {pair.stem} comes from, so it may show a held-out slide: "
                 "add its structure and appearance, or give --val_share 0"
             )
-    chosen = {slides[k] for k in np.random.default_rng([seed, len(slides)]).permutation(len(slides))[:count]}
+    chosen = draw_slides(slides, count, seed)
     train, held, left = [], [], []
     for pair in pairs:
         clean = pair.slides.isdisjoint(chosen)
