@@ -1,10 +1,12 @@
-"""How a user's mistake reaches the terminal: one line, exit code 2. Knows nothing of what the programs do."""
+"""How a user's mistake or a request to stop ends a program: in one line. Knows nothing of what the programs do."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
+
+from . import signals
 
 # The exit code of what was stopped before it was done, and goes on with the same command: sysexits.h's EX_TEMPFAIL.
 NOT_FINISHED = 75
@@ -54,27 +56,30 @@ def run(
     """
     Run a program; ValueError, OSError and ImportError become one line on stderr and exit code 2.
 
-    By the project's rule these are what a user's mistake or a missing optional package raises.
+    By the project's rule these are what a user's mistake or a missing optional package raises. A request to stop, see
+    signals, ends the program likewise, with 128 and the signal's number, unless it handles it.
     SDM_TRACEBACK=1 in the environment lets them through, for whoever hunts a bug.
 
     :param main: the program.
     :param rank: gives this process's rank. As a rule all ranks meet the same mistake, and rank 0 prints it.
-    :param leave: called after a mistake, to leave the other ranks in peace; says whether they all met one, too. If they
-        did not, this rank prints its own.
+    :param leave: called before the program ends so, to leave the other ranks; says whether all of them do the same. If
+        they do not, this rank prints its own line.
     """
     try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
+        with signals.raised():
+            main()
+    except (ValueError, OSError, ImportError, signals.Stopped) as error:
         if os.environ.get("SDM_TRACEBACK") == "1":
             raise
-        line = f"error: {' '.join(str(error).split())}\n"
+        stopped = isinstance(error, signals.Stopped)
+        line = f"stopped by {error.name}" if stopped else f"error: {' '.join(str(error).split())}"
         if rank() == 0:
             _report(line)
         if not leave() and rank() != 0:
             _report(line)
-        sys.exit(2)
+        sys.exit(error.code if stopped else 2)
 
 
 def _report(line: str) -> None:
-    sys.stderr.write(line)
+    sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

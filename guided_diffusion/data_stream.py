@@ -2,7 +2,6 @@
 only as what makes samples by their keys."""
 
 import itertools
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +10,7 @@ import numpy as np
 import torch as th
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from . import dist_util
+from . import dist_util, signals
 
 PREFETCH = 2  # batches that each worker prepares ahead
 
@@ -113,7 +112,7 @@ def stream(
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=signals.leave_to_parent,
     )
     return _finished(dataset, rooms, iter(loader))
 
@@ -160,12 +159,6 @@ def _share(rooms: list[Room], num_workers: int) -> None:
             f"--num_workers {num_workers}: no {sum(tensor.nbytes for tensor in tensors) >> 20} MiB of shared memory "
             f"({error}): give --num_workers 0, a smaller --batch_size, or the container a larger --shm-size"
         ) from None
-
-
-def _leave_signals(worker: int) -> None:
-    """Clusters ask all processes of a job to stop; a worker stops when the process it works for does."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(order: _Order) -> _Order:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch as th
 from torch.utils.data import DataLoader, Dataset
 
-from . import dist_util
+from . import dist_util, signals
 
 
 @dataclass(frozen=True)
@@ -80,5 +80,6 @@ def _loaded(batches: Sequence[Batch], dataset: Dataset, num_workers: int) -> Ite
 
     if batches:
         ahead = 1 if num_workers else None
-        for images, cond in DataLoader(dataset, batch_sampler=keys(), num_workers=num_workers, prefetch_factor=ahead):
+        options = dict(num_workers=num_workers, prefetch_factor=ahead, worker_init_fn=signals.leave_to_parent)
+        for images, cond in DataLoader(dataset, batch_sampler=keys(), **options):
             yield own.popleft(), images, cond

@@ -17,7 +17,7 @@ import torch as th
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
-from . import devices, environment, mpi, network
+from . import devices, environment, mpi, network, signals
 
 T = TypeVar("T")
 
@@ -41,6 +41,8 @@ def setup_dist(device: str = "auto") -> None:
     """
     global _local_rank
     place = environment.torchrun(os.environ)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun dies of some signals without telling its workers
+        signals.stop_with_parent()
     if dist.is_initialized():
         _choose(device)
     elif place and place.size > 1:

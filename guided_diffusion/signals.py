@@ -1,36 +1,118 @@
-"""SIGTERM and SIGUSR1, by which clusters announce that they will end a job. Knows nothing of what is stopped."""
+"""
+Requests to stop: SIGTERM and SIGUSR1, by which clusters announce that they will end a job, and SIGINT, which is Ctrl-C.
+Knows nothing of what is stopped.
 
+SIGINT counts also where whoever started the program had it ignored, as shells do for what runs in the background: a
+script that is stopped means what it has started.
+"""
+
+import contextlib
+import ctypes
+import os
 import signal
 import threading
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# A terminal's Ctrl-C may come twice: by the terminal itself, and passed on by a launcher.
+_ONE_CTRL_C_S = 1.0
+
+
+class Stopped(SystemExit):
+    """A request to stop, as an exception; the exit code is the shell's usual one, 128 and the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """In a with block, in the main thread, a request to stop is raised as Stopped."""
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise Stopped(number)
+        # A worker, forked by a library: Ctrl-C reaches it too, and is for the process that it works for.
+        if number != signal.SIGINT:
+            os._exit(128 + number)
+
+    with _handled_by(stop):
+        yield
 
 
 class StopRequest:
     """
-    While the with block runs, remembers that this process was asked to stop rather than stopping it.
+    While the with block runs, remembers that this process was asked to stop rather than stopping it; a second Ctrl-C
+    ends it at once.
 
-    Outside the main thread, where Python handles no signals, it never is.
+    Outside the main thread, where Python handles no signals, it never is asked.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.name = ""
-        self._before: dict[signal.Signals, object] = {}
+        self._since = 0.0
+        self._handled = _handled_by(self._remember)
 
     def __bool__(self) -> bool:
         return bool(self.name)
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        self._handled.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handled.__exit__(kind, error, trace)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+        again = self.name == "SIGINT" and number == signal.SIGINT
+        if again and time.monotonic() > self._since + _ONE_CTRL_C_S:
+            os.write(2, b"stopped at once, by a second SIGINT\n")
+            os._exit(128 + number)  # even where a file is being written, which is whole or not at all
+        if not again:
+            self.name, self._since = signal.Signals(number).name, time.monotonic()
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+def leave_to_parent(worker: int = 0) -> None:
+    """
+    Leave requests to stop to the process that this one, a worker, was forked by: clusters and terminals ask all
+    processes of a job, and what a worker makes may still be needed. What its parent itself sends ends it.
+
+    :param worker: its number, as DataLoader's worker_init_fn gets it; not used.
+    """
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def watch() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def stop_with_parent() -> None:
+    """Have this process asked to stop, by SIGTERM, when the one that started it ends, however that comes."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != parent:  # it ended before the line above
+        os.kill(os.getpid(), signal.SIGTERM)

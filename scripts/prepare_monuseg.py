@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from guided_diffusion import cli
+from guided_diffusion import cli, signals
 from guided_diffusion.files import write_text
 from guided_diffusion.histology.slides import annotations, patches
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, Slide
@@ -88,7 +88,8 @@ def each(task: Callable[[Slide], int], slides: list[Slide], workers: int) -> Ite
         yield from map(task, slides)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(slides)), mp_context=context) as pool:
+    count = min(workers, len(slides))
+    with ProcessPoolExecutor(count, mp_context=context, initializer=signals.leave_to_parent) as pool:
         try:
             yield from pool.map(task, slides)
         except BaseException:

@@ -14,11 +14,11 @@ RANKS = {
     "images": -1,
     "devices": -2,
     "stains": -1,
+    "signals": -2,
     # What dist_util stands on:
     "environment": -2,
     "mpi": -1,
     "network": -1,
-    "signals": -1,
     "cli": 0,
     "logger": 0,
     "nn": 0,
@@ -98,7 +98,7 @@ ROOMS = {
     "assembly": {"evaluation", "features", "slides"},
     "bridge": {"", "features"},
 }
-SHARED = {"files", "images", "stains", "devices"}
+SHARED = {"files", "images", "stains", "devices", "signals"}
 
 
 def module_files() -> dict[str, Path]:

@@ -1,4 +1,8 @@
-"""A mistake is one line and exit code 2; a bug keeps its traceback."""
+"""A mistake is one line and exit code 2, a request to stop one line and its own; a bug keeps its traceback."""
+
+import os
+import signal
+import time
 
 import pytest
 
@@ -20,6 +24,19 @@ def test_one_line_and_exit_code(capsys, error):
     assert stop.value.code == 2 and left == [True]
     out, err = capsys.readouterr()
     assert out == "" and err == f"error: {' '.join(str(error).split())}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_to_stop_is_one_line_and_the_usual_exit_code(capsys, number):
+    def main():
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    left = []
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, leave=lambda: left.append(True))
+    assert stop.value.code == 128 + number and left == [True]
+    assert capsys.readouterr().err == f"stopped by {signal.Signals(number).name}\n"
 
 
 def test_other_ranks_are_silent(capsys):

@@ -17,7 +17,7 @@ from conftest import TINY, write_patches
 
 import image_train
 from guided_diffusion import cli
-from guided_diffusion.signals import StopRequest
+from guided_diffusion.signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
 MPIEXEC = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable]
@@ -162,7 +162,7 @@ def test_two_ranks_killed_and_resumed(slides, tmp_path):
     assert_same_checkpoints(tmp_path / "calm", tmp_path / "out", 20)
 
 
-@pytest.mark.parametrize("number", StopRequest.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_asked_to_stop_it_saves_and_goes_on_later(slides, tmp_path, number):
     argv = command(slides, "--max_steps", "30", "--save_interval", "100", "--log_interval", "1")
     calm, out = tmp_path / "calm", tmp_path / "out"
@@ -181,16 +181,52 @@ def test_asked_to_stop_it_saves_and_goes_on_later(slides, tmp_path, number):
     assert_same_checkpoints(calm, out, 30)
 
 
+def start_job(launcher: list[str], out: Path, argv: list[str]) -> subprocess.Popen:
+    """Start training by a launcher, in a session of its own."""
+    env = {**os.environ, "OPENAI_LOGDIR": str(out), "OPENAI_LOG_FORMAT": "log", "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*launcher, "image_train.py", *argv], cwd=ROOT, env=env, start_new_session=True, **pipes)
+
+
 @pytest.mark.slow
 def test_two_ranks_are_asked_to_stop(slides, tmp_path):
     """The request reaches one rank only; all stop after the same step."""
-    argv = [*MPIEXEC, "image_train.py", *command(slides, "--save_interval", "100000")]
-    env = {**os.environ, "OPENAI_LOGDIR": str(tmp_path / "out"), "OPENAI_LOG_FORMAT": "log", "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    job = start_job(MPIEXEC, tmp_path / "out", command(slides, "--save_interval", "100000"))
     rank = wait_for_ranks(tmp_path / "out", slides)[-1]
     os.kill(rank, signal.SIGUSR1)
     assert job.wait(60) == 0, job.stderr.read()
-    assert len(list((tmp_path / "out").glob("model[0-9]*.pt"))) == 1
+    assert len(list((tmp_path / "out").glob("model*.pt"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[sys.executable], MPIEXEC])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_all_processes_are_asked_to_stop(slides, tmp_path, launcher, number):
+    """As a terminal and a cluster do: the launcher, the ranks, and the workers that read."""
+    argv = command(slides, "--save_interval", "100000", "--num_workers", "1")
+    job = start_job(launcher, tmp_path / "out", argv)
+    wait_for_ranks(tmp_path / "out", slides)
+    os.killpg(job.pid, number)
+    assert job.wait(60) == 0, job.stderr.read()
+    assert len(list((tmp_path / "out").glob("model*.pt"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_torchrun_is_asked_to_stop(slides, tmp_path, number):
+    """It passes SIGTERM on, and dies of the others; its workers save and stop all the same."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    job = start_job(launcher, tmp_path / "out", command(slides, "--save_interval", "100000"))
+    ranks = wait_for_ranks(tmp_path / "out", slides)
+    job.send_signal(number)
+    assert job.wait(60) == (1 if number == signal.SIGTERM else -number)
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{rank}/cmdline").exists() for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(list((tmp_path / "out").glob("model*.pt"))) == 1
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert re.search(r"stopped by SIGTERM at step \d+, saved: the same command goes on", log)
 
 
 def wait_for_ranks(out: Path, data_dir: Path) -> list[int]:
@@ -203,7 +239,7 @@ def wait_for_ranks(out: Path, data_dir: Path) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes().decode().split("\0")
-            if words[1:2] == ["image_train.py"] and str(data_dir) in words:
+            if "image_train.py" in words[1:3] and str(data_dir) in words:  # torchrun puts -u before it
                 ranks.append(int(folder.name))
     return sorted(ranks)
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ...devices import PRECISIONS
 from ...files import writing
 from ...images import slide_of
+from ...signals import leave_to_parent
 from ..evaluation import instance_metrics
 from .data import Crops, Example
 from .decoding import FILE, Segmenter, as_content, as_input, load_checked
@@ -178,6 +179,7 @@ class Training:
             self.settings.batch_size,
             sampler=range(first, last),
             num_workers=workers,
+            worker_init_fn=leave_to_parent,
             generator=th.Generator(),  # else the loader draws from the global one
         )
         return iter(loader)
