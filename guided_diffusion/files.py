@@ -275,6 +275,9 @@ def fingerprint(paths: Sequence[str], sizes: int = 64) -> str:
         return ""
     root = os.path.commonprefix(paths).rpartition("/")[0]  # noqa: RUF071 - of URLs, too
     paths = sorted(paths)
-    looked_at = [path for path in paths[:: -(-len(paths) // sizes)] if not is_remote(path)]
-    words = [path[len(root) :] for path in paths], [os.path.getsize(path) for path in looked_at]
-    return hashlib.sha256(repr(words).encode()).hexdigest()[:16]
+    every = -(-len(paths) // sizes)
+    digest = hashlib.sha256()
+    for number, path in enumerate(paths):
+        size = os.path.getsize(path) if number % every == 0 and not is_remote(path) else None
+        digest.update(repr((path[len(root) :], size)).encode())
+    return digest.hexdigest()[:16]
