@@ -1,156 +1,35 @@
 """
 What a run reports: lines, key-value tables and images, to stdout, log.txt, progress.csv, progress.json, TensorBoard.
 
-Owns the sinks, their files and who may write: rank 0 writes everything, other ranks only what went wrong. Knows nothing
-of training, of process groups or of what the keys mean. One logger is current at a time; until `configure` it prints
-to stdout and touches no file. Environment: OPENAI_LOGDIR, the folder, and OPENAI_LOG_FORMAT, a comma list of formats.
+Owns who may write: rank 0 writes everything, other ranks only what went wrong, unless OPENAI_LOG_FORMAT_MPI says what
+else. Knows nothing of training, of process groups or of what the keys mean. One logger is current at a time; until
+`configure` it prints to stdout and touches no file. Environment: OPENAI_LOGDIR, the folder; OPENAI_LOG_FORMAT and, for
+ranks other than 0, OPENAI_LOG_FORMAT_MPI, comma lists of formats.
 
 Keys of training have no prefix; what is logged inside ``with prefix("val"):`` has: "loss" becomes "val_loss". Prefixes
 nest. A key "step" without prefix is the x-axis of TensorBoard; where it is missing, the number of the dump is.
 """
 
 import contextlib
-import csv
 import datetime
-import io
-import json
-import math
+import functools
 import os
-import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .files import writing
+from . import environment
+from .log_sinks import FORMATS, Sink, StdoutSink, TextSink, Value, make_sinks
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
-FORMATS = ("stdout", "log", "csv", "json", "tensorboard")
 DEFAULT_FORMATS = ("stdout", "log", "csv")
 
 _LABELS = {WARN: "WARNING: ", ERROR: "ERROR: "}
 _KEY_WIDTH, _VALUE_WIDTH = 32, 24  # characters of a table's columns at most
-
-Value = bool | int | float | str | None
-
-
-class Sink:
-    """Where reports go. A sink overrides what it has use for; the rest is ignored."""
-
-    def write_line(self, line: str) -> None:
-        """:param line: text without a final newline; it may be a table of several lines."""
-
-    def write_kvs(self, kvs: Mapping[str, Value], step: int) -> None:
-        """
-        :param kvs: the values of one dump.
-        :param step: its place on the x-axis.
-        """
-
-    def write_image(self, key: str, image: np.ndarray, step: int) -> None:
-        """
-        :param key: the image's name.
-        :param image: an [H x W x 3] uint8 array.
-        :param step: its place on the x-axis.
-        """
-
-    def close(self) -> None:
-        """Let go of files and threads."""
-
-
-class StdoutSink(Sink):
-    """Lines on stdout, above any tqdm bar."""
-
-    def write_line(self, line: str) -> None:
-        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
-        if tqdm is None:
-            sys.stdout.write(line + "\n")
-        else:
-            tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-
-
-class TextSink(Sink):
-    """Lines appended to a file, which the first of them creates."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def write_line(self, line: str) -> None:
-        _append_line(self.path, line)
-
-
-class CsvSink(Sink):
-    """
-    One row a dump, values in full precision, appended to what earlier runs into the folder left.
-
-    A new key widens the header: the file is written anew beside the old one and takes its place in one move.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def write_kvs(self, kvs: Mapping[str, Value], step: int) -> None:
-        header = self._header()
-        columns = header + [key for key in kvs if key not in header]
-        if columns != header:
-            self._widen(columns)
-        _append_line(self.path, _csv_line([kvs.get(key) for key in columns]))
-
-    def _header(self) -> list[str]:
-        if not os.path.exists(self.path):
-            return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            return next(csv.reader(file), [])
-
-    def _widen(self, columns: list[str]) -> None:
-        rows = []
-        if os.path.exists(self.path):
-            with open(self.path, newline="", encoding="utf-8") as file:
-                rows = list(csv.reader(file))[1:]
-        with writing(self.path, "w") as file:
-            file.write(_csv_line(columns) + "\n")
-            file.writelines(_csv_line(row + [""] * (len(columns) - len(row))) + "\n" for row in rows)
-
-
-class JsonSink(Sink):
-    """One JSON object a line and dump; NaN and infinities, which JSON lacks, as null."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def write_kvs(self, kvs: Mapping[str, Value], step: int) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in kvs.items()}
-        _append_line(self.path, json.dumps(finite))
-
-
-class TensorBoardSink(Sink):
-    """
-    Numbers and images as TensorBoard events; text values are left out. A row's "mode" goes before its tags: "loss" with
-    mode "train" is train_loss, and "val_loss" with mode "val" stays so.
-    """
-
-    def __init__(self, folder: str, writer_class: Callable) -> None:
-        """
-        :param folder: where the event files go.
-        :param writer_class: see `_summary_writer`; passed in, so that a missing package shows before anything is made.
-        """
-        self.writer = writer_class(folder)
-
-    def write_kvs(self, kvs: Mapping[str, Value], step: int) -> None:
-        mode = f"{kvs['mode']}_" if kvs.get("mode") else ""
-        for key, value in kvs.items():
-            if key != "step" and isinstance(value, (int, float)):
-                self.writer.add_scalar(mode + key.removeprefix(mode), value, step)
-        self.writer.flush()
-
-    def write_image(self, key: str, image: np.ndarray, step: int) -> None:
-        self.writer.add_image(key, image, step, dataformats="HWC")
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 @dataclass
@@ -185,18 +64,19 @@ _current = _Logger(None, [StdoutSink()])
 
 
 def configure(
-    dir: str | None = None, format_strs: Sequence[str] | None = None, rank: int = 0, log_suffix: str = ""
+    dir: str | None = None, format_strs: Sequence[str] | None = None, rank: int | None = None, log_suffix: str = ""
 ) -> None:
     """
     Close the current logger and start one that writes to a folder.
 
     Files are appended to, so a resumed run goes on in its old folder. Ranks other than 0 write warnings and errors to
-    log-rankNNN.txt, which the first of them creates, and nothing else; `set_level` lets more lines through.
+    log-rankNNN.txt, which the first of them creates, and nothing else; `set_level` lets more lines through. With
+    OPENAI_LOG_FORMAT_MPI they write all that rank 0 would, in these formats, to files with -rankNNN in their names.
 
     :param dir: the folder; created if need be. Default: OPENAI_LOGDIR, else a fresh openai-DATE-TIME in the system's
         temporary folder. Ranks agree on a folder only if one of the first two is given.
     :param format_strs: from stdout, log, csv, json, tensorboard. Default: OPENAI_LOG_FORMAT, else stdout, log and csv.
-    :param rank: this process's rank.
+    :param rank: this process's rank. Default: what its launcher says.
     :param log_suffix: goes into each file's name, before the extension.
     :raises ValueError: if a format is unknown or dir is a file; nothing has changed then.
     :raises ImportError: if tensorboard is asked for and not installed; nothing has changed then.
@@ -210,7 +90,7 @@ def configure(
 
 @contextlib.contextmanager
 def scoped_configure(
-    dir: str | None = None, format_strs: Sequence[str] | None = None, rank: int = 0, log_suffix: str = ""
+    dir: str | None = None, format_strs: Sequence[str] | None = None, rank: int | None = None, log_suffix: str = ""
 ) -> Iterator[None]:
     """`configure` for the length of a with block; afterwards the logger from before is current again, as it was."""
     global _current
@@ -278,6 +158,35 @@ def dumpkvs() -> dict[str, Value]:
         for sink in _listening():
             sink.write_kvs(kvs, step)
     return kvs
+
+
+# The names that scripts of older days have for the same.
+record_tabular, dump_tabular = logkv, dumpkvs
+
+
+@contextlib.contextmanager
+def profile_kv(name: str) -> Iterator[None]:
+    """Add the seconds that a with block takes to the value "wait_NAME" of the next dump."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        key = _current.key(f"wait_{name}")
+        _current.kvs[key] = _current.kvs.get(key, 0.0) + time.monotonic() - start
+
+
+def profile(name: str) -> Callable[[Callable], Callable]:
+    """Decorate a function so that `profile_kv` takes the time of its calls."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def timed(*args: object, **kwargs: object) -> object:
+            with profile_kv(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+    return decorate
 
 
 def logimage(key: str, array: np.ndarray, step: int) -> None:
@@ -354,8 +263,9 @@ def _listening() -> Sequence[Sink]:
     return _current.sinks if _current.level < DISABLED else ()
 
 
-def _make_logger(dir: str | None, format_strs: Sequence[str] | None, rank: int, log_suffix: str) -> _Logger:
-    formats = _formats(format_strs)
+def _make_logger(dir: str | None, format_strs: Sequence[str] | None, rank: int | None, log_suffix: str) -> _Logger:
+    rank = environment.rank(os.environ) if rank is None else rank
+    formats = _formats("OPENAI_LOG_FORMAT_MPI", None, ()) if rank else _formats("OPENAI_LOG_FORMAT", format_strs)
     if not dir:
         fresh = f"openai-{datetime.datetime.now():%Y-%m-%d-%H-%M-%S-%f}"
         dir = os.environ.get("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), fresh)
@@ -364,43 +274,21 @@ def _make_logger(dir: str | None, format_strs: Sequence[str] | None, rank: int, 
         raise ValueError(f"log folder {dir} is a URL; set OPENAI_LOGDIR to a local folder")
     if os.path.lexists(dir) and not os.path.isdir(dir):
         raise ValueError(f"log folder {dir} is a file; set OPENAI_LOGDIR to a folder")
-    if rank:
-        return _Logger(dir, [TextSink(os.path.join(dir, f"log-rank{rank:03d}{log_suffix}.txt"))], WARN)
-    writer_class = _summary_writer() if "tensorboard" in formats else None
-    try:
-        os.makedirs(dir, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"log folder {dir} cannot be made ({error.strerror}); set OPENAI_LOGDIR to another") from error
-    if not os.access(dir, os.W_OK):
-        raise ValueError(f"log folder {dir} cannot be written to; set OPENAI_LOGDIR to another")
-    sinks = {
-        "stdout": StdoutSink,
-        "log": lambda: TextSink(os.path.join(dir, f"log{log_suffix}.txt")),
-        "csv": lambda: CsvSink(os.path.join(dir, f"progress{log_suffix}.csv")),
-        "json": lambda: JsonSink(os.path.join(dir, f"progress{log_suffix}.json")),
-        "tensorboard": lambda: TensorBoardSink(os.path.join(dir, f"tb{log_suffix}"), writer_class),
-    }
-    return _Logger(dir, [sinks[name]() for name in formats])
+    suffix = f"-rank{rank:03d}{log_suffix}" if rank else log_suffix
+    if rank and not formats:
+        return _Logger(dir, [TextSink(os.path.join(dir, f"log{suffix}.txt"))], WARN)
+    return _Logger(dir, make_sinks(formats, dir, suffix))
 
 
-def _formats(format_strs: Sequence[str] | None) -> list[str]:
-    """The formats asked for, each once."""
-    source, wanted = "format_strs", format_strs
-    if format_strs is None:
-        source = "OPENAI_LOG_FORMAT"
-        wanted = [name.strip() for name in os.environ.get(source, "").split(",") if name.strip()] or DEFAULT_FORMATS
+def _formats(variable: str, wanted: Sequence[str] | None, default: Sequence[str] = DEFAULT_FORMATS) -> list[str]:
+    """The formats asked for, by a caller or else by an environment variable, each once."""
+    source = "format_strs" if wanted is not None else variable
+    if wanted is None:
+        wanted = [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()] or default
     for name in wanted:
         if name not in FORMATS:
             raise ValueError(f"{source}: unknown format {name!r}; choose from {', '.join(FORMATS)}")
     return list(dict.fromkeys(wanted))
-
-
-def _summary_writer() -> Callable:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("the log format tensorboard needs a package: pip install tensorboard") from error
-    return SummaryWriter
 
 
 def _plain(key: str, val: object) -> Value:
@@ -428,22 +316,3 @@ def _table(kvs: Mapping[str, Value]) -> str:
     val_width = max(len(val) for _, val in cells)
     rule = "-" * (key_width + val_width + 2)
     return "\n".join([rule, *(f"{key:<{key_width}}  {val:>{val_width}}" for key, val in cells), rule])
-
-
-def _csv_line(cells: Sequence[object]) -> str:
-    """One row without a final newline; floats as the shortest text that reads back the same, None as nothing."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(cells)
-    return text.getvalue()
-
-
-def _append_line(path: str, line: str) -> None:
-    """Append to a file, made with its folder if need be; a line that a killed run left half written is ended first."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "ab+") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size:
-            file.seek(size - 1)
-            if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write((line + "\n").encode())

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def clean_state(monkeypatch, tmp_path):
-    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
-    monkeypatch.delenv("OPENAI_LOG_FORMAT", raising=False)
+    for name in ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "system_tmp"))
     logger.reset()
     yield
@@ -273,6 +273,41 @@ def test_other_ranks_write_only_what_went_wrong(capsys, tmp_path):
     assert names(folder) == ["log-rank001.txt"]
     assert (folder / "log-rank001.txt").read_text() == "WARNING: hot\nERROR: broken\n"
     assert capsys.readouterr().out == ""
+
+
+def test_other_ranks_write_all_where_the_environment_says_so(capsys, tmp_path, monkeypatch):
+    """Which rank this is the launcher says; so scripts written against guided-diffusion give none."""
+    monkeypatch.setenv("PMI_RANK", "2")
+    monkeypatch.setenv("OPENAI_LOG_FORMAT_MPI", "log,csv")
+    logger.configure(str(tmp_path))
+    logger.log("fine")
+    logger.logkv("loss", 0.5)
+    logger.dumpkvs()
+    assert names(tmp_path) == ["log-rank002.txt", "progress-rank002.csv"]
+    assert "\nfine\n" in (tmp_path / "log-rank002.txt").read_text()
+    assert read_csv(tmp_path / "progress-rank002.csv") == [{"loss": "0.5"}]
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("OPENAI_LOG_FORMAT_MPI", "paper")
+    with pytest.raises(ValueError, match="OPENAI_LOG_FORMAT_MPI: unknown format 'paper'"):
+        logger.configure(str(tmp_path))
+    monkeypatch.setenv("PMI_RANK", "0")
+    logger.configure(str(tmp_path), ["csv"])
+    logger.record_tabular("loss", 1)
+    assert logger.dump_tabular() == {"loss": 1} and (tmp_path / "progress.csv").exists()
+
+
+def test_times(monkeypatch):
+    clock = iter([10.0, 12.0, 20.0, 20.5])
+    monkeypatch.setattr(logger.time, "monotonic", lambda: next(clock))
+
+    @logger.profile("data")
+    def read(x):
+        return x + 1
+
+    with logger.prefix("val"), logger.profile_kv("data"):
+        pass
+    assert read(1) == 2
+    assert logger.getkvs() == {"val_wait_data": 2.0, "wait_data": 0.5}
 
 
 def test_levels(capsys):
