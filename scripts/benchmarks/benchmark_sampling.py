@@ -1,7 +1,7 @@
 """Measure what sampling's savings bring, each row against the plain path in the same run.
 
     python scripts/benchmarks/benchmark_sampling.py
-        [--config readme|small] [--batch_size 2] [--repeats 3] [--rounds 2] [--compile True] [--end_to_end 25]
+        [--config readme|small|tiny] [--batch_size 2] [--repeats 3] [--rounds 2] [--compile True] [--end_to_end 25]
 
 The plain path is two forward passes of the whole U-Net a step, in fp32 on a CPU and in fp16 on a GPU, with every layer
 in its textbook form (plain_path.py). Weights are random: time does not depend on them. One way at a time is in memory:
@@ -41,6 +41,7 @@ from guided_diffusion.script_util import (
 from guided_diffusion.spade import Condition
 
 CONFIGS = {
+    "tiny": dict(image_size=16, num_channels=32, num_res_blocks=1, attention_resolutions="8", channel_mult="1,1"),
     "readme": dict(image_size=128, num_channels=128, num_res_blocks=2, attention_resolutions="32,16,8"),
     "small": dict(image_size=32, num_channels=32, num_res_blocks=1, attention_resolutions="8", channel_mult="1,2,2"),
 }
@@ -130,7 +131,8 @@ class Bench:
 
         def once(name: str, steps: int) -> th.Tensor:
             y, null = way.conditions(model, self.y)
-            return SamplingPlan(name, process_for(name, diffusion, steps), SCALE, null).sample(model, y, range(len(y)))
+            plan = SamplingPlan(name, process_for(name, diffusion, steps), SCALE, null)
+            return plan.sample(model, y, range(len(self.y)))
 
         once("ddim", 1)  # warms up, and compiles
         return [self.timed(partial(once, name, steps)) for name, steps in runs]
@@ -185,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     noise = th.randn(args.batch_size, 9, size, size, generator=generator, device=device)
     bench = Bench(config, device, noise[:, :3], noise[:, 3:])
     ways = ways_to_measure(device, args.compile)
-    for _, way in tqdm([(i, way) for i in range(args.rounds) for way in ways], unit="way"):
+    for way in tqdm(ways * args.rounds, unit="way"):
         bench.measure(way, args.repeats)
         th._dynamo.reset()  # a compiled model stays in memory until then
 

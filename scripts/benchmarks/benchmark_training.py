@@ -1,17 +1,20 @@
 """Measure what training's savings bring, each row against a plain loop in the same run.
 
     python scripts/benchmarks/benchmark_training.py
-        [--config small|readme] [--batch_size 8] [--max_steps 4] [--repeats 3] [--compile True]
+        [--config tiny|small|readme] [--batch_size 8] [--max_steps 4] [--repeats 3] [--compile True]
 
 The plain loop computes in fp32 on a CPU and in fp16 on a GPU, in NCHW, with every layer in its textbook form
 (plain_path.py), attention always checkpointed, optimiser and averages looping over tensors, and batches made in the
-main thread as they are needed. Times are medians over interleaved repeats, so that a busy machine slows all rows alike.
+main thread as they are needed. One way at a time is in memory: each repeat builds them all in turn, and times are
+medians over the repeats, so that a busy machine slows all rows alike.
 """
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,9 +29,8 @@ from tqdm.auto import tqdm
 from guided_diffusion import cli, logger
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
-from guided_diffusion.devices import find_device
+from guided_diffusion.devices import find_device, has_bf16
 from guided_diffusion.ema import Ema
-from guided_diffusion.fp16_util import has_bf16
 from guided_diffusion.histology.slides.toy import draw_slide
 from guided_diffusion.image_datasets import load_dataset
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults, str2bool
@@ -37,20 +39,13 @@ from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.unet import AttentionBlock, UNetModel
 
 CONFIGS = {
+    "tiny": dict(image_size=64, num_channels=32, num_res_blocks=1, attention_resolutions="8", channel_mult="1,1"),
     "small": dict(image_size=64, num_channels=64, num_res_blocks=2, attention_resolutions="32,16,8"),
     "readme": dict(image_size=128, num_channels=128, num_res_blocks=2, attention_resolutions="32,16,8"),
 }
 SPEC = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
 # Dense bf16 or fp16 operations a second of known cards, without sparsity, to state a share of.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-
-
-class PlainEma(Ema):
-    """An average that is moved tensor by tensor."""
-
-    def update(self, step: int, taken: th.Tensor | None = None) -> None:
-        for average, p in zip(self.params, self.model.parameters()):
-            average.mul_(self.rate).add_(p.detach(), alpha=1 - self.rate)
 
 
 class PlainLoop(TrainLoop):
@@ -66,90 +61,97 @@ class PlainLoop(TrainLoop):
         self.meter.read()
 
 
+class PlainEma(Ema):
+    """An average that moves tensor by tensor."""
+
+    @th.no_grad()
+    def update(self, step: int, taken: th.Tensor | None = None) -> None:
+        for average, p in zip(self.params, self.model.parameters()):
+            average.mul_(self.rate).add_(p, alpha=1 - self.rate)
+
+
+@dataclass
 class Way:
     """
-    One way to train.
+    One way to train, and what was measured of it.
 
-    :param plain: by PlainLoop, with textbook layers and attention always checkpointed.
+    :param textbook: every layer in its textbook form, attention always checkpointed.
+    :param plain_loop: by PlainLoop.
     :param workers: processes that make batches.
     """
 
-    def __init__(
-        self,
-        name: str,
-        args: argparse.Namespace,
-        data_dir: str,
-        dtype: th.dtype,
-        *,
-        plain_layers: bool = False,
-        plain_loop: bool = False,
-        channels_last: bool = True,
-        workers: int = 1,
-        compiled: bool = False,
-    ) -> None:
-        self.name = name
-        self.device = find_device()
-        config = CONFIGS[args.config]
-        model = make_model(config, self.device, dtype, plain_layers, channels_last, compiled)
-        _, diffusion = create_model_and_diffusion(**model_flags(config))
-        dataset = load_dataset(data_dir=data_dir, dataset_mode="monuseg", spec=SPEC, image_size=config["image_size"])
-        self.loop = (PlainLoop if plain_loop else TrainLoop)(
-            model=model,
+    name: str
+    dtype: th.dtype
+    textbook: bool = False
+    plain_loop: bool = False
+    channels_last: bool = True
+    workers: int = 1
+    compiled: bool = False
+    seconds: list[float] = field(default_factory=list)  # a step
+    waits: list[float] = field(default_factory=list)  # the share of them that is waiting for data
+    memory: float = 0.0  # MiB
+    flops: int = 0  # of a step, forward and backward
+
+    def make_model(self, config: dict, device: th.device) -> UNetModel:
+        """:return: a U-Net to train; the same weights for every call."""
+        th.manual_seed(0)
+        model, _ = create_model_and_diffusion(**model_flags(config))
+        model.place(device, self.compiled)
+        model.convert_to(self.dtype)
+        if self.textbook:
+            make_plain(model)
+            for layer in model.modules():
+                if isinstance(layer, AttentionBlock):
+                    layer.use_checkpoint = True
+        return model.to(memory_format=th.channels_last if self.channels_last else th.contiguous_format)
+
+
+@dataclass
+class Bench:
+    """What all ways train on."""
+
+    config: dict
+    batch: int
+    data_dir: str
+    device: th.device
+
+    def measure(self, way: Way, steps: int) -> None:
+        """Build one way, time some steps of it, and let go of it."""
+        _, diffusion = create_model_and_diffusion(**model_flags(self.config))
+        size = self.config["image_size"]
+        dataset = load_dataset(data_dir=self.data_dir, dataset_mode="monuseg", spec=SPEC, image_size=size)
+        loop = (PlainLoop if way.plain_loop else TrainLoop)(
+            model=way.make_model(self.config, self.device),
             diffusion=diffusion,
             spec=SPEC,
-            data=stream(dataset, args.batch_size, num_workers=workers),
-            options=TrainOptions(batch_size=args.batch_size, drop_rate=0.2),
+            data=stream(dataset, self.batch, num_workers=way.workers),
+            options=TrainOptions(batch_size=self.batch, drop_rate=0.2),
         )
-        self.seconds: list[float] = []
-        self.waits: list[float] = []
-        self.memory = 0.0
-
-    def run(self, steps: int) -> None:
-        """Take some steps and write down how long one takes, and which share of it is waiting for data."""
+        loop.run_step(*next(loop.data))  # which warms up, and compiles
+        with FlopCounterMode(display=False) as counter:
+            loop.run_step(*next(loop.data))
+        way.flops = counter.get_total_flops()
         if self.device.type == "cuda":
             th.cuda.reset_peak_memory_stats()
         began, waited = time.perf_counter(), 0.0
         for _ in range(steps):
             asked = time.perf_counter()
-            batch, cond = next(self.loop.data)
+            batch, cond = next(loop.data)
             waited += time.perf_counter() - asked
-            self.loop.run_step(batch, cond)
-        self.loop.meter.read()
+            loop.run_step(batch, cond)
+        loop.meter.read()
         if self.device.type == "cuda":
             th.cuda.synchronize()
-            self.memory = th.cuda.max_memory_allocated() / 2**20
+            way.memory = th.cuda.max_memory_allocated() / 2**20
         took = time.perf_counter() - began
-        self.seconds.append(took / steps)
-        self.waits.append(waited / took)
-
-    def flops(self) -> float:
-        """:return: the arithmetic of one step, forward and backward."""
-        batch, cond = next(self.loop.data)
-        with FlopCounterMode(display=False) as counter:
-            self.loop.run_step(batch, cond)
-        return counter.get_total_flops()
+        way.seconds.append(took / steps)
+        way.waits.append(waited / took)
 
 
 def model_flags(config: dict) -> dict:
     """:return: all flags of a model of the README's kind."""
     flags = dict(num_classes=6, learn_sigma=True, resblock_updown=True, num_head_channels=32, noise_schedule="cosine")
     return {**model_and_diffusion_defaults(), **flags, **config}
-
-
-def make_model(
-    config: dict, device: th.device, dtype: th.dtype, plain: bool, channels_last: bool, compiled: bool
-) -> UNetModel:
-    """:return: a U-Net to train; the same weights for every call."""
-    th.manual_seed(0)
-    model, _ = create_model_and_diffusion(**model_flags(config))
-    model.place(device, compiled)
-    model.convert_to(dtype)
-    if plain:
-        make_plain(model)
-        for layer in model.modules():
-            if isinstance(layer, AttentionBlock):
-                layer.use_checkpoint = True
-    return model.to(memory_format=th.channels_last if channels_last else th.contiguous_format)
 
 
 def write_patches(root: Path, size: int, count: int = 64) -> str:
@@ -161,6 +163,28 @@ def write_patches(root: Path, size: int, count: int = 64) -> str:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(folder / f"slide{number}_000.{suffix}")
     return str(root)
+
+
+def ways_to_measure(device: th.device, compiled: bool) -> list[Way]:
+    """:return: the plain way first."""
+    plain = th.float16 if device.type == "cuda" else th.float32
+    name = str(plain).removeprefix("torch.")
+    as_was = dict(channels_last=False, workers=0)
+    ways = [
+        Way(f"plain {name}", plain, textbook=True, plain_loop=True, **as_was),
+        Way("+ our layers, attention kept", plain, plain_loop=True, **as_was),
+        Way("+ fused optimiser and averages", plain, **as_was),
+        Way("+ data in a worker", plain, channels_last=False),
+        Way("+ channels_last", plain),
+    ]
+    half = [th.bfloat16] if has_bf16(device) else []
+    for dtype in half:
+        ways += [Way("bfloat16", dtype, channels_last=False), Way("bfloat16, channels_last", dtype)]
+    if not half:
+        print("no bfloat16 rows: this CPU has no units for it")
+    for dtype in dict.fromkeys((plain, *half)) if compiled else ():
+        ways.append(Way(f"{str(dtype).removeprefix('torch.')}, channels_last, compiled", dtype, compiled=True))
+    return ways
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -180,43 +204,24 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
     args = create_argparser().parse_args(argv)
     logger.set_level(logger.ERROR)
-    plain = th.float16 if th.cuda.is_available() else th.float32
-    name = str(plain).removeprefix("torch.")
+    device = find_device()
+    config = CONFIGS[args.config]
+    ways = ways_to_measure(device, args.compile)
     with tempfile.TemporaryDirectory() as folder:
-        data_dir = write_patches(Path(folder), CONFIGS[args.config]["image_size"], max(64, args.batch_size))
-        as_was = dict(channels_last=False, workers=0)
-        ways = [
-            Way(f"plain {name}", args, data_dir, plain, plain_layers=True, plain_loop=True, **as_was),
-            Way("+ our layers, attention kept", args, data_dir, plain, plain_loop=True, **as_was),
-            Way("+ fused optimiser and averages", args, data_dir, plain, **as_was),
-            Way("+ data in a worker", args, data_dir, plain, channels_last=False),
-            Way("+ channels_last", args, data_dir, plain),
-        ]
-        half = [th.bfloat16] if has_bf16(ways[0].device) else []
-        for dtype in half:
-            ways.append(Way("bfloat16", args, data_dir, dtype, channels_last=False))
-            ways.append(Way("bfloat16, channels_last", args, data_dir, dtype))
-        if not half:
-            print("no bfloat16 rows: this CPU has no units for it")
-        if args.compile:
-            for dtype in dict.fromkeys((plain, *half)):
-                label = f"{str(dtype).removeprefix('torch.')}, channels_last, compiled"
-                ways.append(Way(label, args, data_dir, dtype, compiled=True))
-        for way in ways:
-            way.run(2)  # warms up, and compiles
-            way.seconds.clear(), way.waits.clear()
-        for _ in tqdm(range(args.repeats), unit="repeat"):
-            for way in ways:
-                way.run(args.max_steps)
-        report(ways, args)
+        data_dir = write_patches(Path(folder), config["image_size"], max(64, args.batch_size))
+        bench = Bench(config, args.batch_size, data_dir, device)
+        for way in tqdm(ways * args.repeats, unit="way"):
+            bench.measure(way, args.max_steps)
+            th._dynamo.reset()  # a compiled model stays in memory until then
+            gc.collect()  # as do a loop and its workers, which know each other
+    report(ways, args)
 
 
 def report(ways: list[Way], args: argparse.Namespace) -> None:
     """Print the table."""
-    device = ways[0].device
-    card = th.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    card = th.cuda.get_device_name() if th.cuda.is_available() else "cpu"
     peak = next((value for key, value in PEAK.items() if key in card), None)
-    flops = ways[2].flops()
+    flops = ways[2].flops
     base = float(np.median(ways[0].seconds))
     print(f"training, {args.config} configuration, batch {args.batch_size}, {card}, {th.get_num_threads()} threads")
     print(f"{flops / args.batch_size / 1e9:.0f} GFLOP an image, forward and backward")

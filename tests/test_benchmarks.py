@@ -1,0 +1,35 @@
+"""The benchmarks run, and their ways compute the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
+TINY = ["--config", "tiny", "--batch_size", "2", "--repeats", "1"]
+
+
+def rows(script, *flags):
+    """The cells of a benchmark's first table, by their row's name."""
+    command = [sys.executable, FOLDER / script, *TINY, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.split("\n\n")[0].splitlines() if line[:1] == "|"]
+    names = lines[0]
+    return {cells[0]: dict(zip(names, cells)) for cells in lines[2:]}, done.stdout
+
+
+@pytest.mark.slow
+def test_sampling():
+    table, output = rows("benchmark_sampling.py", "--rounds", "1", "--end_to_end", "2")
+    first, *fp32 = [name for name in table if not name.startswith("bfloat16")]
+    assert first == "plain float32" and len(fp32) == 4
+    assert all(float(table[name]["largest deviation"]) < 1e-5 for name in fp32)
+    assert "| unipc | 2 |" in output
+
+
+@pytest.mark.slow
+def test_training():
+    table, _ = rows("benchmark_training.py", "--max_steps", "1")
+    assert len(table) >= 5 and all(float(row["s a step"]) > 0 for row in table.values())
