@@ -27,8 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.devices import find_device
-from guided_diffusion.fp16_util import has_bf16
+from guided_diffusion.devices import find_device, has_bf16
 from guided_diffusion.guidance import GuidedModel, Model
 from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.sampling_plan import SamplingPlan, process_for
