@@ -115,5 +115,5 @@ def _says(name: str, started: int) -> str:
 def _alone(launcher: str, others: str) -> str:
     return (
         f"{launcher}, but {others}: each would train alone, into one folder; start them by the mpiexec that pip "
-        "installs with mpi4py, or by torchrun (under srun: one torchrun a node)"
+        "installs with mpi4py, or by torchrun (under srun: by --mpi=pmi2, or one torchrun a node)"
     )
