@@ -1,6 +1,7 @@
 """The U-Net: every flag acts as it says, layers against their formulas, and mistakes that name their flag."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -569,6 +570,18 @@ def test_wrong_number_of_condition_channels(small, channels):
     x, t, y = inputs(cond_channels=channels)
     with pytest.raises(ValueError, match=f"condition has {channels} channels.*--num_classes .* 2"):
         small(x, t, y=y)
+
+
+def test_arguments_by_position():
+    """As guided-diffusion has them; what comes after channel_mult is rarely given so."""
+    order = (
+        "image_size in_channels model_channels out_channels num_res_blocks attention_resolutions dropout channel_mult "
+        "conv_resample dims num_classes use_checkpoint use_fp16 num_heads num_head_channels num_heads_upsample "
+        "use_scale_shift_norm resblock_updown use_new_attention_order"
+    ).split()
+    assert list(inspect.signature(UNetModel).parameters) == order
+    with pytest.raises(ValueError, match="dims 3"):
+        UNetModel(16, 3, 32, 3, 1, (2,), 0, (1, 1), True, 3)
 
 
 def test_attention_sizes_round_down_to_a_level():
