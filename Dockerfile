@@ -2,25 +2,29 @@
 # together. mpiexec is among what requirements.txt brings.
 FROM pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 
-# Where the base's Python is Debian's, it comes without venv.
+# Where the base's Python is Debian's, it comes without venv. tini hands on the signal of `docker stop`, which the first
+# process of a container would not get from the kernel by default, and training saves at.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3-venv \
+    && apt-get install --yes --no-install-recommends python3-venv tini \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home sdm \
     && install --directory --owner=sdm --group=sdm /workspace/sdm
 
 USER sdm
 WORKDIR /workspace/sdm
-# The environment lies where scripts/setup.sh looks for it.
-ENV PATH=/workspace/sdm/.venv/bin:$PATH PYTHONUNBUFFERED=1
+# The environment lies where scripts/setup.sh looks for it. Caches lie where any user may write.
+ENV PATH=/workspace/sdm/.venv/bin:$PATH PYTHONUNBUFFERED=1 \
+    XDG_CACHE_HOME=/tmp/cache MPLCONFIGDIR=/tmp/cache/matplotlib NUMBA_CACHE_DIR=/tmp/cache/numba \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/cache/torchinductor
 
-COPY --chown=sdm:sdm requirements.txt ./
+COPY --chown=sdm:sdm requirements.txt requirements-workflow.txt ./
+COPY --chown=sdm:sdm scripts/setup.sh scripts/
+# Any --user may write where the commands write by default.
 RUN python -m venv --system-site-packages .venv \
-    && .venv/bin/python -m pip install --no-cache-dir --requirement requirements.txt
+    && PIP_NO_CACHE_DIR=1 bash scripts/setup.sh workflow \
+    && install --directory --mode=1777 OUTPUT RESULTS demo_output /tmp/cache
 
-COPY --chown=sdm:sdm pyproject.toml image_train.py image_sample.py ./
-COPY --chown=sdm:sdm guided_diffusion guided_diffusion/
-COPY --chown=sdm:sdm scripts scripts/
-COPY --chown=sdm:sdm tests tests/
+COPY --chown=sdm:sdm . .
 
+ENTRYPOINT ["tini", "--"]
 CMD ["bash"]

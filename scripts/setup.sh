@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Make .venv in the repository's root, with what requirements.txt names: bash scripts/setup.sh
+# Make .venv in the repository's root, with what requirements.txt names.
 #
-# PYTHON (default python3) makes it. Where .venv is up to date nothing happens; a changed requirements.txt is installed
-# over it; a .venv of this script's whose making was interrupted is made anew. setup.stamp in it tells which is the
-# case: it says "unfinished", or holds the checksum of the requirements that are installed.
+#   bash scripts/setup.sh             what the programs and the tests need
+#   bash scripts/setup.sh workflow    and requirements-workflow.txt, for pipeline.sh and experiment.sh, which call this
+#
+# PYTHON (default python3) makes it. Where .venv is up to date nothing happens; changed requirements are installed over
+# it; a .venv of this script's whose making was interrupted is made anew. setup.stamp in it tells which is the case: it
+# says "unfinished", or holds the checksums of the requirements that are installed.
 set -euo pipefail
 
 die() {
@@ -12,22 +15,33 @@ die() {
 }
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-requirements=$root/requirements.txt
+wanted=(requirements.txt)
+case ${1-} in
+    '') ;;
+    workflow) wanted+=(requirements-workflow.txt) ;;
+    *) die "$1 is unknown: give workflow, or nothing" ;;
+esac
 venv=$root/.venv
 stamp=$venv/setup.stamp
 python=${PYTHON:-python3}
 
 # Where two are started at once, as by the tests and the demo, the second waits for the first.
-exec {lock}<"$requirements"
+exec {lock}<"$root/requirements.txt"
 flock "$lock"
 
-checksum=$(sha256sum <"$requirements")
 installed=
 [[ ! -f $stamp ]] || installed=$(<"$stamp")
-if [[ $installed == "$checksum" && -x $venv/bin/python ]]; then
+missing=()
+for name in "${wanted[@]}"; do
+    [[ $'\n'$installed$'\n' == *$'\n'"$name $(sha256sum <"$root/$name")"$'\n'* ]] || missing+=("$name")
+done
+if ((${#missing[@]} == 0)) && [[ -x $venv/bin/python ]]; then
     exit 0
 fi
 
+made=$venv
+[[ -e $venv ]] || made=$root
+[[ -w $made ]] || die "$made is not yours to write to, and .venv lacks ${missing[*]}: have its owner run this"
 if [[ ! -x $venv/bin/python || $installed == unfinished ]]; then
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
         || die "$python is not Python 3.11 or newer: set PYTHON to one that is"
@@ -37,13 +51,22 @@ if [[ ! -x $venv/bin/python || $installed == unfinished ]]; then
     # Half of an environment cannot be trusted. What has no stamp is somebody else's, and stays.
     [[ -z $installed ]] || find "$venv" -mindepth 1 ! -name setup.stamp -delete
     "$python" -m venv "$venv" || die "$python made no .venv: on Debian and Ubuntu this takes the package python3-venv"
+    missing=("${wanted[@]}")
 else
     # Until it is done, this .venv answers to no requirements, old or new.
     rm -f "$stamp"
 fi
 
-echo "setup: installing requirements.txt into .venv, which takes some minutes the first time"
-"$venv/bin/python" -m pip install --disable-pip-version-check --requirement "$requirements" \
-    || die "pip could not install requirements.txt, for the reason above: run this again once it is mended"
-echo "$checksum" >"$stamp.part"
+for name in "${missing[@]}"; do
+    echo "setup: installing $name into .venv, which takes some minutes the first time"
+    "$venv/bin/python" -m pip install --disable-pip-version-check --requirement "$root/$name" \
+        || die "pip could not install $name, for the reason above: run this again once it is mended"
+done
+{
+    for name in "${wanted[@]}"; do
+        echo "$name $(sha256sum <"$root/$name")"
+    done
+    # What else is installed stays so.
+    [[ " ${wanted[*]} " == *workflow* ]] || grep '^requirements-workflow' <<<"$installed" || true
+} >"$stamp.part"
 mv "$stamp.part" "$stamp"
