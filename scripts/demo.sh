@@ -7,19 +7,14 @@
 # From the environment, with the default: STEPS 300 (of training), DEMO_DIR (demo_output in the repository's root),
 # PYTHON (see setup.sh). All is made anew each time, in DEMO_DIR/toy or DEMO_DIR/real.
 set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 
-die() {
-    echo "error: $*" >&2
-    exit 2
-}
-
-root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-python=$root/.venv/bin/python
+python=$ROOT/.venv/bin/python
 raw=${RAW:-}
 steps=${STEPS:-300}
 samples=12
 sampling_steps=25
-demo=${DEMO_DIR:-$root/demo_output}
+demo=${DEMO_DIR:-$ROOT/demo_output}
 work=$demo/toy
 if [[ -n $raw ]]; then
     work=$demo/real
@@ -43,14 +38,15 @@ stage() {
     local began=$SECONDS
     stage=$((stage + 1))
     echo "[$stage/4] $1"
-    "${@:2}"
+    forwarding "${@:2}"
+    [[ -z $stopped ]] || exit 143
     echo "      took $((SECONDS - began)) s"
 }
 
 # Threads that wait do so asleep: where anything else runs beside, spinning would slow training tenfold.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
-bash "$root/scripts/setup.sh"
+bash "$ROOT/scripts/setup.sh"
 for folder in patches model samples; do
     fresh "$work/$folder"
 done
@@ -60,11 +56,11 @@ if [[ -n $raw ]]; then
 else
     raw=$work/raw
     fresh "$raw"
-    stage "drawing toy slides, with known nuclei" "$python" "$root/scripts/make_toy_monuseg.py" "$raw"
+    stage "drawing toy slides, with known nuclei" "$python" "$ROOT/scripts/make_toy_monuseg.py" "$raw"
 fi
 
 stage "preparing patches of 64 px, reduced to 32 px" \
-    "$python" "$root/scripts/prepare_monuseg.py" "$raw" "$work/patches" --patch_size 64 --stride 64 --resize 32
+    "$python" "$ROOT/scripts/prepare_monuseg.py" "$raw" "$work/patches" --patch_size 64 --stride 64 --resize 32
 
 model_flags=(
     --image_size 32 --num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --num_head_channels 32
@@ -74,14 +70,14 @@ model_flags=(
 )
 stage "training a small model for $steps steps, of up to 1 s each on two cores" \
     env OPENAI_LOGDIR="$work/model" OPENAI_LOG_FORMAT=log,csv \
-    "$python" "$root/image_train.py" --data_dir "$work/patches" "${model_flags[@]}" \
+    "$python" "$ROOT/image_train.py" --data_dir "$work/patches" "${model_flags[@]}" \
     --lr 1e-3 --batch_size 8 --ema_rate 0.99 --drop_rate 0.1 --max_steps "$steps"
 
 # Structures and appearances that training has not seen, where the slides include test slides.
 use_train=True
 [[ ! -d $work/patches/MoNuSegTestData ]] || use_train=False
-stage "painting $samples patches, in $sampling_steps steps" \
-    "$python" "$root/image_sample.py" --data_dir "$work/patches" "${model_flags[@]}" \
+stage "sampling $samples patches, in $sampling_steps steps" \
+    "$python" "$ROOT/image_sample.py" --data_dir "$work/patches" "${model_flags[@]}" \
     --model_path "$work/model/ema_0.99_$(printf %06d "$steps").pt" --results_path "$work/samples" \
     --use_train "$use_train" --match_struct True --s 1.5 --sampler dpmpp_2m_sde --num_steps "$sampling_steps" \
     --num_samples "$samples" --batch_size "$samples"

@@ -10,8 +10,6 @@
 # tuned before the command fails, too. flags.sh lists what else the environment sets.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
-# A trap makes bash wait for the training, which saves at SIGTERM; without one it would leave it behind.
-trap 'exit 143' TERM
 
 need 2 "bash scripts/finetune.sh DATA CHECKPOINT [LABEL ...] [-- flags of image_train.py ...]" "$@"
 data=${1%/}
@@ -49,11 +47,14 @@ for i in "${!labels[@]}"; do
     # A label such as 6/10ss, a subset of a cluster, makes one name.
     run=$OPENAI_LOGDIR-clus${labels[i]//\//_}
     status=0
-    OPENAI_LOGDIR=$run \
+    OPENAI_LOGDIR=$run forwarding \
         "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "${folders[i]}" "${DATA_FLAGS[@]}" \
         "${MODEL_FLAGS[@]}" "${CONDITION_FLAGS[@]}" "${TRAIN_FLAGS[@]}" --drop_rate .2 \
         --max_steps "${MAX_STEPS:-50000}" --init_checkpoint "$checkpoint" "$@" || status=$?
-    ((status < 128)) || exit "$status" # a signal is meant for all
+    if [[ -n $stopped ]] || ((status == 75)); then
+        echo "stopped: the same command goes on"
+        exit 75
+    fi
     if ((status)); then
         echo "cluster ${labels[i]} failed" >&2
         failed+=("${labels[i]}") code=$status

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# The launchers' shared flags and functions, sourced by train.sh, finetune.sh, sample_single.sh and sample.sh.
+# shellcheck disable=SC2034 # those who source it use them
+# The launchers' shared flags and functions, which all but setup.sh and test.sh source.
 #
 # The arrays hold the README's 128 px configuration. From the environment, with the default:
 #   IMAGE_SIZE 128, BATCH_SIZE 8 (sampling: 16), LR 1e-4, SAVE_INTERVAL 5000, MAX_STEPS 0: no end (finetune.sh: 50000),
@@ -9,6 +10,9 @@
 #   NPROC: processes, one a GPU, or 1 where there is none; MPIEXEC "mpiexec": the launcher with its own flags, if any;
 #   PYTHON: the active virtual environment's, else that of setup.sh, else python.
 # Any other flag goes at the end of a launcher's command line, where it wins over those here.
+#
+# Whoever only launches becomes the program, by exec; whoever waits hands it the signals, by forwarding. Exit code 75:
+# what was stopped has saved, and the same command goes on.
 #
 # No launcher changes the directory, so that a relative path means what it means to the caller.
 set -euo pipefail
@@ -36,6 +40,24 @@ need() {
 # need_file PATH WHAT: stop unless there is such a file; a URL is left to the program that reads it.
 need_file() {
     [[ $1 == *://* || -f $1 ]] || die "$2 $1 is not a file: check the path"
+}
+
+# forwarding COMMAND...: run it to its end. Signals to this shell go to it as SIGTERM, at which the programs save, and
+# set `stopped`: without that, bash would end and leave it behind.
+stopped=
+forwarding() {
+    local child='' interrupted='' status=0
+    trap 'stopped=1 interrupted=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP USR1
+    "$@" &
+    child=$!
+    [[ -z $stopped ]] || kill -TERM "$child" 2>/dev/null || true
+    while
+        interrupted='' status=0
+        wait "$child" || status=$?
+        [[ -n $interrupted ]]
+    do :; done
+    trap - TERM INT HUP USR1
+    return "$status"
 }
 
 # One process a GPU that may be used, by CUDA_VISIBLE_DEVICES if that is set; without a GPU, one.
@@ -82,3 +104,23 @@ SAMPLE_FLAGS=(
     --batch_size "${BATCH_SIZE:-16}" --num_samples "${NUM_SAMPLES:-1000}"
     --sampler "${SAMPLER:-dpmpp_2m_sde}" --num_steps "${NUM_STEPS:-25}"
 )
+
+# workflow FILE.smk RAW OUT [flags of run.py and snakemake ...]: run a workflow, in place of this shell.
+workflow() {
+    local python pinned
+    python=$(command -v -- "${PYTHON:-python}") || die "PYTHON=$PYTHON is not a program: check the path"
+    pinned=$(sed -n 's/^snakemake==//p' "$ROOT/requirements-workflow.txt")
+    if [[ -z ${ENGINE:-} ]]; then
+        ENGINE=$python
+        if ! "$python" -c "import importlib.metadata as m; assert m.version('snakemake') == '$pinned'" 2>/dev/null; then
+            bash "$ROOT/scripts/setup.sh" workflow
+            ENGINE=$ROOT/.venv/bin/python
+        fi
+    fi
+    # Stages run in OUT.
+    LAUNCH[-1]=$(realpath -s -- "$python")
+    printf -v SDM_PYTHON '%q' "${LAUNCH[-1]}"
+    printf -v SDM_LAUNCH '%q ' "${LAUNCH[@]}"
+    export SDM_PYTHON SDM_LAUNCH PYTHON=${LAUNCH[-1]}
+    exec "$ENGINE" "$ROOT/scripts/workflow/run.py" "$ROOT/scripts/$1" "${@:2}"
+}

@@ -21,6 +21,7 @@ RANKS = {
     "network": -1,
     "log_sinks": -1,
     "cli": 0,
+    "processes": 0,
     "logger": 0,
     "nn": 0,
     "losses": 0,

@@ -1,11 +1,14 @@
 import csv
 import functools
+import hashlib
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,20 +316,40 @@ def test_finetune_goes_on_after_a_failure_and_fails_at_its_end(launch, clusters)
 
 # Saves at SIGTERM, as image_train.py does, and ends well.
 SAVES = """#!/usr/bin/env bash
-case $1 in *image_train.py) ;; *) exit 0 ;; esac
-trap 'sleep .5; echo saved >>saved; exit 0' TERM
-echo begun >>saved
+case $1 in *image_train.py | *make_toy*) ;; *) exit 0 ;; esac
+trap 'sleep .5; echo saved >>"$RECORD.saved"; exit 0' TERM
+echo begun >>"$RECORD.saved"
 for ((i = 0; i < 100; i++)); do sleep .1; done
 """
 
 
-def test_finetune_waits_for_a_training_that_saves(launch, clusters, tmp_path):
-    """At a limit of `timeout`, which tells all its processes; no other cluster is begun."""
-    write_stub(tmp_path / "stubs" / "python", SAVES)
-    here, script = tmp_path / "here", ROOT / "scripts" / "finetune.sh"
-    (here / "limited.sh").write_text(f"timeout 1 bash {script} data model.pt || status=$?\ncat saved\nexit $status\n")
-    run = launch("./limited.sh")
-    assert run.code == 124 and run.out == ["cluster -1 (1 of 3)", "begun", "saved"]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize(("script", "code"), [("train.sh", 0), ("finetune.sh", 75), ("demo.sh", 143)])
+def test_a_signal_to_a_launcher_stops_its_program_which_saves(clusters, repo, tmp_path, script, code, number):
+    """Of this process alone, as `kill` and `docker stop` send it; it ends after its program, and begins no other."""
+    if script == "train.sh" and number != signal.SIGTERM:
+        pytest.skip("what became the program gets the signal itself")
+    saved = tmp_path / "record.saved"
+    write_stub(repo / ".venv/bin/python", SAVES)
+    environment = {"PATH": os.defpath, "RECORD": str(tmp_path / "record"), "NPROC": "1"}
+    checksum = hashlib.sha256((repo / "requirements.txt").read_bytes()).hexdigest()
+    (repo / ".venv/setup.stamp").write_text(f"requirements.txt {checksum}  -\n")
+    arguments = {"train.sh": ["data"], "finetune.sh": ["data", "model.pt"], "demo.sh": []}[script]
+    command = ["bash", repo / "scripts" / script, *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path / "here", env=environment, stdout=subprocess.PIPE, text=True)
+    for _ in range(200):
+        if saved.exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == code and saved.read_text() == "begun\nsaved\n"
+
+
+def test_finetune_ends_where_its_training_was_stopped(launch, clusters, tmp_path):
+    write_stub(tmp_path / "stubs" / "python", "#!/bin/sh\nexit 75\n")
+    run = launch("finetune.sh", "data", "model.pt")
+    assert run.code == 75 and run.out == ["cluster -1 (1 of 3)", "stopped: the same command goes on"]
 
 
 @pytest.mark.slow
@@ -423,6 +446,7 @@ def repo(tmp_path) -> Path:
     repo = tmp_path / "a repo"
     shutil.copytree(ROOT / "scripts", repo / "scripts")
     (repo / "requirements.txt").write_text("torch==1\n")
+    (repo / "requirements-workflow.txt").write_text("snakemake==1\n")
     return repo
 
 
@@ -437,6 +461,35 @@ def test_setup_installs_once(launch, repo):
     assert run.code == 0 and setup_steps(run) == ["venv", "pip"]
     assert run.calls[-1].argv[-2:] == ["--requirement", str(repo / "requirements.txt")]
     assert launch(setup).calls == [] and launch(setup).out == []
+
+
+def test_setup_for_workflows(launch, repo):
+    """Their requirements come on top, and stay installed where only the others change."""
+    setup = repo / "scripts" / "setup.sh"
+    run = launch(setup, "workflow")
+    assert run.code == 0 and setup_steps(run) == ["venv", "pip", "pip"]
+    assert [Path(call.argv[-1]).name for call in run.calls[-2:]] == ["requirements.txt", "requirements-workflow.txt"]
+    (repo / "requirements.txt").write_text("torch==2\n")
+    assert setup_steps(launch(setup)) == ["pip"]
+    assert launch(setup, "workflow").calls == [] and launch(setup).calls == []
+    (repo / "requirements-workflow.txt").write_text("snakemake==2\n")
+    assert launch(setup).calls == []
+    (call,) = launch(setup, "workflow").calls
+    assert Path(call.argv[-1]).name == "requirements-workflow.txt"
+    assert_stopped(launch(setup, "workflows"), "workflows is unknown")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="takes another user")
+def test_setup_as_another_user(launch, repo):
+    """Where all is installed there is nothing to write; where not, one line says who has to."""
+    setup = repo / "scripts" / "setup.sh"
+    command = f"exec setpriv --reuid 54321 --regid 54321 --clear-groups bash '{setup}'\n"
+    (repo.parent / "as_nobody.sh").write_text(command)
+    for folder in (repo.parent, *repo.parent.parents[:2]):
+        folder.chmod(0o755)  # pytest's own, of which others see nothing
+    assert_stopped(launch("../as_nobody.sh"), "is not yours to write to", "requirements.txt")
+    launch(setup)
+    assert launch("../as_nobody.sh").code == 0
 
 
 def test_setup_installs_changed_requirements(launch, repo):
