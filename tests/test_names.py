@@ -27,9 +27,9 @@ from scripts import (
     filter_ood,
     prepare_monuseg,
     segment,
-    subset_slides,
     train_segmenter,
 )
+from scripts.experiment import subset_slides
 
 TRAIN = "MoNuSegTrainingData"
 DATA = ("data/MoNuSegTrainingData/images", "data/MoNuSegTrainingData/inst_masks")

@@ -1,5 +1,7 @@
 """
-Make a data folder of a share of the training slides: python scripts/subset_slides.py DATA OUT --percent 20 [--seed 0]
+Make a data folder of a share of the training slides.
+
+    python scripts/experiment/subset_slides.py DATA OUT --percent 20 [--seed 0]
 
 OUT gets the patches of the chosen slides, at least one, as relative links; the test data are one link to DATA's.
 """
@@ -10,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 from guided_diffusion import cli, images

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts import experiment_results as results
+from scripts.experiment import experiment_results as results
 
 
 def put(out, fraction, seed, variant, f1):

@@ -7,7 +7,7 @@ from conftest import write_patches
 
 from guided_diffusion import cli
 from guided_diffusion.images import list_items, slide_of
-from scripts import subset_slides
+from scripts.experiment import subset_slides
 
 
 @pytest.fixture

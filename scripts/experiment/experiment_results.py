@@ -1,5 +1,5 @@
 """
-Sum up scripts/experiment.sh: python scripts/experiment_results.py OUT
+Sum up scripts/experiment.sh: python scripts/experiment/experiment_results.py OUT
 
 Reads OUT/fFRACTION-sSEED/VARIANT/test/metrics.json, as far as they are there. Writes OUT/results.csv, a row a
 segmenter, OUT/results.md, means over the seeds and differences from `real`, with 95 % intervals, and OUT/results.png.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from scipy import stats

@@ -1,0 +1,213 @@
+"""
+Run a workflow of Snakemake in OUT, for pipeline.sh and experiment.sh.
+
+    python scripts/workflow/run.py WORKFLOW.smk RAW OUT [--test_slides] [--parallel N] [flags of snakemake ...]
+
+Settings come from the environment, see the callers. What is known here before anything is written: whether RAW holds
+slides, and whether they have changed, by their content; which files of finished stages have gone, so that those are
+made again. TIME_LIMIT ends the run after so many seconds. A limit, SIGTERM or Ctrl-C reaches all running stages, which
+save what they can; then the exit code is 75, and the same command goes on.
+"""
+
+import argparse
+import contextlib
+import getpass
+import graphlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from guided_diffusion import cli, processes
+from guided_diffusion.histology.slides.annotations import TEST_SPLIT, Slide, find_slides
+
+# The outputs of jobs are seals, whose content decides. Another version of a program does not redo days of training.
+ENGINE = (
+    "--rerun-triggers mtime params input --max-checksum-file-size 1000000000 --rerun-incomplete --nolock "
+    "--show-failed-logs --quiet host progress --retries 0"
+).split()
+# Flags of snakemake that run nothing.
+LOOKS = {"--report", "--dag", "--rulegraph", "--filegraph", "--d3dag", "--summary", "-S", "--detailed-summary", "-D"}
+LOOKS |= {"--list-rules", "-l", "--list-target-rules", "--lt", "--touch", "-t", "--unlock", "--help", "-h", "--version"}
+REMOTE = {"--executor", "-e", "--profile"}
+PLACES = {"--cores", "-c", "--jobs", "-j"}
+GRACE = 60  # seconds from a limit to the end of what does not stop
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workflow", metavar="WORKFLOW.smk", type=Path)
+    parser.add_argument("raw", metavar="RAW", type=Path)
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("--test_slides", action="store_true", help="RAW must hold some")
+    parser.add_argument("--parallel", type=int, default=1, help="stages that may share the machine (default 1)")
+    args, flags = parser.parse_known_args(argv)
+    limit = os.environ.get("TIME_LIMIT") or None
+    if limit is not None and not (limit.isdecimal() and int(limit)):
+        raise ValueError(f"TIME_LIMIT={limit} is not a number of seconds")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"OUT {args.out} is a file: give a folder")
+    names = {flag.partition("=")[0] for flag in flags}
+    slides = find_slides(args.raw) if args.raw.exists() else []
+    if args.test_slides and not any(slide.split == TEST_SPLIT for slide in slides):
+        raise ValueError(f"RAW {args.raw} has no test slides: the experiment needs some")
+    resources = settings(args.parallel, remote=bool(names & REMOTE))
+    environment = {"SDM_RAW": str(args.raw.absolute()), "SDM_SLIDES": checksum(args.raw, slides), **resources}
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(args.workflow.resolve())]
+    command += ["--directory", str(args.out), *ENGINE]
+    if not names & (REMOTE | PLACES):
+        command += ["--cores", environment["SDM_ALL_CORES"]]
+    if not names & REMOTE and environment["SDM_GPUS"]:
+        command += ["--resources", f"gpu={len(environment['SDM_GPUS'].split(','))}"]
+    runner = Runner({**os.environ, **environment}, int(limit) if limit else None, remote=bool(names & REMOTE))
+    gone = [] if names & LOOKS else stages_without_files(args.out)
+    needed = runner.outputs([*command, *flags]) if gone else set()
+    for name in gone:
+        seal = f"stages/{name}.json"
+        if seal in needed:
+            # By itself: what builds on it is done anew only where something else is made this time.
+            print(f"files of {name} have gone: they are made again", flush=True)
+            runner.run([*command, *flags, "--forcerun", seal, "--until", seal])
+    runner.run([*command, *flags])
+
+
+def settings(parallel: int, remote: bool) -> dict[str, str]:
+    """:return: what a stage takes of the machine, for wiring.py and stage.py, as variables of the environment."""
+    cores = len(os.sched_getaffinity(0))
+    gpus = visible_gpus()
+    each = int(os.environ.get("NPROC") or 1)
+    if not remote:
+        each = min(each, len(gpus))
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        each = 0
+    beside = len(gpus) // each if gpus and each else parallel
+    return {
+        "SDM_GPUS": ",".join(gpus),
+        "SDM_GPUS_EACH": str(each),
+        "SDM_ALL_CORES": str(cores),
+        "SDM_CORES": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // beside)),
+        # Threads that wait do so asleep: where anything else runs beside, spinning would slow training tenfold.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY") or "PASSIVE",
+        "LOGNAME": user(),
+    }
+
+
+def user() -> str:
+    """:return: who runs this, which the engine asks for: by a number where the machine knows no name for it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # as in a container that is run with --user
+        return str(os.getuid())
+
+
+def checksum(raw: Path, slides: list[Slide]) -> str:
+    """:return: a checksum of the names, in their folder, and the content of slides."""
+    total = hashlib.sha256()
+    for path in sorted({path for slide in slides for path in (slide.image, slide.annotation)}):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(raw)} {content}\n".encode())
+    return total.hexdigest()
+
+
+def visible_gpus() -> list[str]:
+    """:return: the GPUs that CUDA_VISIBLE_DEVICES names, or all; none where the driver knows of none."""
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    count = sum(line.startswith("GPU ") for line in found.splitlines())
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(count)] if chosen is None else [name for name in chosen.split(",") if name]
+
+
+def stages_without_files(out: Path) -> list[str]:
+    """:return: finished stages some of whose files are missing, or of another size; each after those it builds on."""
+    seals = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (out / "stages").glob("*.json")}
+    order = graphlib.TopologicalSorter({name: seal["made_with"]["given"] for name, seal in seals.items()})
+    return [name for name in order.static_order() if name in seals and not is_whole(seals[name]["files"], out)]
+
+
+def is_whole(listing: dict[str, tuple[int, str]], out: Path) -> bool:
+    """:return: whether the files of a seal are there, by their sizes."""
+    try:
+        return all((out / name).lstat().st_size == size for name, (size, _) in listing.items())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+class Runner:
+    """Runs the engine; a signal or the limit ends it and the stages that it runs."""
+
+    def __init__(self, environment: dict[str, str], limit: int | None, remote: bool) -> None:
+        self.environment, self.remote = environment, remote
+        self.end = time.monotonic() + limit if limit else float("inf")
+        self.stopped = ""
+        self._child: subprocess.Popen | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._signalled)
+
+    def run(self, command: list[str]) -> None:
+        """:raises SystemExit: unless the command ends well."""
+        if not self.stopped:
+            # A session of its own, so that the terminal's Ctrl-C reaches it once, from here.
+            self._child = subprocess.Popen(
+                command,
+                env=self.environment,
+                start_new_session=True,
+                preexec_fn=lambda: processes.end_with_parent(signal.SIGKILL),
+            )
+        code = self._wait() if self._child else 1
+        self._child = None
+        if code and self.stopped:
+            print(f"{self.stopped}: not finished, the same command goes on", flush=True)
+            sys.exit(cli.NOT_FINISHED)
+        if code:
+            sys.exit(code if code > 0 else 128 - code)
+
+    def outputs(self, command: list[str]) -> set[str]:
+        """:return: the outputs of all jobs that have been or would be run, as far as the engine can say."""
+        command = [*command, "--summary", "--quiet", "all"]
+        table = subprocess.run(command, env=self.environment, stdout=subprocess.PIPE, text=True).stdout
+        return {line.partition("\t")[0] for line in table.splitlines()}
+
+    def _wait(self) -> int:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._child.wait(self._left())
+        self._stop(f"TIME_LIMIT={os.environ['TIME_LIMIT']} is over")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._child.wait(GRACE)
+        self._send(signal.SIGKILL)
+        return self._child.wait()
+
+    def _left(self) -> float | None:
+        return None if self.end == float("inf") else max(0.0, self.end - time.monotonic())
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped:  # told twice
+            self._send(signal.SIGKILL)
+        else:
+            self._stop(signal.Signals(number).name)
+
+    def _stop(self, reason: str) -> None:
+        self.stopped = reason
+        # The engine starts nothing more and waits for its jobs, which get the signal, too.
+        self._send(signal.SIGTERM)
+        if self.remote and self._child:
+            self._child.send_signal(signal.SIGINT)  # it cancels the jobs that it has queued
+
+    def _send(self, number: int) -> None:
+        if self._child:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.pid, number)
+
+
+if __name__ == "__main__":
+    cli.run(main)

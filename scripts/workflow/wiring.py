@@ -1,0 +1,52 @@
+"""
+What the rules of both workflows share: how a stage is called, and how much of the machine it takes.
+
+Read by the engine in every process that it starts, on other nodes of a cluster, too; run.py and the callers set the
+SDM_ variables, which travel with the environment.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RAW = os.environ["SDM_RAW"]
+# A checksum of the slides, so that they may move.
+SLIDES = os.environ["SDM_SLIDES"]
+# The interpreter of the programs, and how to start one on several GPUs: as words of a shell.
+PYTHON, LAUNCH = os.environ["SDM_PYTHON"], os.environ["SDM_LAUNCH"]
+# Cores of a training, GPUs of a training, and of what runs on one.
+CORES = int(os.environ["SDM_CORES"])
+GPUS = int(os.environ["SDM_GPUS_EACH"])
+ONE_GPU = min(1, GPUS)
+
+
+def script(name: str) -> str:
+    """:return: a path in the repository, as a word of a shell."""
+    return shlex.quote(str(ROOT / name))
+
+
+def stage(
+    name: str, makes: str, command: str, *, given: str = "{input}", seals: Sequence[str] = (), resumes: bool = False
+) -> str:
+    """
+    :param name: of its seal, stages/NAME.json, and its log.
+    :param makes: the file or folder that it makes, in OUT.
+    :param command: words of a shell; they, as all else here, may hold the engine's {fields}.
+    :param given: seals of the stages that it builds on.
+    :param seals: patterns of what of `makes` must be there in the end, if not all of it.
+    :param resumes: whether it goes on from what it made, which is never deleted then.
+    :return: the shell command of a rule whose params.settings decides what is made. It is one process, which gets the
+        signals that the engine gets.
+    """
+    words = [shlex.quote(sys.executable), script("scripts/workflow/stage.py"), name, "--makes", makes]
+    words += ["--settings={params.settings:q}", "--gpus", "{resources.gpu}", "--log", "{log:q}"]
+    if given:
+        words += ["--given", given]
+    if seals:
+        words += ["--seals", *(f"'{pattern}'" if "*" in pattern else pattern for pattern in seals)]
+    if resumes:
+        words += ["--resumes"]
+    return f"exec {' '.join(words)} -- {command}"

@@ -1,0 +1,316 @@
+"""How the engine runs the pipeline: with stand-ins for its programs, and whole, on toy slides."""
+
+import contextlib
+import csv
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from guided_diffusion import cli
+from guided_diffusion.images import list_items
+from scripts import make_toy_monuseg
+
+pytest.importorskip("snakemake", reason="bash scripts/setup.sh workflow installs it")
+psutil = pytest.importorskip("psutil")  # Snakemake needs it
+ROOT = Path(__file__).resolve().parents[2]
+PIPELINE = ROOT / "scripts" / "pipeline.sh"
+STAND_IN = Path(__file__).with_name("stand_in.py")
+ALL = ["patches", "features", "clusters", "pretrain", "finetune", "samples", "filter", "set"]
+HARDER = ("SIGINT", "SIGKILL", "TIME_LIMIT")
+PROGRAMS = {
+    "prepare_monuseg": "patches",
+    "extract_features": "features",
+    "cluster_patches": "clusters",
+    "image_sample": "samples",
+    "filter_ood": "filter",
+    "assemble_set": "set",
+}
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    make_toy_monuseg.main([str(tmp_path / "raw"), "--train", "3", "--test", "1", "--size", "64"])
+    return tmp_path / "raw"
+
+
+class Toy:
+    """The toy pipeline with stand-ins, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.record = folder, folder / "record"
+        program = folder / "a python"
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {STAND_IN} "$@"\n')
+        program.chmod(0o755)
+        # Nothing of the caller's.
+        self.environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        self.environment |= {"PYTHON": str(program), "ENGINE": sys.executable, "RECORD": str(self.record), "NPROC": "1"}
+
+    def start(self, *arguments: object, **environment: str) -> subprocess.Popen:
+        self.record.unlink(missing_ok=True)
+        return subprocess.Popen(
+            ["bash", PIPELINE, *map(str, arguments)],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, raw: Path | str, out: Path | str, *flags: str, **environment: str) -> tuple[int, str]:
+        """:return: exit code and what was printed."""
+        process = self.start(raw, out, "--toy", *flags, **environment)
+        text = process.communicate(timeout=120)[0]
+        return process.returncode, text
+
+    def done(self, raw: Path | str, out: Path | str, *flags: str, **environment: str) -> list[str]:
+        """:return: the stages that ran, of a run that must end well."""
+        code, text = self.run(raw, out, *flags, **environment)
+        assert code == 0, text
+        return self.stages()
+
+    def stages(self) -> list[str]:
+        """The stages whose programs were called."""
+        lines = self.record.read_text().splitlines() if self.record.exists() else []
+        kinds = {"True": "finetune", "False": "pretrain"}
+        names = [
+            PROGRAMS.get(line.split()[0]) or kinds[str("--init_checkpoint" in line)]
+            for line in lines
+            if not line.startswith("summarise_runs")
+        ]
+        return names
+
+
+@pytest.fixture
+def toy(tmp_path) -> Toy:
+    return Toy(tmp_path)
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """What the stages made: path -> content."""
+    skipped = (".snakemake", "stages", "logs")
+    paths = [path for path in out.rglob("*") if path.is_file() and path.relative_to(out).parts[0] not in skipped]
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(line) for line in (folder / "steps").read_text().split()]
+
+
+@pytest.mark.slow
+def test_only_what_changed_is_done_anew(toy, raw, tmp_path):
+    """One history of an OUT: made, left alone, moved with its slides, with changed settings, slides and files."""
+    assert toy.done(raw, "out") == ALL and steps(tmp_path / "out/pretrain") == list(range(1, 21))
+    logs = {path.name for path in (tmp_path / "out/logs").iterdir()}
+    assert logs == {f"{name}.log" for name in [*ALL[:4], "finetune-0", "samples-0", "filter", "set"]}
+    assert toy.done(raw, "out") == []
+
+    # All times are new, and so is every absolute path.
+    shutil.copytree(raw, tmp_path / "a disk/raw", copy_function=shutil.copy)
+    shutil.copytree(tmp_path / "out", tmp_path / "a disk/out", copy_function=shutil.copy, symlinks=True)
+    shutil.rmtree(raw)
+    shutil.rmtree(tmp_path / "out")
+    raw, out = tmp_path / "a disk/raw", tmp_path / "a disk/out"
+    assert toy.done(raw, out) == []
+    assert toy.done(raw, out, RATIO="0.5") == ["set"]
+    assert toy.done(raw, out, S_VALUES="2", RATIO="0.5") == ["samples", "filter", "set"]
+    assert {path.name for path in (out / "samples/0").iterdir()} == {
+        "ema_0.9_000010_s2",
+        "ema_0.9_000020_s2",
+        "sweep.png",
+    }
+    assert len(list((out / "replaced/samples-0.1").iterdir())) == 5  # two checkpoints at two s, and the picture
+
+    before = content(out)
+    next((out / "patches/MoNuSegTrainingData/images").iterdir()).unlink()
+    shutil.rmtree(out / "set")
+    looked = toy.run(raw, out, "--dry-run", S_VALUES="2", RATIO="0.5")[1]
+    assert "files of patches have gone: they are made again" in looked and toy.stages() == []
+    assert toy.done(raw, out, S_VALUES="2", RATIO="0.5") == ["patches", "set"] and content(out) == before
+
+    slide = next((raw / "MoNuSegTestData").glob("*.tif"))
+    for path in (slide, slide.with_suffix(".xml")):
+        shutil.copy(path, path.with_stem(path.stem.replace("B000", "B007")))
+    code, text = toy.run(raw, out, S_VALUES="2", RATIO="0.5")
+    assert code == 0 and toy.stages() == ALL, text
+    assert "made with other data, and is now replaced/pretrain.1" in text
+    assert (out / "replaced/pretrain.1/ema_0.9_000020.pt").read_bytes() == before["pretrain/ema_0.9_000020.pt"]
+
+
+@pytest.mark.slow
+def test_trainings_go_on_for_longer_but_not_with_other_settings(toy, raw, tmp_path):
+    toy.done(raw, "out")
+    run = tmp_path / "out/finetune-clus0"
+    assert toy.done(raw, "out", FINETUNE_STEPS="30")[:1] == ["finetune"] and steps(run) == list(range(1, 31))
+    assert not (tmp_path / "out/replaced").exists()
+    assert toy.done(raw, "out", LR="1", FINETUNE_STEPS="30") == ["pretrain", "finetune", "samples", "filter", "set"]
+    assert steps(run) == list(range(1, 31))
+    assert {path.name for path in (tmp_path / "out/replaced").iterdir()} == {
+        "pretrain.1",
+        "finetune-clus0.1",
+        "samples-0.1",
+    }
+
+
+@pytest.mark.slow
+def test_other_clusters(toy, raw, tmp_path):
+    """What was made for those that are not asked for any more stays, and need not."""
+    toy.done(raw, "out")
+    assert toy.done(raw, "out", CLUSTERS="1") == ["finetune", "samples", "filter", "set"]
+    shutil.rmtree(tmp_path / "out/finetune-clus0")
+    assert toy.done(raw, "out", CLUSTERS="1") == []
+
+
+@pytest.mark.slow
+def test_unknown_clusters_are_refused_before_the_pretraining(toy, raw):
+    code, text = toy.run(raw, "out", CLUSTERS="0 6")
+    assert code == 1 and "error: CLUSTERS: patches/clusters has no training patches of 6" in text
+    assert toy.stages() == ALL[:3]
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", *(pytest.param(how, marks=pytest.mark.slow) for how in HARDER)])
+def test_what_stops_the_pipeline_stops_its_training_which_saves_and_goes_on(toy, raw, tmp_path, how):
+    out = tmp_path / "out"
+    limit = {"TIME_LIMIT": "20"} if how == "TIME_LIMIT" else {}
+    process = toy.start(raw, "out", "--toy", STEP_SECONDS="5" if limit else "0.5", **limit)
+    wait_for(lambda: (out / "pretrain/steps").exists(), process)
+    if not limit:
+        process.send_signal(getattr(signal, how))
+    text = process.communicate(timeout=60)[0]  # the end of all that it started, which hold its output
+    assert process.returncode == (-signal.SIGKILL if how == "SIGKILL" else cli.NOT_FINISHED), text
+    before = steps(out / "pretrain")
+    assert len(before) < 20 and int((out / "pretrain/state").read_text()) == before[-1]
+    assert toy.done(raw, "out") == ALL[3:]
+    assert steps(out / "pretrain") == list(range(1, 21))  # none twice
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    raise AssertionError("it takes too long")
+
+
+@pytest.mark.slow
+def test_one_run_at_a_time(toy, raw, tmp_path):
+    first = toy.start(raw, "out", "--toy", STEP_SECONDS="1")
+    wait_for((tmp_path / "out/pretrain/steps").exists, first)
+    code, text = toy.run(raw, "out")
+    assert code == 1 and re.search(r"error: stage stages/locks/pretrain is in use by process \d+ on ", text), text
+    first.terminate()
+    first.communicate(timeout=60)
+
+
+def test_a_stage_that_fails_shows_its_log(toy, raw):
+    code, text = toy.run(raw, "out", FAIL="cluster_patches")
+    assert code == 1 and "it was told to fail" in text and "logs/clusters.log" in text
+    assert toy.done(raw, "out") == ALL[2:]
+
+
+def test_slides_that_were_not_drawn_to_the_end_are_drawn_again(toy, tmp_path):
+    assert toy.run("raw", "out", FAIL="make_toy_monuseg")[0] == 1 and not (tmp_path / "raw").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ITERATIONS": "000010 000015"}, "000015 is no multiple of SAVE_INTERVAL=10"),
+        ({"ITERATIONS": "000030"}, "000030 comes after FINETUNE_STEPS=20"),
+        ({"ITERATIONS": "last"}, "last is not a number of steps"),
+        ({"PRETRAIN_STEPS": "many"}, "PRETRAIN_STEPS=many is not a number of steps"),
+        ({"TIME_LIMIT": "soon"}, "TIME_LIMIT=soon is not a number of seconds"),
+        ({"PYTHON": "nowhere/python"}, "PYTHON=nowhere/python is not a program"),
+    ],
+)
+def test_mistakes(toy, tmp_path, raw, environment, message):
+    code, text = toy.run(raw, "out", **environment)
+    assert code == 2 and message in text and text.count("\n") == 1, text
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistaken_places(toy, tmp_path, raw):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ([raw], "usage: bash scripts/pipeline.sh RAW OUT"),
+        (["none", "out"], "RAW none is not a folder"),
+        (["empty", "out"], "empty"),
+        ([raw, "file"], "OUT file is a file"),
+    ):
+        process = toy.start(*arguments)
+        text = process.communicate(timeout=60)[0]
+        assert process.returncode == 2 and message in text and text.count("\n") == 1, text
+    assert not (tmp_path / "out").exists()
+
+
+# ---- for real ----
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> tuple[Path, Path]:
+    """Slides, and what the pipeline makes of them where nothing stops it."""
+    folder = tmp_path_factory.mktemp("real")
+    make_toy_monuseg.main([str(folder / "raw"), "--train", "6", "--test", "2", "--size", "256"])
+    run = start_real(folder / "raw", folder / "out")
+    assert run.wait(timeout=1500) == 0, (folder / "out.log").read_text()[-3000:]
+    return folder / "raw", folder / "out"
+
+
+def start_real(raw: Path, out: Path) -> subprocess.Popen:
+    env = {**os.environ, "PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
+    with open(f"{out}.log", "a") as log:
+        return subprocess.Popen(["bash", PIPELINE, raw, out, "--toy"], env=env, stdout=log, stderr=log)
+
+
+@pytest.mark.slow
+def test_real_programs_make_a_set(real):
+    _, out = real
+    items, real_items = list_items(str(out / "set"), "monuseg"), list_items(str(out / "patches"), "monuseg")
+    with open(out / "set" / "manifest.csv", newline="") as file:
+        sources = [row["source"] for row in csv.DictReader(file)]
+    assert sources.count("real") == len(real_items) == 96 and sources.count("synthetic") == len(items) - 96 == 10
+
+
+@pytest.mark.slow
+def test_killed_at_random_until_done_equals_an_uninterrupted_run(real, tmp_path):
+    """With SIGTERM, and as by a power cut: all processes at once."""
+    raw, whole = real
+    rng, out, stops = random.Random(0), tmp_path / "out", 0
+    while True:
+        process = start_real(raw, out)
+        try:
+            code = process.wait(timeout=rng.uniform(4, 30) if stops < 5 else 1500)
+            break
+        except subprocess.TimeoutExpired:
+            stops += 1
+        everything = [*psutil.Process(process.pid).children(recursive=True), process]
+        for victim in everything if stops % 2 else [process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill() if stops % 2 else victim.terminate()
+        assert process.wait(timeout=300) == (-signal.SIGKILL if stops % 2 else cli.NOT_FINISHED)
+    assert code == 0 and stops == 5, Path(f"{out}.log").read_text()[-3000:]
+    assert not (out / "replaced").exists()
+    made, expected = (comparable(folder) for folder in (out, whole))
+    assert made.keys() == expected.keys()
+    assert [name for name in made if made[name] != expected[name]] == []
+
+
+def comparable(out: Path) -> dict[str, bytes]:
+    """What the stages made, but for records of times and of where OUT lies."""
+    kinds = (".png", ".tif", ".pt", ".npz")
+    named = ("samples/", "filtered/", "set/")
+    return {
+        name: data
+        for name, data in content(out).items()
+        if name.endswith(kinds) or (name.startswith(named) and name.endswith(".csv"))
+    }
