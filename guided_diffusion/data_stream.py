@@ -166,6 +166,6 @@ def _as_it_is(order: _Order) -> _Order:
 
 
 def _finished(dataset: BatchSource, rooms: list[Room], orders: Iterator[_Order]) -> Iterator[tuple[th.Tensor, dict]]:
-    pin = th.cuda.is_available()
+    pin = dist_util.dev().type == "cuda"
     for order in orders:
         yield dataset.finish(order.keys, rooms[order.room], pin)

@@ -1,7 +1,6 @@
 """Which device to compute on, and in which precision. For the core and histology alike; knows nothing of ranks."""
 
 import os
-import shutil
 import subprocess
 import warnings
 from pathlib import Path
@@ -58,30 +57,29 @@ def find_device(text: str = "auto", number: int = 0) -> th.device:
 
 def _listed_gpus() -> list[str]:
     """The GPUs that the driver lists, as "GPU 0: NVIDIA A100 (UUID: ...)"; none where the user has hidden them."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles") or not _driver_tool():
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles") or not shutil.which(
+        _DRIVER_TOOL
+    ):
         return []
     return [line for line in _ask_driver("-L") if line.startswith("GPU ")]
 
 
 def _unusable(gpus: list[str]) -> str:
     built = f"CUDA {th.version.cuda}" if th.version.cuda else "no CUDA, for CPUs only"
-    driver = next(iter(_ask_driver("--query-gpu=driver_version", "--format=csv,noheader") if gpus else []), "")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    answer = _ask_driver("--query-gpu=driver_version", "--format=csv,noheader") if gpus else []
+    details = [f"driver {line}" for line in answer[:1] if line.replace(".", "").isdecimal()]
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        details.append(f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}")
     there = f"nvidia-smi lists {len(gpus)} GPU{'s' * (len(gpus) > 1)}" if gpus else "there is no GPU"
-    details = [f"driver {driver}"] * bool(driver) + [f"CUDA_VISIBLE_DEVICES={hidden}"] * (hidden is not None)
     return (
         f"{there}{' (' + ', '.join(details) + ')' if details else ''}, but torch {th.__version__}, which was built for "
         f"{built}, can use none: install a torch that fits the driver, or give --device cpu"
     )
 
 
-def _driver_tool() -> str | None:
-    return shutil.which("nvidia-smi")
-
-
 def _ask_driver(*arguments: str) -> list[str]:
     try:
-        answer = subprocess.run([_driver_tool(), *arguments], capture_output=True, text=True, timeout=60)
+        answer = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return []
     return answer.stdout.splitlines() if answer.returncode == 0 else []
