@@ -191,7 +191,7 @@ class PatchCore:
         :param fraction: the share that is kept, in (0, 1]; max_bank: its largest size.
         :param seed: of the projection to 128 dimensions.
         """
-        pca = PCA(svd_solver="covariance_eigh").fit(features.double().cpu().numpy())
+        pca = PCA(svd_solver="covariance_eigh").fit(features.cpu().double().numpy())
         variances = pca.explained_variance_
         used = variances > max(_FLAT * variances[0], 1e-30)
         mean, whiten = (

@@ -67,7 +67,8 @@ def test_numba_without_a_folder_to_cache_in(tmp_path, monkeypatch):
         "import numba\n\n@numba.njit(cache=True)\ndef one():\n    return 1\n\nclass UMAP:\n    one = one\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "umap", raising=False)
+    monkeypatch.setitem(sys.modules, "umap", None)  # which is undone in the end, also where there was none
+    del sys.modules["umap"]
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(package / "__init__.py" / "none"))
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "/dev/null")
