@@ -128,8 +128,8 @@ class UNetModel(nn.Module):
 
     def convert_to(self, dtype: th.dtype, weights: bool = False) -> None:
         """
-        Compute in this dtype from now on. The time embedding and the last layer stay in fp32, and the encoder's group
-        norms; those of the decoder sum in fp32, see SPADEGroupNorm.
+        Compute in this dtype from now on. The time embedding and the last layer stay in fp32, as do the group norms but
+        for those of SPADE, see SPADEGroupNorm.
 
         :param weights: also store the convolutions' weights so: half the memory, for inference only.
         """

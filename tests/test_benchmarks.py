@@ -5,6 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TINY as TINY_MODEL
+
+import image_sample
+from guided_diffusion import checkpoint
+from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
 
 FOLDER = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
 TINY = ["--config", "tiny", "--batch_size", "2", "--repeats", "1"]
@@ -12,7 +17,7 @@ TINY = ["--config", "tiny", "--batch_size", "2", "--repeats", "1"]
 
 def rows(script, *flags):
     """The cells of a benchmark's first table, by their row's name."""
-    command = [sys.executable, FOLDER / script, *TINY, *flags]
+    command = [sys.executable, FOLDER / script, *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [line.strip("| ").split(" | ") for line in done.stdout.split("\n\n")[0].splitlines() if line[:1] == "|"]
@@ -22,7 +27,7 @@ def rows(script, *flags):
 
 @pytest.mark.slow
 def test_sampling():
-    table, output = rows("benchmark_sampling.py", "--rounds", "1", "--end_to_end", "2")
+    table, output = rows("benchmark_sampling.py", *TINY, "--rounds", "1", "--end_to_end", "2")
     first, *fp32 = [name for name in table if not name.startswith("bfloat16")]
     assert first == "plain float32" and len(fp32) == 4
     assert all(float(table[name]["largest deviation"]) < 1e-5 for name in fp32)
@@ -31,5 +36,16 @@ def test_sampling():
 
 @pytest.mark.slow
 def test_training():
-    table, _ = rows("benchmark_training.py", "--max_steps", "1")
+    table, _ = rows("benchmark_training.py", *TINY, "--max_steps", "1")
     assert len(table) >= 5 and all(float(row["s a step"]) > 0 for row in table.values())
+
+
+@pytest.mark.slow
+def test_samplers(data_dir, tmp_path):
+    args = image_sample.create_argparser().parse_args(TINY_MODEL)
+    model, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    checkpoint.save(model.state_dict(), str(tmp_path), "model000001.pt")
+    paths = ["--data_dir", str(data_dir), "--model_path", str(tmp_path / "model000001.pt"), "--use_train", "True"]
+    flags = [*TINY_MODEL, "--num_samples", "3", "--timestep_respacing", "4", "--num_steps", "3"]
+    table, _ = rows("compare_samplers.py", *paths, *flags)
+    assert len(table) == 6 and table["ddpm, 4 steps, again"]["over the chain's own"] == "1.00"

@@ -54,10 +54,10 @@ def nuclei_agreement(image: np.ndarray, inst: np.ndarray) -> float:
 @th.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     """Sample, compare, print a table."""
-    args = image_sample.resolve(sys.argv[1:] if argv is None else argv)
+    args, (model_path, *_) = image_sample.resolve(sys.argv[1:] if argv is None else argv)
     spec = condition_spec(vars(args))
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
-    checkpoint.load_weights(model, args.model_path)
+    checkpoint.load_weights(model, model_path)
     device = dist_util.dev()
     model.to(device).eval().convert_to(compute_dtype(args.use_fp16, device, args.precision), weights=True)
     dataset = load_dataset(
