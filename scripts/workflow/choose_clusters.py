@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write")
     parser.add_argument("labels", metavar="LABEL", nargs="*", help="clusters, each a folder of CLUSTERS")
     args = parser.parse_args(argv)
-    files.write_json(args.out, args.labels or [largest(args.clusters)])
     for label in args.labels:
         if not (args.clusters / label / TRAIN_SPLIT).is_dir():
             raise ValueError(f"CLUSTERS: {args.clusters} has no training patches of {label}: choose another label")
+    files.write_json(args.out, args.labels or [largest(args.clusters)])
 
 
 def largest(clusters: Path) -> str:

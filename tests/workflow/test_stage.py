@@ -1,0 +1,114 @@
+"""One stage: what it seals, what it clears away, which GPUs it gets; and what the run before it decides."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from guided_diffusion import cli
+from scripts.workflow import choose_clusters, run
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGE = ROOT / "scripts" / "workflow" / "stage.py"
+
+
+def start(folder: Path, name: str, *words: str, **environment: str) -> subprocess.Popen:
+    """Start a stage: flags, --, command."""
+    command = [sys.executable, STAGE, name, "--log", "logs/log", *words]
+    env = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def stage(folder: Path, name: str, *words: str, **environment: str) -> tuple[int, str]:
+    process = start(folder, name, *words, **environment)
+    return process.wait(timeout=60), process.stderr.read()
+
+
+def test_a_seal_names_files_and_what_they_were_made_with(tmp_path):
+    assert stage(
+        tmp_path, "one", "--makes", "a", "--settings=x", "--", "bash", "-c", "mkdir a; echo 1 >a/b; touch a/.lock"
+    ) == (0, "")
+    seal = json.loads((tmp_path / "stages/one.json").read_text())
+    assert seal["made_with"] == {"settings": "x", "given": {}} and not seal["resumes"]
+    assert seal["files"] == {"a/b": [2, "4355a46b19d348dc2f57c046f8ef63d4538ebb936000f3c9ee954a27460dd865"]}
+    assert run.stages_without_files(tmp_path) == []
+    (tmp_path / "a/b").write_text("123")
+    assert run.stages_without_files(tmp_path) == ["one"]
+
+
+def test_files_that_have_gone_are_found_in_the_order_of_the_stages(tmp_path):
+    for name, given in (("zero", []), ("middle", ["stages/zero.json"]), ("also", ["stages/middle.json"])):
+        assert stage(tmp_path, name, "--makes", name, "--given", *given, "--", "touch", name) == (0, "")
+        (tmp_path / name).unlink()
+    assert run.stages_without_files(tmp_path) == ["zero", "middle", "also"]
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_room_is_made_where_something_else_was_begun(tmp_path, resumes):
+    flags = ["--makes", "model", *(["--resumes"] if resumes else [])]
+    add = ["--", "bash", "-c", "mkdir -p model; echo x >>model/steps"]
+    for settings, lines in (("a", 1), ("a", 2), ("b", 1)):
+        code, said = stage(tmp_path, "train", *flags, f"--settings={settings}", *add)
+        assert code == 0 and len((tmp_path / "model/steps").read_text().split()) == lines
+    assert ("is now replaced/model.1" in said) == resumes
+    assert (tmp_path / "replaced/model.1/steps").exists() == resumes
+
+
+def test_what_ends_without_its_goal(tmp_path):
+    code, said = stage(tmp_path, "train", "--makes", "m", "--seals", "m/*.pt", "--", "mkdir", "m")
+    assert code == 2 and said == "error: train ended without m/*.pt: remove m to have it made anew\n"
+    assert not (tmp_path / "stages/train.json").exists()
+    assert stage(tmp_path, "train", "--makes", "m", "--", "bash", "-c", "exit 75")[0] == cli.NOT_FINISHED
+
+
+def test_stages_at_once_get_gpus_of_their_own(tmp_path):
+    """Two of three that need two GPUs each wait, since there are three."""
+    show = ["--", "bash", "-c", 'echo "$CUDA_VISIBLE_DEVICES" >$0; sleep 1']
+    began = time.monotonic()
+    stages = [
+        start(tmp_path, name, "--makes", name, "--gpus", count, *show, name, SDM_GPUS="0,GPU-b,2")
+        for name, count in (("a", "1"), ("b", "2"), ("c", "2"))
+    ]
+    assert [process.wait(timeout=60) for process in stages] == [0, 0, 0]
+    given = [set((tmp_path / name).read_text().strip().split(",")) for name in "abc"]
+    assert [len(names) for names in given] == [1, 2, 2] and set.union(*given) <= {"0", "GPU-b", "2"}
+    assert time.monotonic() - began > 2  # b and c cannot run at once
+    code, _ = stage(tmp_path, "d", "--makes", "d", "--gpus", "1", *show, "d", SDM_GPUS="0", SLURM_JOB_ID="7")
+    assert code == 0 and (tmp_path / "d").read_text() == "\n"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "parallel", "each", "cores"),
+    [("", "", 1, "0", 8), ("", "", 3, "0", 2), ("0,1", "2", 1, "2", 8), ("0,1", "1", 12, "1", 4)],
+)
+def test_what_a_training_takes(monkeypatch, tmp_path, gpus, processes, parallel, each, cores):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\n" + "".join(f"echo GPU {name}: A\n" for name in gpus.split(",") if name))
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setenv("NPROC", processes)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = run.settings(parallel, remote=False)
+    assert (found["SDM_GPUS_EACH"], found["SDM_CORES"], found["SDM_GPUS"]) == (each, str(cores), gpus)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert run.settings(parallel, remote=False)["SDM_CORES"] == "3"
+
+
+def test_the_largest_cluster_or_those_that_are_named(tmp_path):
+    for label, count in (("-1", 5), ("0", 2), ("1", 3)):
+        folder = tmp_path / label / "MoNuSegTrainingData" / "images"
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{number}.png").touch()
+    for labels, expected in (([], ["1"]), (["0", "-1"], ["0", "-1"])):
+        choose_clusters.main([str(tmp_path), str(tmp_path / "out"), *labels])
+        assert json.loads((tmp_path / "out").read_text()) == expected
+    with pytest.raises(ValueError, match="has no training patches of 2"):
+        choose_clusters.main([str(tmp_path), str(tmp_path / "new"), "2"])
+    assert not (tmp_path / "new").exists()
