@@ -18,7 +18,7 @@ VOCABULARY = {
     "where to write to": ("--results_path", {"--out", "--output"}),
     "trained model to use": ("--model_path", {"--segmenter", "--model", "--checkpoint"}),
     "share of the slides held out": ("--val_share", {"--held_out"}),
-    "share of the data to use": ("--subsample", {"--percent"}),
+    "share of the data to use": ("--subsample", {"--share"}),
     "steps between validations": ("--val_interval", {"--eval_interval"}),
     "steps of a training": ("--max_steps", {"--steps"}),
     "steps of a sampler": ("--num_steps", {"--sampling_steps"}),
@@ -88,6 +88,6 @@ def test_a_device_is_chosen_alike(name):
 
 
 def test_seeds_and_shares_are_numbers():
-    types = {"--seed": int, "--val_share": float, "--subsample": float, "--batch_size": int, "--num_workers": int}
+    types = {"--seed": int, "--val_share": float, "--batch_size": int, "--num_workers": int}
     for name, action in FLAGS:
         assert action.type in (types.get(action.option_strings[0], action.type),), f"{name}: {action.option_strings}"

@@ -5,7 +5,6 @@ Reads OUT/fFRACTION-sSEED/VARIANT/test/metrics.json, as far as they are there. W
 segmenter, OUT/results.md, means over the seeds and differences from `real`, with 95 % intervals, and OUT/results.png.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -43,7 +42,7 @@ class Row(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the experiment")
     args = parser.parse_args(argv)
     rows = read_rows(args.out)

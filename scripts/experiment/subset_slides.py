@@ -1,7 +1,7 @@
 """
 Make a data folder of a share of the training slides.
 
-    python scripts/experiment/subset_slides.py DATA OUT --percent 20 [--seed 0]
+    python scripts/experiment/subset_slides.py DATA OUT --subsample 0.2 [--seed 0]
 
 OUT gets the patches of the chosen slides, at least one, as relative links; the test data are one link to DATA's.
 """
@@ -21,15 +21,28 @@ from guided_diffusion.files import LOCK, replace_folder
 LAYOUT = images.LAYOUTS["monuseg"]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def create_argparser() -> argparse.ArgumentParser:
+    parser = cli.FlagParser(description=__doc__)
     parser.add_argument("data", metavar="DATA", type=Path, help="data folder with MoNuSegTrainingData")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
-    parser.add_argument("--percent", type=float, required=True, help="of the slides, in (0, 100]")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds choose equal slides (default 0)")
-    args = parser.parse_args(argv)
+    share = parser.add_mutually_exclusive_group(required=True)
+    share.add_argument(
+        "--subsample", dest="percent", metavar="SHARE", type=per_cent, help="share of the slides, in (0, 1]"
+    )
+    share.add_argument("--percent", type=float, help="deprecated spelling of --subsample, in per cent")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds choose equal slides")
+    return parser
+
+
+def per_cent(share: str) -> float:
+    """:return: a share in per cent, without the rounding of the product: 29 of 0.29."""
+    return round(100 * float(share), 9)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
     if not 0 < args.percent <= 100:
-        raise ValueError(f"--percent {args.percent:g} must lie in (0, 100]")
+        raise ValueError(f"--subsample {args.percent / 100:g} must lie in (0, 1]")
     items = images.list_items(str(args.data), "monuseg")
     names = {images.slide_of(item.stem) for item in items}
     slides = images.draw_slides(names, max(1, math.floor(len(names) * args.percent / 100 + 0.5)), args.seed)

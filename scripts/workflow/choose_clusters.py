@@ -5,7 +5,6 @@ CLUSTERS is a folder that cluster_patches.py made, OUT a file of JSON. Without L
 training patches; noise, -1, is none.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__)
     parser.add_argument("clusters", metavar="CLUSTERS", type=Path, help="folder that cluster_patches.py made")
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write")
     parser.add_argument("labels", metavar="LABEL", nargs="*", help="clusters, each a folder of CLUSTERS")

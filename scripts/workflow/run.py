@@ -9,7 +9,6 @@ made again. TIME_LIMIT ends the run after so many seconds. A limit, SIGTERM or C
 save what they can; then the exit code is 75, and the same command goes on.
 """
 
-import argparse
 import contextlib
 import getpass
 import graphlib
@@ -42,12 +41,12 @@ GRACE = 60  # seconds from a limit to the end of what does not stop
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__)
     parser.add_argument("workflow", metavar="WORKFLOW.smk", type=Path)
     parser.add_argument("raw", metavar="RAW", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--test_slides", action="store_true", help="RAW must hold some")
-    parser.add_argument("--parallel", type=int, default=1, help="stages that may share the machine (default 1)")
+    parser.add_argument("--parallel", type=int, default=1, help="stages that may share the machine")
     args, flags = parser.parse_known_args(argv)
     limit = os.environ.get("TIME_LIMIT") or None
     if limit is not None and not (limit.isdecimal() and int(limit)):

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__)
     parser.add_argument("name", metavar="NAME", help="the seal is stages/NAME.json")
     parser.add_argument("--makes", type=Path, required=True, help="file or folder that the stage makes, alone")
     parser.add_argument("--seals", metavar="PATTERN", nargs="+", help="what of it must be there in the end, if not all")

@@ -38,9 +38,16 @@ def test_links_are_relative_and_a_second_run_changes_nothing(data, tmp_path):
     assert {path: path.readlink() for path in links} == links
 
 
+def test_a_share_chooses_what_its_per_cents_do(data, tmp_path):
+    subset_slides.main([str(data), str(tmp_path / "share"), "--subsample", "0.29"])
+    subset(data, tmp_path / "percent", 29)
+    names = [sorted(path.name for path in (tmp_path / name).rglob("*")) for name in ("share", "percent")]
+    assert names[0] == names[1] and subset_slides.per_cent("0.29") == 29
+
+
 @pytest.mark.parametrize(
     ("name", "percent", "message"),
-    [("out", 0, "--percent 0"), ("out", 101, "--percent 101"), ("data", 40, "OUT .*data (holds|is)")],
+    [("out", 0, "--subsample 0 must"), ("out", 101, "--subsample 1.01 must"), ("data", 40, "OUT .*data (holds|is)")],
 )
 def test_mistakes(data, tmp_path, capsys, name, percent, message):
     with pytest.raises(SystemExit) as stop:
