@@ -4,8 +4,9 @@ import argparse
 import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 
-from guided_diffusion import checkpoint, cli, dist_util, logger
+from guided_diffusion import checkpoint, cli, dist_util, logger, signals
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.histology.features.embeddings import load_features
@@ -28,9 +29,7 @@ from guided_diffusion.sweep import Sweep, find_checkpoints, parse_interval, pars
 from guided_diffusion.unet import UNetModel
 
 # What decides how a run is carried out, and not what it writes.
-HOW = (
-    "batch_size num_workers device results_path num_samples spade_cache compile overwrite dry_run use_checkpoint"
-).split()
+HOW = "batch_size num_workers device results_path num_samples spade_cache compile overwrite dry_run use_checkpoint"
 
 FLAGS = {
     "data": DataOptions,
@@ -61,12 +60,8 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     args = parser.parse_args(argv)
     if args.dry_run and not args.model_path:
         return args, []
-
-    def find() -> tuple[list[str], dict]:
-        paths = find_checkpoints(args.model_path)
-        return paths, checkpoint.load_config(paths[0]) or {}
-
-    paths, config = dist_util.from_rank_0(find)
+    paths = dist_util.from_rank_0(lambda: find_checkpoints(args.model_path))
+    config = dist_util.from_rank_0(lambda: checkpoint.load_config(paths[0])) or {}
     # How colours were shuffled in training is part of what the condition means, though no weight depends on it.
     fields = (*checkpoint.MODEL_FIELDS, "preserve_nuclei_col")
     known = {name: config[name] for name in fields if name in config and name in vars(args)}
@@ -96,10 +91,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_files(args: argparse.Namespace, model: UNetModel, weights: list[str], run: dict) -> None:
-    """
-    :raises ValueError: where results cannot go to --results_path, or weights are of another model or other flags.
-        Collective.
-    """
+    """Collective. :raises ValueError: where results cannot go to --results_path, or weights are of another model."""
 
     def check() -> None:
         check_results_path(args.results_path, args.data_dir, args.appearance_dir)
@@ -133,6 +125,18 @@ def ready(model: UNetModel, args: argparse.Namespace) -> UNetModel:
     return model
 
 
+def sample(sweep: Sweep, load_model: Callable[[str], UNetModel], run: dict, args: argparse.Namespace) -> None:
+    """Sample, as the only run in the results folder. Collective."""
+    with contextlib.ExitStack() as stack:
+        dist_util.from_rank_0(lambda: stack.enter_context(claimed(args.results_path, run, args.overwrite)))
+        try:
+            sweep.run(load_model)
+        except signals.Stopped as stop:
+            logger.log("what has been sampled stays: the same command goes on")
+            stop.code = cli.NOT_FINISHED
+            raise
+
+
 def main(argv: list[str] | None = None) -> None:
     """
     Flags -> objects -> run.
@@ -160,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps({**vars(args), "condition_channels": spec.channel_names}, indent=2))
         return dist_util.shutdown()
 
-    run = {name: value for name, value in vars(args).items() if name not in HOW}
+    run = {name: value for name, value in vars(args).items() if name not in HOW.split()}
     check_files(args, model, [*checkpoints, *filter(None, [args.guide_path])], run)
     dataset = load_conditions(args, spec)
     ready(model, args)
@@ -187,9 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(plan) == diffusion.original_num_steps > 25:
         times = len(plan) / 25
         logger.log(f"{len(plan)} steps a sample; --sampler dpmpp_2m_sde --num_steps 25 is {times:.0f} times faster")
-    with contextlib.ExitStack() as stack:
-        dist_util.from_rank_0(lambda: stack.enter_context(claimed(args.results_path, run, args.overwrite)))
-        sweep.run(load_model)
+    sample(sweep, load_model, run, args)
     dist_util.shutdown()
 
 

@@ -71,6 +71,14 @@ class StopRequest:
     ) -> None:
         self._handled.__exit__(kind, error, trace)
 
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """In a with block inside this one, a request is raised as Stopped, also one that came before."""
+        with raised():
+            if self:
+                raise Stopped(signal.Signals[self.name])
+            yield
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         again = self.name == "SIGINT" and number == signal.SIGINT
         if again and time.monotonic() > self._since + _ONE_CTRL_C_S:

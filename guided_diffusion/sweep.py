@@ -21,6 +21,7 @@ from .image_datasets import NucleiDataset
 from .pictures import draw_grid
 from .results import ResultFolder, folder_name, unique_stems
 from .sampling_plan import SamplingPlan, to_uint8
+from .signals import StopRequest
 from .spade import Condition
 from .unet import UNetModel
 
@@ -131,6 +132,7 @@ class Sweep:
             come to a checkpoint, at different times, and not for all: it must not be collective.
         :raises ValueError: where an earlier run made other samples.
         :raises OSError: where not all that was sampled is there in the end.
+        :raises signals.Stopped: where this rank is asked to stop, which costs the batch at hand.
         """
         pending = dist_util.from_rank_0(self._take_up)
         total, left = self.count * len(pending), sum(map(len, pending.values()))
@@ -138,10 +140,10 @@ class Sweep:
             logger.log(f"{total - left} of {total} samples are finished already")
         batches = dealing.cut(pending, self.batch_size, dist_util.world_size())
         dealt = dealing.dealt(batches, self.dataset, self.num_workers)
-        with dist_util.progress_bar(total=left, desc="sampling", unit="image") as bar:
+        with dist_util.progress_bar(total=left, desc="sampling", unit="image") as bar, StopRequest() as stop:
             with BackgroundWriter() as writer:
                 for path, own in itertools.groupby(dealt, lambda item: item[0].checkpoint):
-                    for made in self._sample_from(load_model(path), own, writer):
+                    for made in self._sample_from(load_model(path), own, writer, stop):
                         bar.update(made - bar.n)
             dist_util.barrier()
             bar.update(left - bar.n)
@@ -184,7 +186,11 @@ class Sweep:
         self._draw()
 
     def _sample_from(
-        self, model: UNetModel, own: Iterable[tuple[dealing.Batch, th.Tensor, dict]], writer: BackgroundWriter
+        self,
+        model: UNetModel,
+        own: Iterable[tuple[dealing.Batch, th.Tensor, dict]],
+        writer: BackgroundWriter,
+        stop: StopRequest,
     ) -> Iterator[int]:
         """Sample batches of one checkpoint; :return: an iterator over how many samples all ranks have made, about."""
         device = dist_util.dev()
@@ -198,7 +204,8 @@ class Sweep:
             null = self._null(model, y, zeros, cache)
             y = _kept(model, y, cache)
             for scale, wanted in batch.wanted.items():
-                samples = to_uint8(self._sample(model, y, null, scale, batch.numbers))
+                with stop.raised():  # nowhere else, so that no worker process is left in the middle of a word
+                    samples = to_uint8(self._sample(model, y, null, scale, batch.numbers))
                 for i, k in enumerate(batch.numbers):
                     if k not in wanted:
                         continue

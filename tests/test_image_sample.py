@@ -352,6 +352,30 @@ def test_killed_at_random_moments(data_dir, two_models, tmp_path):
     assert_same(snapshot(tmp_path / "out"), snapshot(calm))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_goes_on_later(data_dir, model_path, tmp_path, number):
+    options = ["--num_samples", "16", "--batch_size", "1", "--num_workers", "1"]
+    calm = run(data_dir, model_path, tmp_path / "calm", *options)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        launched(1, *flags(data_dir, model_path, out, *options)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list(out.glob("samples/*.png")):
+        time.sleep(0.01)
+    os.killpg(process.pid, number)  # as a terminal and a batch system do, its workers, too
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the same command goes on" in printed
+    assert errors.endswith(f"stopped by {number.name}\n") and "Traceback" not in errors
+    assert 0 < len(ResultFolder(out).finished()) < 16
+    run(data_dir, model_path, out, *options)
+    assert_same(snapshot(out), snapshot(calm))
+
+
 def test_two_runs_at_once(data_dir, model_path, tmp_path):
     """The second is told who uses the folder, before it changes anything, and the first goes on undisturbed."""
     options = ["--num_samples", "16", "--batch_size", "1"]
