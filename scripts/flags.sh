@@ -121,6 +121,6 @@ workflow() {
     LAUNCH[-1]=$(realpath -s -- "$python")
     printf -v SDM_PYTHON '%q' "${LAUNCH[-1]}"
     printf -v SDM_LAUNCH '%q ' "${LAUNCH[@]}"
-    export SDM_PYTHON SDM_LAUNCH PYTHON=${LAUNCH[-1]}
+    export SDM_PYTHON SDM_LAUNCH NPROC PYTHON=${LAUNCH[-1]}
     exec "$ENGINE" "$ROOT/scripts/workflow/run.py" "$ROOT/scripts/$1" "${@:2}"
 }

@@ -211,6 +211,15 @@ def test_one_run_at_a_time(toy, raw, tmp_path):
     first.communicate(timeout=60)
 
 
+def test_a_training_takes_all_gpus_unless_it_is_told_how_many(toy, raw, tmp_path):
+    for name, text in (("nvidia-smi", "echo GPU 0: A; echo GPU 1: A"), ("engine", "echo $NPROC $SDM_LAUNCH")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"ENGINE": str(tmp_path / "engine"), "PATH": f"{tmp_path}:{os.environ['PATH']}", "MPIEXEC": "env"}
+    assert toy.run(raw, "out", NPROC="", **environment)[1].startswith("2 env -n 2 ")
+    assert toy.run(raw, "out", NPROC="1", **environment)[1].startswith(f"1 {tmp_path}/a\\ python")
+
+
 def test_a_stage_that_fails_shows_its_log(toy, raw):
     code, text = toy.run(raw, "out", FAIL="cluster_patches")
     assert code == 1 and "it was told to fail" in text and "logs/clusters.log" in text
