@@ -50,6 +50,13 @@ class ConditionSpec(Options):
             )
 
     @classmethod
+    def for_data(cls, **flags: bool | int) -> "ConditionSpec":
+        """Make the layout where no model says how many channels or classes there are; num_classes may be missing."""
+        given = {**cls.flags(), **flags}
+        channels = 1 + given["use_hv_map"] + given["in_channels"] * given["use_col_map"] + (not given["no_instance"])
+        return cls(**{"num_classes": 1 << 30 if given["class_cond"] else channels, **flags})
+
+    @classmethod
     def of(cls, cond: dict[str, th.Tensor], channels: int, in_channels: int = 3) -> "ConditionSpec":
         """
         Tell the layout from a batch's parts and the channels of the condition that a model was made for.
@@ -115,15 +122,6 @@ class ConditionSpec(Options):
                 "ids count from 0; raise --num_classes or fix the mask"
             )
 
-    def room(self, size: int) -> dict[str, tuple[tuple[int, ...], type]]:
-        """:return: the parts that encode makes of a sample of size x size pixels: name -> (shape, dtype)."""
-        parts = {"class_map": ((size, size), np.int32), "instance": ((1, size, size), np.int32)}
-        if self.use_hv_map:
-            parts["hv_map"] = (2, size, size), np.float32
-        if self.use_col_map:
-            parts["colours"] = (self.in_channels, size, size), np.uint8
-        return parts
-
     def encode(
         self,
         image: np.ndarray,
@@ -131,12 +129,10 @@ class ConditionSpec(Options):
         inst_map: np.ndarray,
         rng: np.random.Generator,
         preserve_nuclei_col: bool = False,
-        *,
         hv_map: np.ndarray | None = None,
-        out: dict[str, np.ndarray],
-    ) -> None:
+    ) -> dict[str, np.ndarray]:
         """
-        Make one sample's parts, after all cropping and turning, in few bytes; decode makes a batch's tensors of them.
+        Make one sample's parts, after all cropping and turning, in as few bytes as hold them.
 
         :param image: the appearance, an [in_channels x H x W] uint8 array.
         :param class_map: an [H x W] integer array: class ids with class_cond, else non-zero in nuclei.
@@ -144,57 +140,39 @@ class ConditionSpec(Options):
         :param rng: shuffles the colour map.
         :param preserve_nuclei_col: shuffle colours within nuclei and within background apart, by the structure's mask.
         :param hv_map: what hv_planes makes of inst_map, where that is known already.
-        :param out: arrays as room describes them, which are filled.
+        :return: "label": a [2 x H x W] fp32 HV map, or a [1 x H x W] uint8 mask of 0 and 1, or [1 x H x W] int32
+            classes; "instance": [1 x H x W] int32; with use_col_map "col_map": [in_channels x H x W] uint8;
+            "label_ori": the class map, [H x W] int32.
         """
-        out["class_map"][...] = class_map
-        out["instance"][0] = inst_map
+        classes = class_map.astype(np.int32)
         if self.use_hv_map:
-            out["hv_map"][...] = hv_planes(inst_map) if hv_map is None else hv_map
+            label = hv_planes(inst_map) if hv_map is None else hv_map
+        else:
+            label = classes[None] if self.class_cond else (classes != 0)[None].astype(np.uint8)
+        parts = {"label": label, "instance": inst_map[None].astype(np.int32), "label_ori": classes}
         if self.use_col_map:
             order = shuffled_order(class_map.shape, class_map != 0 if preserve_nuclei_col else None, rng)
-            flat = (len(image), -1)
-            # "clip" alone lets NumPy write into `out` directly; no place is out of range.
-            np.take(image.reshape(flat), order, axis=1, out=out["colours"].reshape(flat), mode="clip")
+            parts["col_map"] = np.take(image.reshape(len(image), -1), order, axis=1).reshape(image.shape)
+        return parts
 
     # ---- a batch, torch ----
-
-    def decode(self, parts: dict[str, th.Tensor], pin: bool = False) -> dict[str, th.Tensor]:
-        """
-        Make a batch's tensors, in memory of their own.
-
-        :param parts: what encode gives, batched.
-        :param pin: make them in page-locked memory.
-        :return: "label": [N x 2 x H x W] fp32 HV maps, or [N x 1 x H x W] fp32 0/1 masks, or [N x 1 x H x W] int64
-            classes; "instance": [N x 1 x H x W] int32; with use_col_map "col_map": [N x in_channels x H x W] fp32
-            in [-1, 1]; "label_ori": the class maps, [N x H x W] int64.
-        """
-        classes = parts["class_map"].numpy()
-        if self.use_hv_map:
-            label = copied(parts["hv_map"].numpy(), th.float32, pin)
-        elif self.class_cond:
-            label = copied(classes[:, None], th.int64, pin)
-        else:
-            label = copied(classes[:, None] != 0, th.float32, pin)
-        cond = {"label": label, "instance": copied(parts["instance"].numpy(), th.int32, pin)}
-        if self.use_col_map:
-            cond["col_map"] = as_signed(parts["colours"].numpy(), pin)
-        return {**cond, "label_ori": copied(classes, th.int64, pin)}
 
     def assemble(self, cond: dict[str, th.Tensor]) -> th.Tensor:
         """
         Make y from a batch of parts.
 
-        :param cond: what decode gives: "label", "instance" and, with use_col_map, "col_map".
+        :param cond: what encode gives, batched: "label", "instance" and, with use_col_map, "col_map", which may be in
+            [-1, 1] already.
         :return: an [N x channels x H x W] fp32 tensor on the parts' device.
         """
         label = cond["label"]
         if self.class_cond:
-            structure = F.one_hot(label[:, 0], self.num_classes).permute(0, 3, 1, 2)
+            structure = F.one_hot(label[:, 0].long(), self.num_classes).permute(0, 3, 1, 2)
         else:
             structure = label
         parts = {"structure": structure}
         if self.use_col_map:
-            parts["colour"] = cond["col_map"]
+            parts["colour"] = as_signed(cond["col_map"])
         if not self.no_instance:
             parts["edge"] = instance_edges(cond["instance"])
         return th.cat([parts[part].float() for part in self._layout if part in parts], dim=1)
@@ -257,22 +235,12 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 
-# By NumPy, which takes one thread: Torch would take as many as there are cores, from the workers.
-
-
-def copied(values: np.ndarray, dtype: th.dtype, pin: bool = False) -> th.Tensor:
-    """:return: an array's values as a tensor of its own, in page-locked memory if `pin`."""
-    tensor = th.empty(values.shape, dtype=dtype, pin_memory=pin)
-    tensor.numpy()[...] = values
-    return tensor
-
-
-def as_signed(values: np.ndarray, pin: bool = False) -> th.Tensor:
-    """:return: uint8 values as an fp32 tensor in [-1, 1], in page-locked memory if `pin`."""
-    tensor = th.empty(values.shape, dtype=th.float32, pin_memory=pin)
-    out = np.divide(values, np.float32(127.5), out=tensor.numpy())
-    np.subtract(out, np.float32(1), out=out)
-    return tensor
+def as_signed(values: th.Tensor) -> th.Tensor:
+    """:return: uint8 values as an fp32 tensor in [-1, 1], on their device; what is no uint8 is returned as it is."""
+    if values.dtype != th.uint8:
+        return values
+    # By a tensor: by a number, GPUs multiply with its reciprocal, which rounds otherwise.
+    return values / th.full((), 127.5, device=values.device) - 1
 
 
 def hv_planes(inst_map: np.ndarray) -> np.ndarray:

@@ -1,35 +1,32 @@
-"""Batches without end: one seeded stream of samples, shared out over ranks, made by worker processes. Knows a data set
-only as what makes samples by their keys."""
+"""Batches without end: one seeded stream of samples, shared out over ranks, read by worker processes. Knows a data set
+only as what gives samples by their keys."""
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import contextlib
+import errno
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
 import torch as th
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
-from . import dist_util, signals
+from . import dist_util, signals, streams
 
 PREFETCH = 2  # batches that each worker prepares ahead
 
 Key = tuple[int, int]  # (epoch, index)
-Room = dict[str, th.Tensor]
 
 
-class BatchSource(Protocol):
+class Source(Protocol):
     """What a stream needs of a data set; see image_datasets.NucleiDataset."""
 
     def __len__(self) -> int: ...
 
+    def __getitem__(self, key: Key) -> tuple: ...
+
     def prepare(self) -> None: ...
 
-    def room(self, count: int) -> Room: ...
-
-    def write(self, keys: list[Key], room: Room) -> None: ...
-
-    def finish(self, keys: list[Key], room: Room, pin: bool = False) -> tuple[th.Tensor, dict]: ...
+    def share_memory(self, processes: int) -> None: ...
 
 
 class StreamSampler(Sampler):
@@ -54,21 +51,20 @@ class StreamSampler(Sampler):
         self.start = start
         self.shuffle = shuffle
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Key]:
         position = self.start + self.rank
         current, order = -1, np.arange(self.length)
         while True:
             epoch, place = divmod(position, self.length)
             if self.shuffle and epoch != current:
-                # The third number keeps these draws apart from every sample's.
-                order = np.random.default_rng([self.seed, epoch, self.length]).permutation(self.length)
+                order = streams.rng("order of the data", self.seed, epoch).permutation(self.length)
                 current = epoch
             yield epoch, int(order[place])
             position += self.world_size
 
 
 def stream(
-    dataset: BatchSource,
+    dataset: Source,
     batch_size: int,
     *,
     deterministic: bool = False,
@@ -79,13 +75,13 @@ def stream(
     """
     Make an endless iterator over this rank's batches of a data set.
 
-    :param dataset: makes the samples.
+    :param dataset: gives a sample for a key.
     :param batch_size: samples a batch, on this rank.
     :param deterministic: go through the items in order rather than shuffled.
     :param start: how many samples all ranks together have already seen.
-    :param num_workers: processes that read and prepare; 0 does it in this one.
-    :return: what dataset.finish gives.
-    :raises ValueError: where a rank has not as many images as a batch, or workers lack shared memory.
+    :param num_workers: see read_batches.
+    :return: see read_batches.
+    :raises ValueError: where a rank has not as many images as a batch.
     """
     rank, world_size = dist_util.rank(), dist_util.world_size()
     shard = len(dataset) // world_size
@@ -101,71 +97,76 @@ def stream(
     sampler = StreamSampler(
         len(dataset), rank=rank, world_size=world_size, seed=seed, start=start, shuffle=not deterministic
     )
-    # When the loader asks for a batch, at most the last one it gave out is still to be finished, besides those ahead.
-    rooms = [dataset.room(batch_size) for _ in range(num_workers * PREFETCH + 1)]
-    if num_workers:
-        _share(rooms, num_workers)
+    return read_batches(dataset, BatchSampler(sampler, batch_size, drop_last=False), num_workers)
+
+
+def read_batches(
+    dataset: Dataset, batches: Iterable[list[Key]], num_workers: int, ahead: int = PREFETCH
+) -> Iterator[tuple[th.Tensor, dict]]:
+    """
+    Read batches, in their order; what is the matter with a file shows when its batch is due.
+
+    :param batches: the keys of each.
+    :param num_workers: processes that read and prepare; 0 does it in this one. They end with the iterator, or with this
+        process.
+    :param ahead: batches that each worker prepares before they are asked for.
+    :return: what the samples are, collated; in page-locked memory where there are GPUs.
+    :raises ValueError, OSError: by the data set; ValueError where workers lack shared memory.
+    """
     loader = DataLoader(
-        _Writer(dataset, rooms),
-        batch_size=None,
-        sampler=_orders(iter(sampler), batch_size, len(rooms)),
+        _Reported(dataset),
+        batch_sampler=batches,
         num_workers=num_workers,
-        prefetch_factor=PREFETCH if num_workers else None,
-        collate_fn=_as_it_is,
-        worker_init_fn=signals.leave_to_parent,
+        prefetch_factor=ahead if num_workers else None,
+        collate_fn=_collate,
+        worker_init_fn=_prepare_worker,
+        pin_memory=dist_util.dev().type == "cuda",
+        generator=th.Generator(),  # else the loader draws from the global one
     )
-    return _finished(dataset, rooms, iter(loader))
+    with contextlib.ExitStack() as closing:
+        try:
+            reader = iter(loader)
+            if num_workers:
+                # By name, since an error's traceback would keep the reader, and with it the workers, for good.
+                closing.callback(reader._shutdown_workers)
+            for batch in reader:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+        except (RuntimeError, OSError) as error:
+            full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "shared memory" in str(error)
+            if not num_workers or not full:
+                raise
+            raise ValueError(
+                f"--num_workers {num_workers}: shared memory is full: give --num_workers 0, a smaller --batch_size, or "
+                "the container a larger --shm-size"
+            ) from None
 
 
-# ---- from workers to this process ----
+class _Reported(Dataset):
+    """
+    A data set whose mistakes are values: raised in a worker, they would come with its traceback in their text.
 
-# Fresh shared memory costs more than all the work on a sample, so there are a few rooms for a batch each, used in turn.
-# Workers leave compact parts there; this process makes them the tensors of a batch.
+    :param dataset: the data set.
+    """
 
-
-@dataclass(frozen=True)
-class _Order:
-    """What a worker is to do: make these samples, in this room."""
-
-    room: int
-    keys: list[Key]
-
-
-class _Writer(Dataset):
-    """Carries out orders."""
-
-    def __init__(self, dataset: BatchSource, rooms: list[Room]) -> None:
+    def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
-        self.rooms = rooms
 
-    def __getitem__(self, order: _Order) -> _Order:
-        self.dataset.write(order.keys, self.rooms[order.room])
-        return order
-
-
-def _orders(keys: Iterator[Key], batch_size: int, rooms: int) -> Iterator[_Order]:
-    for number in itertools.count():
-        yield _Order(number % rooms, list(itertools.islice(keys, batch_size)))
+    def __getitem__(self, key: Key) -> tuple | Exception:
+        try:
+            return self.dataset[key]
+        except (ValueError, OSError) as error:
+            return error
 
 
-def _share(rooms: list[Room], num_workers: int) -> None:
-    """Move rooms into memory that worker processes see."""
-    tensors = [tensor for room in rooms for tensor in room.values()]
-    try:
-        for tensor in tensors:
-            tensor.share_memory_()
-    except RuntimeError as error:
-        raise ValueError(
-            f"--num_workers {num_workers}: no {sum(tensor.nbytes for tensor in tensors) >> 20} MiB of shared memory "
-            f"({error}): give --num_workers 0, a smaller --batch_size, or the container a larger --shm-size"
-        ) from None
+def _collate(samples: list) -> tuple | Exception:
+    return next((sample for sample in samples if isinstance(sample, Exception)), None) or default_collate(samples)
 
 
-def _as_it_is(order: _Order) -> _Order:
-    return order
-
-
-def _finished(dataset: BatchSource, rooms: list[Room], orders: Iterator[_Order]) -> Iterator[tuple[th.Tensor, dict]]:
-    pin = dist_util.dev().type == "cuda"
-    for order in orders:
-        yield dataset.finish(order.keys, rooms[order.room], pin)
+def _prepare_worker(worker: int) -> None:
+    signals.leave_to_parent(worker)
+    info = th.utils.data.get_worker_info()
+    share_memory = getattr(info.dataset.dataset, "share_memory", None)
+    if share_memory:
+        share_memory(info.num_workers)

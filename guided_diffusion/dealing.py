@@ -5,9 +5,10 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch as th
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from . import dist_util, signals
+from . import dist_util
+from .data_stream import read_batches
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,5 @@ def _loaded(batches: Sequence[Batch], dataset: Dataset, num_workers: int) -> Ite
             yield [divmod(k, len(dataset)) for k in batches[place].numbers]
 
     if batches:
-        ahead = 1 if num_workers else None
-        options = dict(num_workers=num_workers, prefetch_factor=ahead, worker_init_fn=signals.leave_to_parent)
-        for images, cond in DataLoader(dataset, batch_sampler=keys(), **options):
+        for images, cond in read_batches(dataset, keys(), num_workers, ahead=1):
             yield own.popleft(), images, cond

@@ -10,14 +10,15 @@ import torch as th
 from scipy import ndimage
 from torch.utils.data import Dataset
 
-from . import data_util, dist_util
+from . import data_util, dist_util, streams
 from .conditioning import ConditionSpec, as_rgb, as_signed, hv_planes
 from .data_stream import Key, stream
 from .image_transforms import center_crop, random_crop, random_flip_turn
 from .images import Item, list_images, list_items, read_image, read_inst_mask, read_mask, slide_of, split_slides
 from .stains import jitter_stains
 
-# Decoded files and HV maps are kept in memory up to this many bytes a process; MoNuSeg's patches take 0.6 GB.
+# Decoded files and HV maps are kept in memory up to this many bytes; MoNuSeg's patches take 0.6 GB. Worker processes
+# begin with what is there when they are started, and share out what is left.
 CACHE_BYTES = 2 << 30
 
 
@@ -114,7 +115,7 @@ class NucleiDataset(Dataset):
         self.seed = seed
         self._cache: dict[int, Sample] = {}
         self._hv_maps: dict[int, np.ndarray] = {}
-        self._cached_bytes = 0
+        self._cached_bytes, self._limit = 0, CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self.items)
@@ -134,7 +135,7 @@ class NucleiDataset(Dataset):
 
     def _takes(self, nbytes: int) -> bool:
         """Whether the cache has room for so much more, which then counts as taken."""
-        if self._cached_bytes + nbytes > CACHE_BYTES:
+        if self._cached_bytes + nbytes > self._limit:
             return False
         self._cached_bytes += nbytes
         return True
@@ -160,30 +161,18 @@ class NucleiDataset(Dataset):
             self._hv_maps[index] = hv_map
         return self._hv_maps[index]
 
-    def room(self, count: int) -> dict[str, th.Tensor]:
-        """:return: memory for `count` samples as write leaves them there, by part: [count x ...] tensors."""
-        size = self.image_size
-        parts = {"image": ((self.spec.in_channels, size, size), np.uint8), **self.spec.room(size)}
-        # Torch's memory, and not NumPy's, can be shared with worker processes.
-        return {
-            name: th.empty((count, *shape), dtype=th.from_numpy(np.empty(0, dtype)).dtype)
-            for name, (shape, dtype) in parts.items()
-        }
+    def share_memory(self, processes: int) -> None:
+        """Let this process, one of as many that began with what is kept now, keep its share of what may be added."""
+        self._limit = self._cached_bytes + (self._limit - self._cached_bytes) // processes
 
-    def write(self, keys: list[Key], room: dict[str, th.Tensor]) -> None:
+    def __getitem__(self, key: Key) -> tuple[np.ndarray, dict]:
         """
-        Make samples, all but what takes many bytes and little work.
-
-        :param keys: (epoch, index) of each.
-        :param room: what `room` gave for as many samples.
+        :param key: (epoch, index).
+        :return: the appearance, [C x H x W] uint8, and a dict: the parts that ConditionSpec.encode makes; "path" and
+            "structure_path", the images that appearance and structure come from; "index".
         """
-        arrays = {name: tensor.numpy() for name, tensor in room.items()}
-        for place, key in enumerate(keys):
-            self._write(key, {name: array[place] for name, array in arrays.items()})
-
-    def _write(self, key: Key, out: dict[str, np.ndarray]) -> None:
         epoch, index = key
-        rng = np.random.default_rng([self.seed, epoch, index])
+        rng = streams.rng("augmentation", self.seed, epoch, index) if self.augment or self.stain_jitter else None
         source = int(self.appearance[index])
         structure = self.read(index)
         if source == index:
@@ -193,39 +182,14 @@ class NucleiDataset(Dataset):
             (image,) = self._cut((self.read(source).image,), rng)
         if self.stain_jitter:
             image = jitter_stains(image, self.stain_jitter, rng)
-        out["image"][...] = image.transpose(2, 0, 1)
+        image = image.transpose(2, 0, 1).copy()
+        colours = streams.rng("colour map", self.seed, epoch, index)
         hv_map = self._hv_map(index, inst_map)
-        self.spec.encode(out["image"], class_map, inst_map, rng, self.preserve_nuclei_col, hv_map=hv_map, out=out)
+        parts = self.spec.encode(image, class_map, inst_map, colours, self.preserve_nuclei_col, hv_map)
+        paths = {"path": self.appearance_of(index), "structure_path": self.items[index].image}
+        return image, {**parts, **paths, "index": index}
 
-    def finish(self, keys: list[Key], room: dict[str, th.Tensor], pin: bool = False) -> tuple[th.Tensor, dict]:
-        """
-        Make a batch of what `write` wrote; its tensors do not share memory with the room.
-
-        :param pin: make them in page-locked memory.
-        :return: the appearance images, [N x C x H x W] fp32 in [-1, 1], and a dict: "label", "instance", "col_map"
-            and "label_ori" as ConditionSpec.decode gives them; "path" and "structure_path", lists of the images that
-            appearance and structure come from; "index", [N] int64.
-        """
-        indices = [index for _, index in keys]
-        return as_signed(room["image"].numpy(), pin), {
-            **self.spec.decode(room, pin),
-            "path": [self.appearance_of(index) for index in indices],
-            "structure_path": [self.items[index].image for index in indices],
-            "index": th.tensor(indices),
-        }
-
-    def __getitem__(self, key: Key) -> tuple[th.Tensor, dict]:
-        """
-        :param key: (epoch, index).
-        :return: one sample, as finish gives batches of them: [C x H x W], and "path", "structure_path" and "index" as
-            str, str and int.
-        """
-        room = self.room(1)
-        self.write([key], room)
-        batch, cond = self.finish([key], room)
-        return batch[0], {**{name: part[0] for name, part in cond.items()}, "index": key[1]}
-
-    def _cut(self, arrays: tuple[np.ndarray, ...], rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    def _cut(self, arrays: tuple[np.ndarray, ...], rng: np.random.Generator | None) -> tuple[np.ndarray, ...]:
         if self.augment:
             return random_flip_turn(random_crop(arrays, self.image_size, rng), rng)
         return center_crop(arrays, self.image_size)
@@ -253,7 +217,10 @@ def load_dataset(
     part: str = "",
 ) -> NucleiDataset:
     """
-    Make a data set and read every file once, shared out over the ranks, so that what is wrong shows now. Collective.
+    Make a data set. Collective.
+
+    As many files are read as memory keeps, shared out over the ranks, so that what is wrong shows now; the others are
+    checked when they are read. Where images are matched, every file is.
 
     :param data_dir: see list_items; so are dataset_mode and is_train.
     :param subsample: use only this share of the items.
@@ -303,7 +270,7 @@ def load_dataset(
             return np.mean(sample.inst_map > 0) if unmasked else data_util.area_properties(sample.inst_map)
         return data_util.stain_descriptor(as_rgb(sample.image)) if match_app and vectors is None else None
 
-    described = _read_all(dataset, describe)
+    described = _read(dataset, describe, everything=match_struct or (match_app and vectors is None))
     if not items:
         return dataset
     slides = [slide_of(item.stem) for item in items] if match_other_slide else None
@@ -312,7 +279,7 @@ def load_dataset(
         estimates = data_util.nuclear_shares(histograms, [slide_of(item.stem) for item in unmasked])
         dataset.appearance = len(items) + data_util.match_shares(np.array(described[: len(items)]), estimates, seed)
     elif unmasked:
-        dataset.appearance = len(items) + np.random.default_rng(seed).integers(len(unmasked), size=len(items))
+        dataset.appearance = len(items) + streams.rng("appearances", seed).integers(len(unmasked), size=len(items))
     elif match_struct:
         total_area, med_area = np.array(described).T
         dataset.appearance = data_util.match_struct(total_area, med_area, seed, slides)
@@ -323,12 +290,19 @@ def load_dataset(
     return dataset
 
 
-def _read_all(dataset: NucleiDataset, describe: Callable[[int], object]) -> list:
-    """Read every source once, each by one rank; :return: what `describe` says of each, on every rank. Collective."""
+def _read(dataset: NucleiDataset, describe: Callable[[int], object], everything: bool) -> list:
+    """
+    Read sources, each by one rank. Collective.
+
+    :param everything: else no more than memory keeps, by the size of the first.
+    :return: what `describe` says of each, on every rank.
+    """
     rank, world_size = dist_util.rank(), dist_util.world_size()
 
     def read_share() -> list:
         share = range(rank, len(dataset.sources), world_size)
+        if not everything and share:
+            share = share[: max(1, CACHE_BYTES // dataset.read(share[0]).nbytes)]
         with ThreadPoolExecutor(2) as pool:
             bar = dist_util.progress_bar(
                 pool.map(describe, share), total=len(share), desc="reading", unit="image", delay=1
@@ -336,7 +310,7 @@ def _read_all(dataset: NucleiDataset, describe: Callable[[int], object]) -> list
             return list(bar)
 
     shares = dist_util.all_gather(dist_util.agree(read_share))
-    return [shares[i % world_size][i // world_size] for i in range(len(dataset.sources))]
+    return [shares[i % world_size][i // world_size] for i in range(len(dataset.sources))] if everything else []
 
 
 def load_data(
@@ -345,25 +319,41 @@ def load_data(
     dataset_mode: str,
     batch_size: int,
     image_size: int,
-    spec: ConditionSpec,
+    class_cond: bool = False,
     deterministic: bool = False,
+    random_crop: bool = True,
+    random_flip: bool = True,
+    is_train: bool = True,
+    spec: ConditionSpec | None = None,
     start: int = 0,
     num_workers: int = 0,
     seed: int = 0,
     **options,
 ) -> Iterator[tuple[th.Tensor, dict]]:
     """
-    Make an endless iterator over this rank's batches.
+    Make an endless iterator over this rank's batches, as the reference's function of this name does: for scripts that
+    were written for it. Collective.
 
-    :param batch_size: samples a batch, on this rank.
-    :param spec: the condition's layout.
-    :param deterministic: go through the items in order rather than shuffled.
-    :param start: how many samples all ranks together have already seen.
-    :param num_workers: processes that read and prepare; 0 does it in this one.
-    :param options: see load_dataset; so are the other parameters.
-    :return: batches as NucleiDataset describes them: images [N x C x H x W] in [-1, 1], and a dict.
+    :param random_crop: without effect, as there in the modes that are left; so is random_flip. `augment` does both.
+    :param spec: the condition's layout, in place of class_cond and flags among the options.
+    :param options: ConditionSpec's flags, but num_classes is not needed; load_dataset's parameters. The others are
+        stream's.
+    :return: images, [N x C x H x W] fp32 in [-1, 1], and a dict of ConditionSpec.encode's parts, "col_map" likewise.
     """
+    flags = {name: options.pop(name) for name in ConditionSpec.flags() if name in options}
+    spec = spec or ConditionSpec.for_data(**flags, class_cond=class_cond)
     dataset = load_dataset(
-        data_dir=data_dir, dataset_mode=dataset_mode, image_size=image_size, spec=spec, seed=seed, **options
+        data_dir=data_dir,
+        dataset_mode=dataset_mode,
+        image_size=image_size,
+        spec=spec,
+        is_train=is_train,
+        seed=seed,
+        **options,
     )
-    return stream(dataset, batch_size, deterministic=deterministic, start=start, num_workers=num_workers, seed=seed)
+    order = dict(deterministic=deterministic, start=start, num_workers=num_workers, seed=seed)
+    return (_as_there(batch, cond) for batch, cond in stream(dataset, batch_size, **order))
+
+
+def _as_there(batch: th.Tensor, cond: dict) -> tuple[th.Tensor, dict]:
+    return as_signed(batch), {name: as_signed(part) if name == "col_map" else part for name, part in cond.items()}

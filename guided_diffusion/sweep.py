@@ -210,7 +210,7 @@ class Sweep:
                     if k not in wanted:
                         continue
                     parts = dict(
-                        image=to_uint8(images[i : i + 1])[0],
+                        image=images[i].permute(1, 2, 0).numpy(),
                         label=cond["label_ori"][i].numpy(),
                         cond=pictures[i],
                         sample=samples[i],

@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from . import checkpoint, dist_util, logger, streams
 from .checkpoint_sets import take_up
 from .checkpointer import BEST, Checkpointer
-from .conditioning import ConditionSpec
+from .conditioning import ConditionSpec, as_signed
 from .ema import Ema
 from .fp16_util import MixedPrecisionTrainer, compute_dtype
 from .gaussian_diffusion import GaussianDiffusion
@@ -257,7 +257,7 @@ class TrainLoop:
             y = self._condition(cond, part, dropped)
             with self._gradients_shared(last=part is parts[-1]):
                 losses = self.diffusion.training_losses(
-                    self.ddp_model, self._moved(batch[part]), t, model_kwargs={"y": y}, noise=noise
+                    self.ddp_model, as_signed(self._moved(batch[part])), t, model_kwargs={"y": y}, noise=noise
                 )
                 self.mp_trainer.backward((losses["loss"] * weights).sum() / len(batch))
             self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from . import dist_util, streams
-from .conditioning import ConditionSpec, as_rgb
+from .conditioning import ConditionSpec, as_rgb, as_signed
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import NucleiDataset
 from .meters import LossMeter
@@ -51,7 +51,7 @@ class Validation:
         """Images and conditions of some samples, by their numbers modulo the data set's length."""
         images, cond = default_collate([self.dataset[0, k % len(self.dataset)] for k in numbers])
         tensors = {name: value.to(device) for name, value in cond.items() if th.is_tensor(value)}
-        return images.to(device), self.spec.assemble(tensors)
+        return as_signed(images.to(device)), self.spec.assemble(tensors)
 
     @th.no_grad()
     def losses(self, model: UNetModel) -> dict[str, float]:

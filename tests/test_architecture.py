@@ -37,7 +37,7 @@ RANKS = {
     "conditioning": 1,
     "ema": 1,
     "pictures": 1,
-    "dealing": 1,
+    "dealing": 2,
     "meters": 1,
     "fp16_util": 1,
     "spade": 1,

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch as th
+from torch.utils.data import default_collate
 
 from guided_diffusion.conditioning import ConditionSpec, as_signed, instance_edges, shuffled_order
 from guided_diffusion.hv_maps import gen_instance_hv_map
@@ -23,11 +24,9 @@ def example(size=16, channels=3, seed=0):
     return image, (inst > 0).astype(np.uint8) * 255, inst
 
 
-def decoded(spec, image, class_map, inst, rng, preserve=False):
-    """A batch of one: what encode and decode make of [H x W (x C)] arrays."""
-    parts = {name: np.empty(shape, dtype) for name, (shape, dtype) in spec.room(len(inst)).items()}
-    spec.encode(image.transpose(2, 0, 1), class_map, inst, rng, preserve, out=parts)
-    return spec.decode({name: th.from_numpy(part)[None] for name, part in parts.items()})
+def encoded(spec, image, class_map, inst, rng, preserve=False):
+    """One sample's parts as a batch."""
+    return default_collate([spec.encode(image.transpose(2, 0, 1), class_map, inst, rng, preserve)])
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_it_is_told_from_a_batch_and_the_models_channels(structure, no_instance,
 
 def test_assembled_in_the_reference_order():
     image, class_map, inst = example()
-    y = README.assemble(decoded(README, image, class_map, inst, np.random.default_rng(3)))
+    y = README.assemble(encoded(README, image, class_map, inst, np.random.default_rng(3)))
     assert y.shape == (1, 6, 16, 16) and y.dtype == th.float32
     np.testing.assert_array_equal(y[0, :2].permute(1, 2, 0), gen_instance_hv_map(inst))
     colours = ((y[0, 2:5] + 1) * 127.5).round().to(th.uint8).permute(1, 2, 0).reshape(-1, 3).numpy()
@@ -98,7 +97,7 @@ def test_mask_is_zero_one_whatever_is_stored():
     image, class_map, inst = example()
     spec = ConditionSpec(num_classes=2)
     for stored in (class_map, class_map // 255):
-        y = spec.assemble(decoded(spec, image, stored, inst, np.random.default_rng(0)))
+        y = spec.assemble(encoded(spec, image, stored, inst, np.random.default_rng(0)))
         np.testing.assert_array_equal(y[0, 0], inst > 0)
 
 
@@ -106,7 +105,7 @@ def test_one_hot_classes_then_edge_then_colour():
     image, _, inst = example()
     classes = np.where(inst == 7, 2, (inst > 0).astype(int)).astype(np.uint8)
     spec = ConditionSpec(class_cond=True, num_classes=3, use_col_map=True)
-    y = spec.assemble(decoded(spec, image, classes, inst, np.random.default_rng(0)))
+    y = spec.assemble(encoded(spec, image, classes, inst, np.random.default_rng(0)))
     for k in range(3):
         np.testing.assert_array_equal(y[0, k], classes == k)
     np.testing.assert_array_equal(y[0, 3], instance_edges(th.from_numpy(inst)[None, None])[0, 0])
@@ -154,44 +153,49 @@ def test_shuffle_depends_on_the_generator_alone():
 def test_the_colour_map_is_the_image_in_that_order(preserve, channels):
     image, class_map, inst = example(channels=channels)
     spec = ConditionSpec(use_col_map=True, num_classes=2 + channels, in_channels=channels)
-    cond = decoded(spec, image, class_map, inst, np.random.default_rng(4), preserve)
+    cond = encoded(spec, image, class_map, inst, np.random.default_rng(4), preserve)
     order = shuffled_order(inst.shape, class_map != 0 if preserve else None, np.random.default_rng(4))
     shuffled = image.reshape(-1, channels)[order].reshape(image.shape)
-    np.testing.assert_array_equal(cond["col_map"][0], shuffled.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
+    np.testing.assert_array_equal(cond["col_map"][0], shuffled.transpose(2, 0, 1))
 
 
 def test_a_known_hv_map_is_taken():
     image, class_map, inst = example()
-    parts = {name: np.empty(shape, dtype) for name, (shape, dtype) in README.room(16).items()}
     known = np.full((2, 16, 16), 0.25, np.float32)
-    README.encode(image.transpose(2, 0, 1), class_map, inst, np.random.default_rng(0), hv_map=known, out=parts)
-    np.testing.assert_array_equal(parts["hv_map"], known)
+    parts = README.encode(image.transpose(2, 0, 1), class_map, inst, np.random.default_rng(0), hv_map=known)
+    np.testing.assert_array_equal(parts["label"], known)
 
 
-def test_decoded_parts():
-    """Types, values, and memory of their own: the parts' may be used again."""
+def test_compact_parts():
     image, _, inst = example()
     classes = np.where(inst == 7, 2, (inst > 0).astype(int)).astype(np.uint8)
     spec = ConditionSpec(class_cond=True, num_classes=3, use_col_map=True)
-    parts = {name: np.empty((1, *shape), dtype) for name, (shape, dtype) in spec.room(16).items()}
-    out = {name: part[0] for name, part in parts.items()}
-    spec.encode(image.transpose(2, 0, 1), classes, inst, np.random.default_rng(0), out=out)
-    cond = spec.decode({name: th.from_numpy(part) for name, part in parts.items()})
-    for part in parts.values():
-        part.fill(0)
+    cond = encoded(spec, image, classes, inst, np.random.default_rng(0))
     for name, (shape, dtype, values) in {
-        "label": ((1, 1, 16, 16), th.int64, classes),
-        "label_ori": ((1, 16, 16), th.int64, classes),
+        "label": ((1, 1, 16, 16), th.int32, classes),
+        "label_ori": ((1, 16, 16), th.int32, classes),
         "instance": ((1, 1, 16, 16), th.int32, inst),
     }.items():
         assert cond[name].shape == shape and cond[name].dtype == dtype, name
         np.testing.assert_array_equal(cond[name].reshape(16, 16), values)
-    assert cond["col_map"].dtype == th.float32 and len(cond["col_map"].unique()) > 100
+    assert cond["col_map"].dtype == th.uint8
+    mask = encoded(ConditionSpec(num_classes=2), image, classes, inst, np.random.default_rng(0))["label"]
+    assert mask.dtype == th.uint8 and mask.max() == 1
+
+
+@pytest.mark.parametrize("use_hv_map", [False, True])
+@pytest.mark.parametrize("others", [{}, {"use_col_map": True}, {"no_instance": True, "in_channels": 1}])
+def test_a_layout_without_a_model(use_hv_map, others):
+    flags = {**others, "use_hv_map": use_hv_map, "class_cond": False}
+    spec = ConditionSpec.for_data(**flags)
+    assert spec == ConditionSpec(**flags, num_classes=spec.channels)
+    assert ConditionSpec.for_data(**others, class_cond=True).class_cond
 
 
 def test_every_grey_level():
     levels = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(as_signed(levels), levels.astype(np.float32) / 127.5 - 1)
+    np.testing.assert_array_equal(as_signed(th.from_numpy(levels)), levels.astype(np.float32) / 127.5 - 1)
+    assert as_signed(th.tensor([0.5])) == 0.5
 
 
 def test_drop():
@@ -221,7 +225,7 @@ def test_split_is_the_inverse_of_assemble():
 def test_no_nucleus_at_all():
     image, _, _ = example()
     empty = np.zeros((16, 16), np.int32)
-    y = README.assemble(decoded(README, image, empty, empty, np.random.default_rng(0), True))
+    y = README.assemble(encoded(README, image, empty, empty, np.random.default_rng(0), True))
     assert (y[:, [0, 1, 5]] == 0).all()
     README.render(y)
 
@@ -239,7 +243,7 @@ def test_render(flags, panels):
     spec = ConditionSpec(**flags)
     image, class_map, inst = example(channels=spec.in_channels)
     class_map = class_map // 255 if spec.class_cond else class_map
-    y = spec.assemble(decoded(spec, image, class_map, inst, np.random.default_rng(0)))
+    y = spec.assemble(encoded(spec, image, class_map, inst, np.random.default_rng(0)))
     (picture,) = spec.render(y)
     assert picture.shape == (16, 16 * panels, 3) and picture.dtype == np.uint8
     if not spec.class_cond:

@@ -1,15 +1,20 @@
 """The order of the data, and that workers and ranks change nothing about it."""
 
 import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
-import torch as th
 from conftest import assert_same_batch
 
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import StreamSampler, stream
-from guided_diffusion.image_datasets import load_data, load_dataset
+from guided_diffusion.image_datasets import load_dataset
 
+ROOT = Path(__file__).resolve().parents[1]
 SPEC = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
 
 
@@ -18,9 +23,9 @@ def dataset(data_dir, **options):
     return load_dataset(**{**defaults, **options})
 
 
-def batches(data_dir, count, **options):
-    defaults = dict(data_dir=str(data_dir), dataset_mode="monuseg", image_size=32, spec=SPEC, batch_size=4)
-    return list(itertools.islice(load_data(**{**defaults, **options}), count))
+def batches(data_dir, count, batch_size=4, **options):
+    order = {name: options.pop(name) for name in ("num_workers", "start") if name in options}
+    return list(itertools.islice(stream(dataset(data_dir, **options), batch_size, **order), count))
 
 
 def keys(count, **options):
@@ -52,19 +57,70 @@ def test_in_order_when_deterministic():
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_workers_change_nothing(data_dir, augment):
-    """Not in more batches than there are rooms for in shared memory, either, all of them kept."""
     alone, helped = (batches(data_dir, 13, num_workers=workers, augment=augment) for workers in (0, 2))
     for batch, other in zip(alone, helped, strict=True):
         assert_same_batch(batch, other)
 
 
-def test_no_shared_memory(data_dir, monkeypatch):
-    def refuse(tensor):
-        raise RuntimeError("No space left on device")
+@pytest.mark.parametrize("kib", [8, 100])
+def test_full_shared_memory_is_one_line(data_dir, kib):
+    """In a mount namespace of its own, whose /dev/shm has room for no queue, or for no batch."""
+    program = f"""
+from tests.test_data_stream import batches
+from guided_diffusion import cli
+cli.run(lambda: batches({str(data_dir)!r}, 2, num_workers=1))
+"""
+    mount = f"mount -t tmpfs -o size={kib}k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here")
+    command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ended.returncode == 2 and "error: --num_workers 1: shared memory is full: give" in ended.stderr
 
-    monkeypatch.setattr(th.Tensor, "share_memory_", refuse)
-    with pytest.raises(ValueError, match="--num_workers 1: .*No space left on device.*give --num_workers 0"):
-        batches(data_dir, 1, num_workers=1)
+
+def test_a_stream_goes_on_where_it_was(data_dir):
+    """A run of 5 batches on one rank, then two ranks with 2 samples each: what they see is what one would have seen."""
+    whole = batches(data_dir, 8, augment=True)
+    for batch, other in zip(whole[5:], batches(data_dir, 3, augment=True, start=20, num_workers=1), strict=True):
+        assert_same_batch(batch, other)
+
+
+def children():
+    """The processes that this one has started and that have not ended."""
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
+def test_closing_leaves_no_worker(data_dir):
+    before = children()
+    data = stream(dataset(data_dir), 4, num_workers=2)
+    next(data)
+    assert len(children() - before) == 2
+    data.close()
+    assert children() == before
+
+
+def test_workers_die_with_their_parent(data_dir):
+    program = f"""
+import os
+from tests.test_data_stream import dataset, stream
+data = stream(dataset({str(data_dir)!r}), 4, num_workers=2)
+next(data)
+print(open(f"/proc/self/task/{{os.getpid()}}/children").read(), flush=True)
+input()
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    parent.kill()
+    parent.wait()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_set_smaller_than_twice_the_batch_goes_on_for_ever(data_dir):

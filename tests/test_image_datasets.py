@@ -1,6 +1,7 @@
 """Pairing, reading, appearances, and what a batch holds."""
 
 import itertools
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch as th
 from conftest import assert_same_batch, draw_patch, write_patches
 from PIL import Image
 from scipy import ndimage
+from torch.utils.data import default_collate
 
-from guided_diffusion import data_util, image_datasets
+from guided_diffusion import data_util, image_datasets, streams
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
 from guided_diffusion.hv_maps import gen_instance_hv_map
@@ -25,8 +27,15 @@ def dataset(data_dir, **options):
 
 
 def batches(data_dir, count, **options):
-    defaults = dict(data_dir=str(data_dir), dataset_mode="monuseg", image_size=32, spec=SPEC, batch_size=4)
-    return list(itertools.islice(load_data(**{**defaults, **options}), count))
+    defaults = dict(data_dir=str(data_dir), dataset_mode="monuseg", image_size=32, batch_size=4)
+    spec = asdict(options.pop("spec", SPEC))
+    return list(itertools.islice(load_data(**{**defaults, **spec, **options}), count))
+
+
+def one(own, epoch, index):
+    """A sample, as load_data gives batches of them."""
+    batch, cond = image_datasets._as_there(*default_collate([own[epoch, index]]))
+    return batch[0], {name: part[0] for name, part in cond.items()}
 
 
 # ---- what comes out ----
@@ -75,7 +84,7 @@ def test_class_cond_reads_ids(data_dir):
         Image.fromarray(np.asarray(Image.open(path)) // 255 * 2).save(path)
     spec = ConditionSpec(class_cond=True, num_classes=3)
     (_, cond), *_ = batches(data_dir, 1, spec=spec)
-    assert cond["label"].dtype == th.int64 and set(cond["label"].unique().tolist()) == {0, 2}
+    assert cond["label"].dtype == th.int32 and set(cond["label"].unique().tolist()) == {0, 2}
     with pytest.raises(ValueError, match="class id 2 is out of range for --num_classes 2"):
         dataset(data_dir, spec=ConditionSpec(class_cond=True, num_classes=2))
 
@@ -88,8 +97,8 @@ def test_samples_by_definition(data_dir, preserve, appearance):
     own.appearance[0] = appearance
     (source, _), (_, inst) = draw_patch(appearance), draw_patch(0)
     for epoch in range(3):
-        x, cond = own[epoch, 0]
-        rng = np.random.default_rng([5, epoch, 0])
+        x, cond = one(own, epoch, 0)
+        rng = streams.rng("colour map", 5, epoch, 0)
         flat, order = source.reshape(-1, 3), np.arange(32 * 32)
         for side in ((inst > 0).ravel(), (inst == 0).ravel()) if preserve else ():
             order[side] = rng.permutation(np.flatnonzero(side))
@@ -98,7 +107,9 @@ def test_samples_by_definition(data_dir, preserve, appearance):
             expected = pixels.reshape(32, 32, 3).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
             np.testing.assert_array_equal(values, expected)
         np.testing.assert_array_equal(cond["label"].permute(1, 2, 0), gen_instance_hv_map(inst))
-        assert type(cond["index"]) is int and type(cond["path"]) is type(cond["structure_path"]) is str
+        assert cond["index"] == 0 and type(cond["path"]) is type(cond["structure_path"]) is str
+        image, compact = own[epoch, 0]
+        assert image.dtype == compact["col_map"].dtype == np.uint8 and compact["instance"].dtype == np.int32
 
 
 @pytest.mark.parametrize("appearance", [0, 3])
@@ -108,7 +119,7 @@ def test_jittered_stains(data_dir, appearance):
     plain.appearance[0] = own.appearance[0] = appearance
     images = []
     for epoch in (0, 1, 0):
-        (x, cond), (before, unchanged) = own[epoch, 0], plain[epoch, 0]
+        (x, cond), (before, unchanged) = one(own, epoch, 0), one(plain, epoch, 0)
         assert not th.equal(x, before) and th.equal(cond["label"], unchanged["label"])
         assert th.equal(cond["instance"], unchanged["instance"])
         colours = [sorted(map(tuple, part.flatten(1).T.tolist())) for part in (x, cond["col_map"])]
@@ -134,6 +145,8 @@ def test_an_hv_map_is_made_once(data_dir, monkeypatch):
     assert len(made) == 8
     stream(own, 4, num_workers=2)
     assert len(made) == 8
+    own.share_memory(2)
+    assert own._limit - own._cached_bytes == (image_datasets.CACHE_BYTES - own._cached_bytes) // 2
 
 
 def test_hv_maps_are_there_before_several_workers_are(data_dir, monkeypatch):
@@ -155,7 +168,7 @@ def test_memory_is_bounded(data_dir, monkeypatch, held):
     own.prepare()
     assert len(own._hv_maps) == max(0, held - 8) and len(made) <= len(own._hv_maps) + 1
     for batch, other in zip(expected, stream(own, 4)):
-        assert_same_batch(batch, other)
+        assert_same_batch(batch, image_datasets._as_there(*other))
     assert own._cached_bytes == 8192 * held
 
 
@@ -164,7 +177,7 @@ def test_memory_is_bounded(data_dir, monkeypatch, held):
 
 def test_larger_images_are_cropped_centrally(tmp_path):
     write_patches(tmp_path / TRAIN, count=1, size=47)
-    x, cond = dataset(tmp_path)[0, 0]
+    x, cond = one(dataset(tmp_path), 0, 0)
     image, inst = draw_patch(0, 47)
     np.testing.assert_array_equal(cond["instance"][0], inst[7:39, 7:39])
     np.testing.assert_allclose(x.permute(1, 2, 0), image[7:39, 7:39] / 127.5 - 1, atol=1e-6)
@@ -176,7 +189,7 @@ def test_augmented_samples_stay_together(tmp_path, size):
     augmented = dataset(tmp_path, augment=True)
     seen = set()
     for epoch in range(20):
-        x, cond = augmented[epoch, 0]
+        x, cond = one(augmented, epoch, 0)
         inst = cond["instance"][0].numpy()
         np.testing.assert_array_equal(cond["label_ori"].numpy() > 0, inst > 0)
         # The HV map is made after the turn: it is that of the map that is given out.
@@ -189,7 +202,7 @@ def test_augmented_samples_stay_together(tmp_path, size):
 
 def test_samples_are_functions_of_seed_epoch_index(data_dir):
     def values(seed, key):
-        return dataset(data_dir, augment=True, seed=seed)[key]
+        return one(dataset(data_dir, augment=True, seed=seed), *key)
 
     (x, cond), (again, cond_again) = values(1, (2, 3)), values(1, (2, 3))
     assert th.equal(x, again) and th.equal(cond["col_map"], cond_again["col_map"])
@@ -207,9 +220,9 @@ def test_appearance_of_another_item(data_dir, option):
     assert (matched.appearance != np.arange(8)).any()
     for index in range(8):
         source = int(matched.appearance[index])
-        x, cond = matched[0, index]
-        assert th.equal(x, own[0, source][0])
-        assert th.equal(cond["instance"], own[0, index][1]["instance"])
+        x, cond = one(matched, 0, index)
+        assert th.equal(x, one(own, 0, source)[0])
+        assert th.equal(cond["instance"], one(own, 0, index)[1]["instance"])
         assert cond["path"] == own.items[source].image and cond["structure_path"] == own.items[index].image
         colours = ((cond["col_map"] + 1) * 127.5).round().flatten(1).sort().values
         assert th.equal(colours, ((x + 1) * 127.5).round().flatten(1).sort().values)
@@ -252,7 +265,7 @@ def test_appearance_of_images_without_masks(data_dir, tmp_path, match_struct):
     np.testing.assert_array_equal(own.appearance, again.appearance)
     assert len(own) == 8 and len(set(own.appearance)) > 3
     for index in range(8):
-        x, cond = own[0, index]
+        x, cond = one(own, 0, index)
         number = int(own.appearance[index]) - 8
         np.testing.assert_array_equal(((x + 1) * 127.5).round().permute(1, 2, 0), draw_patch(100 + number)[0])
         assert cond["path"] == str(tmp_path / f"other_{number:03d}.png")
@@ -373,12 +386,40 @@ def test_struct_and_shuffle_contradict(data_dir):
         dataset(data_dir, match_struct=True, shuffle_masks=True)
 
 
+def test_only_as_much_is_read_at_once_as_memory_keeps(data_dir, monkeypatch):
+    """What is wrong beyond shows when it is read, in a worker, too: one line that names the file."""
+    spoil(data_dir, "truncated")
+    monkeypatch.setattr(image_datasets, "CACHE_BYTES", 8192)
+    for workers in (0, 2):
+        data = stream(dataset(data_dir), 4, num_workers=workers)
+        with pytest.raises(ValueError, match=r"slide-0_001\.png cannot be decoded") as caught:
+            list(itertools.islice(data, 3))
+        assert "Traceback" not in str(caught.value)
+    with pytest.raises(ValueError, match="slide-0_001.png cannot be decoded"):
+        dataset(data_dir, match_struct=True)
+
+
+@pytest.mark.parametrize("class_cond", [False, True])
+def test_by_the_references_keywords(data_dir, class_cond):
+    """As its training script asks for data, and without the channels that a model would want."""
+    options = dict(random_crop=True, random_flip=True, is_train=True, class_cond=class_cond, use_hv_map=not class_cond)
+    data = load_data(
+        dataset_mode="monuseg", data_dir=str(data_dir), batch_size=3, image_size=32, use_col_map=True, **options
+    )
+    batch, cond = next(data)
+    assert batch.dtype == cond["col_map"].dtype == th.float32 and batch.shape == cond["col_map"].shape == (3, 3, 32, 32)
+    assert -1 <= batch.min() < batch.max() <= 1
+    assert cond["label"].shape == (3, 1 if class_cond else 2, 32, 32) and cond["instance"].shape == (3, 1, 32, 32)
+    assert len(cond["path"]) == 3 and cond["label_ori"].shape == (3, 32, 32)
+    assert len(list(itertools.islice(data, 5))) == 5
+
+
 def test_a_patch_with_no_nucleus(data_dir):
     folder = data_dir / TRAIN
     Image.fromarray(np.zeros((32, 32), np.int32)).save(folder / "inst_masks" / "slide-0_001.tif")
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / "bin_masks" / "slide-0_001.png")
     for options in ({}, {"match_struct": True}, {"match_app": True}, {"augment": True, "preserve_nuclei_col": True}):
-        _, cond = dataset(data_dir, **options)[0, 1]
+        _, cond = one(dataset(data_dir, **options), 0, 1)
         assert (cond["label"] == 0).all()
 
 
@@ -393,5 +434,5 @@ def test_real_instance_masks(monuseg):
     )
     assert len(whole) == 17
     for index in range(0, 17, 4):
-        x, cond = whole[0, index]
+        x, cond = one(whole, 0, index)
         assert x.shape == (3, 128, 128) and cond["label"].abs().max() <= 1

@@ -1,6 +1,7 @@
 """The training loop's own rules: options, averages, learning rate, drops."""
 
 import itertools
+from dataclasses import asdict
 
 import pytest
 import torch as th
@@ -29,7 +30,7 @@ def make_loop(data_dir, tmp_path):
         th.manual_seed(0)
         model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
         spec: ConditionSpec = condition_spec(vars(args))
-        source = dict(data_dir=str(data_dir), dataset_mode="monuseg", image_size=16, spec=spec, batch_size=4)
+        source = dict(data_dir=str(data_dir), dataset_mode="monuseg", image_size=16, batch_size=4, **asdict(spec))
         options = TrainOptions(batch_size=4, **options)
         data = data or load_data(**source)
         parts = dict(model=model, diffusion=diffusion, spec=spec, data=data, options=options)

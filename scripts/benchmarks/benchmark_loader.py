@@ -25,10 +25,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.conditioning import ConditionSpec, as_signed
+from guided_diffusion.data_stream import stream
 from guided_diffusion.devices import find_device
 from guided_diffusion.histology.slides.toy import draw_slide
-from guided_diffusion.image_datasets import load_data
+from guided_diffusion.image_datasets import load_dataset
 
 SPEC = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
 IMAGE_SIZE = 128
@@ -62,7 +63,7 @@ def consume(data: Iterator[tuple[th.Tensor, dict]], batches: int, device: th.dev
     began = time.perf_counter()
     for _ in range(batches):
         images, cond = next(data)
-        images.to(device, non_blocking=True)
+        as_signed(images.to(device, non_blocking=True))
         SPEC.assemble({k: v.to(device, non_blocking=True) for k, v in cond.items() if th.is_tensor(v)})
     if device.type == "cuda":
         th.cuda.synchronize()
@@ -99,15 +100,10 @@ def main(argv: list[str] | None = None) -> None:
             size = IMAGE_SIZE * (2 if augment else 1)
             count = args.slides * (SLIDE_SIZE // size) ** 2
             for workers in args.num_workers:
-                data = load_data(
-                    data_dir=f"{root}/{size}",
-                    dataset_mode="monuseg",
-                    batch_size=args.batch_size,
-                    image_size=IMAGE_SIZE,
-                    spec=SPEC,
-                    num_workers=workers,
-                    augment=augment,
+                dataset = load_dataset(
+                    data_dir=f"{root}/{size}", dataset_mode="monuseg", image_size=IMAGE_SIZE, spec=SPEC, augment=augment
                 )
+                data = stream(dataset, args.batch_size, num_workers=workers)
                 consume(data, max(2 * args.batches, -(-count // args.batch_size)), device)
                 seconds = [consume(data, args.batches, device) for _ in range(args.windows)]
                 rates = args.batch_size * args.batches / np.array(seconds)

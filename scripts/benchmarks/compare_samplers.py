@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch as th
 from scipy.stats import rankdata, wasserstein_distance
+from torch.utils.data import default_collate
 
 import image_sample
 from guided_diffusion import checkpoint, cli, dist_util
@@ -67,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         **args_to_dict(args, data_defaults().keys() - {"num_workers"}),
     )
     count = min(args.num_samples, len(dataset))
-    items = [dataset[0, k] for k in range(count)]
-    cond = {key: th.stack([item[1][key] for item in items]).to(device) for key in ("label", "instance", "col_map")}
+    _, cond = default_collate([dataset[0, k] for k in range(count)])
+    cond = {key: cond[key].to(device) for key in ("label", "instance", "col_map")}
     insts = cond["instance"][:, 0].cpu().numpy()
     y = spec.assemble(cond)
     null, y = model.modulations(spec.null(y[:1])), model.modulations(y)
