@@ -20,6 +20,7 @@ from torch import nn
 from . import dist_util
 from .files import is_remote, writing
 
+BEST = "best"  # the sub-folder of the best set; and what links to its files have in place of the step
 CONFIG_NAME, RESULT_NAME = "config.json", "result.json"
 
 # The flags that a checkpoint's weights depend on: with another value they do not load or do not mean the same.

@@ -15,9 +15,8 @@ from typing import Any
 import torch as th
 
 from . import checkpoint, dist_util, files, logger
+from .checkpoint import BEST
 from .checkpoint_sets import check_one_run, find_newest, prune, steps
-
-BEST = "best"  # the sub-folder of the best set; and what links to its files have in place of the step
 
 
 def snapshot(state: Any) -> Any:

@@ -16,6 +16,7 @@ import torch as th
 
 from . import dealing, dist_util, files, logger
 from .background import BackgroundWriter
+from .checkpoint import BEST
 from .conditioning import ConditionSpec
 from .image_datasets import NucleiDataset
 from .pictures import draw_grid
@@ -66,14 +67,20 @@ def parse_interval(text: str) -> tuple[float, float]:
 
 
 def find_checkpoints(text: str) -> list[str]:
-    """:return: the files that a comma-separated --model_path names; each part may be a pattern such as run/ema_*.pt."""
+    """
+    :return: the files that a comma-separated --model_path names. Each part may be a pattern such as run/ema_*.pt, which
+        leaves out the names that the best checkpoint has beside its own unless it says "best".
+    """
     if not text:
         raise ValueError("--model_path is empty: give the checkpoint to sample from")
     paths: dict[str, None] = {}
     for part in [text] if os.path.isfile(text) else text.split(","):
         pattern = any(sign in part for sign in "*?[") and not os.path.isfile(part)
         find = bf.glob if "://" in part else glob.glob
-        matches = sorted(find(part)) if pattern else [part]
+        matches = [part]
+        if pattern:
+            every = BEST in PurePath(part).name
+            matches = [path for path in sorted(find(part)) if every or BEST not in PurePath(path).name]
         if not matches:
             raise ValueError(f"--model_path {part} matches no file: check the path")
         paths.update(dict.fromkeys(matches))

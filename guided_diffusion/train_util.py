@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from . import checkpoint, dist_util, logger, streams
+from .checkpoint import BEST
 from .checkpoint_sets import take_up
-from .checkpointer import BEST, Checkpointer
+from .checkpointer import Checkpointer
 from .conditioning import ConditionSpec, as_signed
 from .ema import Ema
 from .fp16_util import MixedPrecisionTrainer, compute_dtype

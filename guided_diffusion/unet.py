@@ -10,16 +10,10 @@ from torch import nn
 from .fp16_util import cast_convolutions
 from .nn import GROUPS, Conv2d, normalization, timestep_embedding, zero_module
 from .spade import Condition, Modulation, Modulations, SPADEGroupNorm
-from .unet_blocks import (
-    AttentionBlock,
-    Downsample,
-    ResBlock,
-    SDMResBlock,
-    TimestepEmbedSequential,
-    Upsample,
-    downsample,
-    upsample,
-)
+from .unet_blocks import AttentionBlock as AttentionBlock
+from .unet_blocks import BlockMaker, SDMResBlock, TimestepEmbedSequential, Upsample, upsample
+from .unet_blocks import Downsample as Downsample
+from .unet_blocks import ResBlock as ResBlock
 
 
 class UNetModel(nn.Module):
@@ -77,54 +71,36 @@ class UNetModel(nn.Module):
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.dtype = th.float16 if use_fp16 else th.float32
+        self.levels = len(channel_mult)
         emb_channels = 4 * model_channels
-        options = dict(use_scale_shift_norm=use_scale_shift_norm, use_checkpoint=use_checkpoint)
-
-        def plain(ch: int, out_ch: int, resample=None) -> ResBlock:
-            return ResBlock(ch, emb_channels, dropout, out_ch, resample=resample, **options)
-
-        def spade(ch: int, out_ch: int, resample=None) -> SDMResBlock:
-            return SDMResBlock(ch, emb_channels, dropout, out_ch, num_classes, resample=resample, **options)
-
-        def attention(ch: int, heads: int) -> AttentionBlock:
-            return AttentionBlock(ch, heads, num_head_channels, use_checkpoint, use_new_attention_order)
-
+        make = BlockMaker(
+            emb_channels=emb_channels,
+            cond_channels=num_classes,
+            dropout=dropout,
+            num_head_channels=num_head_channels,
+            conv_resample=conv_resample,
+            resblock_updown=resblock_updown,
+            use_scale_shift_norm=use_scale_shift_norm,
+            use_checkpoint=use_checkpoint,
+            use_new_attention_order=use_new_attention_order,
+        )
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         widths = [int(mult * model_channels) for mult in channel_mult]
-        last = len(widths) - 1
-        self.levels = len(widths)
+        attend = [2**level in attention_resolutions for level in range(self.levels)]
 
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
-        ch = widths[0]
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(Conv2d(in_channels, ch, 3, padding=1))])
-        skips = [ch]
-        for level, width in enumerate(widths):
-            attend = 2**level in attention_resolutions
-            for _ in range(num_res_blocks):
-                layers = [plain(ch, width), *([attention(width, num_heads)] if attend else [])]
-                self.input_blocks.append(TimestepEmbedSequential(*layers))
-                ch = width
-                skips.append(ch)
-            if level != last:
-                down = plain(ch, ch, downsample) if resblock_updown else Downsample(ch, conv_resample)
-                self.input_blocks.append(TimestepEmbedSequential(down))
-                skips.append(ch)
-
-        self.middle_block = TimestepEmbedSequential(spade(ch, ch), attention(ch, num_heads), spade(ch, ch))
-
-        self.output_blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
-            attend = 2**level in attention_resolutions
-            for i in range(num_res_blocks + 1):
-                layers = [spade(ch + skips.pop(), width), *([attention(width, heads_up)] if attend else [])]
-                ch = width
-                if level and i == num_res_blocks:
-                    layers.append(spade(ch, ch, upsample) if resblock_updown else Upsample(ch, conv_resample))
-                self.output_blocks.append(TimestepEmbedSequential(*layers))
-
-        self.out = nn.Sequential(normalization(ch), nn.SiLU(), zero_module(Conv2d(ch, out_channels, 3, padding=1)))
+        first = TimestepEmbedSequential(Conv2d(in_channels, widths[0], 3, padding=1))
+        blocks, skips = _encoder(make, widths, num_res_blocks, attend, num_heads)
+        self.input_blocks = nn.ModuleList([first, *blocks])
+        ch = widths[-1]
+        self.middle_block = TimestepEmbedSequential(
+            make.spade(ch, ch), make.attention(ch, num_heads), make.spade(ch, ch)
+        )
+        self.output_blocks = nn.ModuleList(_decoder(make, widths, num_res_blocks, attend, heads_up, skips))
+        last = Conv2d(widths[0], out_channels, 3, padding=1)
+        self.out = nn.Sequential(normalization(widths[0]), nn.SiLU(), zero_module(last))
 
     def convert_to(self, dtype: th.dtype, weights: bool = False) -> None:
         """
@@ -266,6 +242,44 @@ class UNetModel(nn.Module):
                     yield layer.out_norm, size
                 elif isinstance(layer, Upsample):
                     size = grown
+
+
+def _encoder(
+    make: BlockMaker, widths: list[int], num_res_blocks: int, attend: list[bool], heads: int
+) -> tuple[list[TimestepEmbedSequential], list[int]]:
+    """
+    Make the encoder's blocks after its first convolution.
+
+    :param widths: channels of each level; attend: whether a level has attention.
+    :return: the blocks, and the channels that each block leaves for the decoder, the first convolution's before them.
+    """
+    blocks, skips = [], [widths[0]]
+    for level, width in enumerate(widths):
+        for _ in range(num_res_blocks):
+            layers = [make.plain(skips[-1], width), *([make.attention(width, heads)] if attend[level] else [])]
+            blocks.append(TimestepEmbedSequential(*layers))
+            skips.append(width)
+        if level != len(widths) - 1:
+            blocks.append(TimestepEmbedSequential(make.down(width)))
+            skips.append(width)
+    return blocks, skips
+
+
+def _decoder(
+    make: BlockMaker, widths: list[int], num_res_blocks: int, attend: list[bool], heads: int, skips: list[int]
+) -> list[TimestepEmbedSequential]:
+    """:return: the decoder's blocks; parameters as _encoder's, and the channels that the encoder left."""
+    blocks, ch, skips = [], widths[-1], list(skips)
+    for level in reversed(range(len(widths))):
+        for i in range(num_res_blocks + 1):
+            layers = [make.spade(ch + skips.pop(), widths[level])]
+            ch = widths[level]
+            if attend[level]:
+                layers.append(make.attention(ch, heads))
+            if level and i == num_res_blocks:
+                layers.append(make.up(ch))
+            blocks.append(TimestepEmbedSequential(*layers))
+    return blocks
 
 
 def check_compiler(device: th.device) -> None:

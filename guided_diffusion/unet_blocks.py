@@ -1,6 +1,9 @@
 """What the U-Net is built of: resampling, residual blocks with and without the condition, attention. The names and the
 order of their parameters are the reference's."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch as th
 import torch.nn.functional as F
 from torch import nn
@@ -204,3 +207,51 @@ class TimestepEmbedSequential(nn.Sequential):
         for layer in self:
             x = layer(x, emb, y) if isinstance(layer, ResidualBlock) else layer(x)
         return x
+
+
+@dataclass(frozen=True)
+class BlockMaker:
+    """
+    Makes a U-Net's blocks, of which all share these settings.
+
+    :param emb_channels: channels of the timestep embedding; cond_channels: of the condition.
+    :param num_head_channels: channels of an attention head; -1 leaves it to the number of heads.
+    :param conv_resample: convolve when resampling; has no effect with resblock_updown.
+    :param resblock_updown: resample inside residual blocks.
+    """
+
+    emb_channels: int
+    cond_channels: int
+    dropout: float
+    num_head_channels: int
+    conv_resample: bool
+    resblock_updown: bool
+    use_scale_shift_norm: bool
+    use_checkpoint: bool
+    use_new_attention_order: bool
+
+    @property
+    def _shared(self) -> dict[str, bool]:
+        return dict(use_scale_shift_norm=self.use_scale_shift_norm, use_checkpoint=self.use_checkpoint)
+
+    def plain(self, ch: int, out_ch: int, resample: Callable | None = None) -> ResBlock:
+        """:return: a residual block of the encoder."""
+        return ResBlock(ch, self.emb_channels, self.dropout, out_ch, resample=resample, **self._shared)
+
+    def spade(self, ch: int, out_ch: int, resample: Callable | None = None) -> SDMResBlock:
+        """:return: a residual block that sees the condition."""
+        return SDMResBlock(
+            ch, self.emb_channels, self.dropout, out_ch, self.cond_channels, resample=resample, **self._shared
+        )
+
+    def attention(self, ch: int, heads: int) -> AttentionBlock:
+        """:return: a block of self-attention."""
+        return AttentionBlock(ch, heads, self.num_head_channels, self.use_checkpoint, self.use_new_attention_order)
+
+    def down(self, ch: int) -> ResBlock | Downsample:
+        """:return: what halves height and width in the encoder."""
+        return self.plain(ch, ch, downsample) if self.resblock_updown else Downsample(ch, self.conv_resample)
+
+    def up(self, ch: int) -> SDMResBlock | Upsample:
+        """:return: what doubles height and width in the decoder."""
+        return self.spade(ch, ch, upsample) if self.resblock_updown else Upsample(ch, self.conv_resample)

@@ -9,16 +9,8 @@ import torch as th
 import torch.nn.functional as F
 
 from guided_diffusion.script_util import DEFAULT_CHANNEL_MULT, create_model
-from guided_diffusion.unet import (
-    AttentionBlock,
-    Downsample,
-    ResBlock,
-    SDMResBlock,
-    UNetModel,
-    Upsample,
-    downsample,
-    upsample,
-)
+from guided_diffusion.unet import AttentionBlock, Downsample, ResBlock, SDMResBlock, UNetModel, Upsample
+from guided_diffusion.unet_blocks import downsample, upsample
 
 # Two levels of equal width with attention at the lower one: small, and 32 channels everywhere.
 SMALL = dict(
