@@ -144,12 +144,12 @@ class ConditionSpec(Options):
             classes; "instance": [1 x H x W] int32; with use_col_map "col_map": [in_channels x H x W] uint8;
             "label_ori": the class map, [H x W] int32.
         """
-        classes = class_map.astype(np.int32)
+        classes = np.ascontiguousarray(class_map, np.int32)
         if self.use_hv_map:
             label = hv_planes(inst_map) if hv_map is None else hv_map
         else:
             label = classes[None] if self.class_cond else (classes != 0)[None].astype(np.uint8)
-        parts = {"label": label, "instance": inst_map[None].astype(np.int32), "label_ori": classes}
+        parts = {"label": label, "instance": np.ascontiguousarray(inst_map[None], np.int32), "label_ori": classes}
         if self.use_col_map:
             order = shuffled_order(class_map.shape, class_map != 0 if preserve_nuclei_col else None, rng)
             parts["col_map"] = np.take(image.reshape(len(image), -1), order, axis=1).reshape(image.shape)
@@ -170,12 +170,14 @@ class ConditionSpec(Options):
             structure = F.one_hot(label[:, 0].long(), self.num_classes).permute(0, 3, 1, 2)
         else:
             structure = label
-        parts = {"structure": structure}
+        y = th.empty(len(label), self.channels, *label.shape[2:], device=label.device)
+        slices = self._slices()
+        y[:, slices["structure"]] = structure
         if self.use_col_map:
-            parts["colour"] = as_signed(cond["col_map"])
+            y[:, slices["colour"]] = as_signed(cond["col_map"])
         if not self.no_instance:
-            parts["edge"] = instance_edges(cond["instance"])
-        return th.cat([parts[part].float() for part in self._layout if part in parts], dim=1)
+            y[:, slices["edge"]] = instance_edges(cond["instance"])
+        return y
 
     def drop(self, y: th.Tensor, dropped: th.Tensor, drop_hvb_only: bool = False) -> th.Tensor:
         """
@@ -240,7 +242,7 @@ def as_signed(values: th.Tensor) -> th.Tensor:
     if values.dtype != th.uint8:
         return values
     # By a tensor: by a number, GPUs multiply with its reciprocal, which rounds otherwise.
-    return values / th.full((), 127.5, device=values.device) - 1
+    return values.float().div_(th.full((), 127.5, device=values.device)).sub_(1)
 
 
 def hv_planes(inst_map: np.ndarray) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""From files to samples: the data set, which image gives which structure its appearance, load_data. Knows the condition
-only as a ConditionSpec, and nothing of models."""
+"""From files to samples: the data set and load_data. Knows the condition only as a ConditionSpec, and nothing of
+models."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,9 @@ from . import data_util, dist_util, streams
 from .conditioning import ConditionSpec, as_rgb, as_signed, hv_planes
 from .data_stream import Key, stream
 from .image_transforms import center_crop, random_crop, random_flip_turn
-from .images import Item, list_images, list_items, read_image, read_inst_mask, read_mask, slide_of, split_slides
+from .images import Item, list_images, list_items, read_image, read_inst_mask, read_mask, split_slides
+from .pairing import Pairing
+from .pairing import check as check_pairing
 from .stains import jitter_stains
 
 # Decoded files and HV maps are kept in memory up to this many bytes; MoNuSeg's patches take 0.6 GB. Worker processes
@@ -235,73 +237,40 @@ def load_dataset(
     :param val_share: the share of the slides that are held out, see split_slides.
     :param part: which items to load: "train", "held_out", which may be none, or "" for all.
     """
-    if match_struct and shuffle_masks:
-        raise ValueError("--match_struct True with --shuffle_masks True: both choose the appearance; turn one off")
-    if appearance_dir and (match_app or match_other_slide or shuffle_masks):
-        raise ValueError(
-            f"--appearance_dir {appearance_dir} with --match_app, --match_other_slide or --shuffle_masks True, which "
-            "choose among the images of --data_dir: turn them off"
-        )
-    if match_other_slide and not (match_struct or match_app):
-        raise ValueError("--match_other_slide True needs --match_struct True or --match_app True: turn one on")
+    choice = dict(
+        shuffle_masks=shuffle_masks, match_struct=match_struct, match_app=match_app, match_other_slide=match_other_slide
+    )
+    check_pairing(**choice, appearance_dir=appearance_dir)
     items = list_items(data_dir, dataset_mode, is_train)
     if subsample != 1:
         items = [items[i] for i in sorted(data_util.subsample_indices(len(items), subsample))]
     if part:
         items = split_slides(items, val_share, seed)[part == "held_out"]
     unmasked = list_images(appearance_dir) if appearance_dir else []
-    dataset = NucleiDataset(
-        items,
-        spec,
-        image_size,
-        unmasked=unmasked,
-        augment=augment,
-        stain_jitter=stain_jitter,
-        preserve_nuclei_col=preserve_nuclei_col,
-        seed=seed,
-    )
+    looks = dict(augment=augment, stain_jitter=stain_jitter, preserve_nuclei_col=preserve_nuclei_col)
+    dataset = NucleiDataset(items, spec, image_size, unmasked=unmasked, **looks, seed=seed)
     vectors = features([item.image for item in items]) if features is not None else None
-
-    def describe(index: int) -> object:
-        sample = dataset.read(index)
-        if index >= len(items):
-            return data_util.haematoxylin_histogram(as_rgb(sample.image)) if match_struct else None
-        if match_struct:
-            return np.mean(sample.inst_map > 0) if unmasked else data_util.area_properties(sample.inst_map)
-        return data_util.stain_descriptor(as_rgb(sample.image)) if match_app and vectors is None else None
-
-    described = _read(dataset, describe, everything=match_struct or (match_app and vectors is None))
-    if not items:
-        return dataset
-    slides = [slide_of(item.stem) for item in items] if match_other_slide else None
-    if unmasked and match_struct:
-        histograms = np.array(described[len(items) :])
-        estimates = data_util.nuclear_shares(histograms, [slide_of(item.stem) for item in unmasked])
-        dataset.appearance = len(items) + data_util.match_shares(np.array(described[: len(items)]), estimates, seed)
-    elif unmasked:
-        dataset.appearance = len(items) + streams.rng("appearances", seed).integers(len(unmasked), size=len(items))
-    elif match_struct:
-        total_area, med_area = np.array(described).T
-        dataset.appearance = data_util.match_struct(total_area, med_area, seed, slides)
-    elif match_app:
-        dataset.appearance = data_util.match_app(np.array(described) if vectors is None else vectors, seed, slides)
-    elif shuffle_masks:
-        dataset.appearance = data_util.shuffled(len(items))
+    pairing = Pairing(items, unmasked, **choice, vectors=vectors, seed=seed)
+    dataset.appearance = pairing.choose(_read(dataset, pairing))
     return dataset
 
 
-def _read(dataset: NucleiDataset, describe: Callable[[int], object], everything: bool) -> list:
+def _read(dataset: NucleiDataset, pairing: Pairing) -> list:
     """
-    Read sources, each by one rank. Collective.
+    Read sources, each by one rank: all where the pairing looks at them, else as many as memory keeps, by the size of
+    the first. Collective.
 
-    :param everything: else no more than memory keeps, by the size of the first.
-    :return: what `describe` says of each, on every rank.
+    :return: what the pairing says of each, on every rank; nothing where it does not look.
     """
     rank, world_size = dist_util.rank(), dist_util.world_size()
 
+    def describe(index: int) -> object:
+        sample = dataset.read(index)
+        return pairing.describe(index, as_rgb(sample.image), sample.inst_map) if pairing.looks_at_all else None
+
     def read_share() -> list:
         share = range(rank, len(dataset.sources), world_size)
-        if not everything and share:
+        if share and not pairing.looks_at_all:
             share = share[: max(1, CACHE_BYTES // dataset.read(share[0]).nbytes)]
         with ThreadPoolExecutor(2) as pool:
             bar = dist_util.progress_bar(
@@ -310,7 +279,9 @@ def _read(dataset: NucleiDataset, describe: Callable[[int], object], everything:
             return list(bar)
 
     shares = dist_util.all_gather(dist_util.agree(read_share))
-    return [shares[i % world_size][i // world_size] for i in range(len(dataset.sources))] if everything else []
+    if not pairing.looks_at_all:
+        return []
+    return [shares[i % world_size][i // world_size] for i in range(len(dataset.sources))]
 
 
 def load_data(

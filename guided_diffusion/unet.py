@@ -59,13 +59,8 @@ class UNetModel(nn.Module):
         use_new_attention_order: bool = False,
     ) -> None:
         super().__init__()
+        _check_values(num_res_blocks, dropout, dims)
         _check_sizes(image_size, model_channels, channel_mult)
-        if dims != 2:
-            raise ValueError(f"UNetModel is for images: dims {dims} must be 2")
-        if num_res_blocks < 1:
-            raise ValueError(f"--num_res_blocks {num_res_blocks} must be at least 1")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"--dropout {dropout} must lie in [0, 1)")
         self.image_size = image_size
         self.model_channels = model_channels
         self.in_channels = in_channels
@@ -289,6 +284,15 @@ def check_compiler(device: th.device) -> None:
     except Exception as error:  # whatever breaks in a tool chain
         reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(f"--compile True needs a working C++ compiler such as g++ ({reason}): leave it out") from None
+
+
+def _check_values(num_res_blocks: int, dropout: float, dims: int) -> None:
+    if dims != 2:
+        raise ValueError(f"UNetModel is for images: dims {dims} must be 2")
+    if num_res_blocks < 1:
+        raise ValueError(f"--num_res_blocks {num_res_blocks} must be at least 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"--dropout {dropout} must lie in [0, 1)")
 
 
 def _check_sizes(image_size: int, model_channels: int, channel_mult: tuple[float, ...]) -> None:

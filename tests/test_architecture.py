@@ -46,6 +46,7 @@ RANKS = {
     "samplers": 1,
     "diffusion_process": 2,
     "checkpoint": 1,
+    "pairing": 1,
     "image_datasets": 2,
     "results": 2,
     "results_path": 3,

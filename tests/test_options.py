@@ -99,7 +99,7 @@ def test_abbreviations_as_argparse_has_them():
 
 # ---- the flags that there are ----
 
-GROUPS = {*image_train.FLAGS.values(), *image_sample.FLAGS.values()}
+GROUPS = list(dict.fromkeys([*image_train.FLAGS.values(), *image_sample.FLAGS.values()]))  # each once, in order
 FIELDS = [pytest.param(o, field, id=f"{o.__name__}.{field.name}") for o in GROUPS for field in dataclasses.fields(o)]
 
 

@@ -1,0 +1,90 @@
+"""Which image gives which structure its appearance, by the flags. Knows items and their arrays, and no formula: these
+are data_util's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import data_util, streams
+from .images import Item, slide_of
+
+
+def check(
+    shuffle_masks: bool, match_struct: bool, match_app: bool, match_other_slide: bool, appearance_dir: str
+) -> None:
+    """:raises ValueError: where flags contradict each other."""
+    if match_struct and shuffle_masks:
+        raise ValueError("--match_struct True with --shuffle_masks True: both choose the appearance; turn one off")
+    if appearance_dir and (match_app or match_other_slide or shuffle_masks):
+        raise ValueError(
+            f"--appearance_dir {appearance_dir} with --match_app, --match_other_slide or --shuffle_masks True, which "
+            "choose among the images of --data_dir: turn them off"
+        )
+    if match_other_slide and not (match_struct or match_app):
+        raise ValueError("--match_other_slide True needs --match_struct True or --match_app True: turn one on")
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """
+    How appearances are chosen. Sources are numbered: the items, then the images without masks.
+
+    :param items: the structures with images of their own.
+    :param unmasked: images without masks, which the appearances then come from.
+    :param vectors: an [N x D] array that match_app goes by, a row an item; None goes by stain.
+    :param seed: of the choice; other parameters see load_dataset.
+    """
+
+    items: Sequence[Item]
+    unmasked: Sequence[Item] = ()
+    shuffle_masks: bool = False
+    match_struct: bool = False
+    match_app: bool = False
+    match_other_slide: bool = False
+    vectors: np.ndarray | None = None
+    seed: int = 0
+
+    @property
+    def looks_at_all(self) -> bool:
+        """Whether the choice depends on what is in the files."""
+        return self.match_struct or (self.match_app and self.vectors is None)
+
+    def describe(self, index: int, image: np.ndarray, inst_map: np.ndarray) -> object:
+        """
+        :param index: the source's number.
+        :param image: its pixels, [H x W x 3] uint8; inst_map: its instance ids, [H x W].
+        :return: what `choose` needs to know of it.
+        """
+        if index >= len(self.items):
+            return data_util.haematoxylin_histogram(image) if self.match_struct else None
+        if self.match_struct:
+            return np.mean(inst_map > 0) if self.unmasked else data_util.area_properties(inst_map)
+        return data_util.stain_descriptor(image) if self.match_app and self.vectors is None else None
+
+    def choose(self, described: Sequence) -> np.ndarray:
+        """
+        :param described: what `describe` gave for each source, where looks_at_all.
+        :return: for each item the number of the source that gives its appearance.
+        """
+        count = len(self.items)
+        if not count:
+            return np.arange(0)
+        if self.unmasked:
+            return count + self._of_unmasked(described)
+        slides = [slide_of(item.stem) for item in self.items] if self.match_other_slide else None
+        if self.match_struct:
+            total_area, med_area = np.array(described).T
+            return data_util.match_struct(total_area, med_area, self.seed, slides)
+        if self.match_app:
+            vectors = np.array(described) if self.vectors is None else self.vectors
+            return data_util.match_app(vectors, self.seed, slides)
+        return data_util.shuffled(count) if self.shuffle_masks else np.arange(count)
+
+    def _of_unmasked(self, described: Sequence) -> np.ndarray:
+        count = len(self.items)
+        if not self.match_struct:
+            return streams.rng("appearances", self.seed).integers(len(self.unmasked), size=count)
+        histograms = np.array(described[count:])
+        estimates = data_util.nuclear_shares(histograms, [slide_of(item.stem) for item in self.unmasked])
+        return data_util.match_shares(np.array(described[:count]), estimates, self.seed)
