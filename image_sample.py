@@ -54,7 +54,7 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
     :return: flag -> value: given by hand, else the checkpoint's, else the default; and the files that --model_path
         names, as rank 0 finds them.
-    :raises ValueError: where there are none, or their configuration is spoilt.
+    :raises ValueError: where there are none, or their configuration is corrupt.
     """
     parser = create_argparser()
     args = parser.parse_args(argv)

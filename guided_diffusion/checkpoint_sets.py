@@ -62,12 +62,12 @@ def find_newest(folder: str, run_id: str = "") -> str:
         if run_id and checkpoint.run_of(path) not in ("", run_id):
             logger.warn(f"{path} is of another run: passed over")
             continue
-        spoilt = next((part for part in files_of(path) if not checkpoint.is_whole(part)), None)
+        corrupt = next((part for part in files_of(path) if not checkpoint.is_whole(part)), None)
         try:
             check_one_run(path)
-            if spoilt is None:
+            if corrupt is None:
                 return path
-            reason = f"{spoilt} is truncated or spoilt"
+            reason = f"{corrupt} is truncated or corrupt"
         except ValueError as error:
             reason = str(error)
         logger.warn(f"{reason}: going on from the checkpoint before")

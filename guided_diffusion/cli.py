@@ -57,7 +57,7 @@ def run(
     Run a program; ValueError, OSError and ImportError become one line on stderr and exit code 2.
 
     By the project's rule these are what a user's mistake or a missing optional package raises. A request to stop, see
-    signals, ends the program likewise, with 128 and the signal's number, unless it handles it.
+    signals, ends the program in the same way, with 128 and the signal's number, unless it handles it.
     SDM_TRACEBACK=1 in the environment lets them through, for whoever hunts a bug.
 
     :param main: the program.

@@ -198,7 +198,7 @@ def match_shares(shares: np.ndarray, candidates: np.ndarray, seed: int) -> np.nd
     places = rng.integers(*(np.searchsorted(ascending, shares, side) for side in ("left", "right")), endpoint=True)
     chosen = np.empty(len(shares), np.int64)
     for i, (share, place) in enumerate(zip(shares, places)):
-        start = max(place - n_near, 0)  # the nearest lie within so many places
+        start = max(place - n_near, 0)  # the nearest lie within n_near places
         near = np.argsort(abs(ascending[start : place + n_near] - share), kind="stable")
         chosen[i] = order[start + near[rank[i]]]
     return chosen

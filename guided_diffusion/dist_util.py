@@ -144,7 +144,7 @@ def shutdown() -> None:
 def leave(timeout_s: float = 10) -> bool:
     """
     Leave after a mistake: in order if all ranks do so within the time, so that the launcher passes their exit code on;
-    else without a farewell, whereupon it ends the job.
+    else without a word, and the launcher then ends the job.
 
     :return: whether all ranks have left. Under torchrun, which ends the others as soon as one rank has left, whoever
         waits for the whole time is the only one.

@@ -309,7 +309,8 @@ def load_data(
     :param spec: the condition's layout, in place of class_cond and flags among the options.
     :param options: ConditionSpec's flags, but num_classes is not needed; load_dataset's parameters. The others are
         stream's.
-    :return: images, [N x C x H x W] fp32 in [-1, 1], and a dict of ConditionSpec.encode's parts, "col_map" likewise.
+    :return: images, [N x C x H x W] fp32 in [-1, 1], and a dict of ConditionSpec.encode's parts, "col_map"
+        scaled alike.
     """
     flags = {name: options.pop(name) for name in ConditionSpec.flags() if name in options}
     spec = spec or ConditionSpec.for_data(**flags, class_cond=class_cond)

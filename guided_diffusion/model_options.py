@@ -40,7 +40,7 @@ class DiffusionOptions(Options):
     learn_sigma: bool = flag(False, "the model predicts the reverse process's variance, too")
     diffusion_steps: int = flag(1000, "steps of the process that the model is trained on", within="[1, inf)")
     noise_schedule: str = flag("linear", "how noise grows over the steps", choices=NOISE_SCHEDULES)
-    timestep_respacing: str = flag("", "keep so many of the steps: 250, 10,15,20 for sections, ddim25; empty: all")
+    timestep_respacing: str = flag("", "how many of the steps to keep: 250, 10,15,20 for sections, ddim25; empty: all")
     use_kl: bool = flag(False, "train on the variational bound rather than the squared error")
     predict_xstart: bool = flag(False, "the model predicts the image rather than the noise")
     rescale_timesteps: bool = flag(False, "scale timesteps to 0..1000 before the model sees them")

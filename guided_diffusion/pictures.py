@@ -37,7 +37,7 @@ def is_whole(path: Path) -> bool:
     try:
         with Image.open(data) as image:
             image.verify() if path.suffix == ".png" else image.load()
-    except Exception:  # Pillow raises half a dozen types for a spoilt file
+    except Exception:  # Pillow raises half a dozen types for a corrupt file
         return False
     return True
 
@@ -73,7 +73,7 @@ def draw_grid(rows: list[list[np.ndarray]], captions: Sequence[str], title: str,
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """:return: a text in lines of at most so many pixels in draw_grid's font; all of it, and one line at least."""
+    """:return: a text in lines of at most that many pixels in draw_grid's font; all of it, and one line at least."""
     length = ImageDraw.Draw(Image.new("L", (1, 1))).textlength
     for characters in range(len(text), 0, -1):
         lines = textwrap.wrap(text, characters)

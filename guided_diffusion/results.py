@@ -86,7 +86,7 @@ class ResultFolder:
         Write one sample's files, each whole or not at all, and then its row of this process's part of the manifest.
 
         :param row: with MANIFEST_FIELDS as keys.
-        :param image: the appearance, [H x W x 1 or 3] uint8; sample: likewise, what the model made.
+        :param image: the appearance, [H x W x 1 or 3] uint8; sample: what the model made, shaped the same.
         :param label: the structure's class mask as stored, [H x W] integers; above 255 it becomes a 16-bit image.
         :param cond: the condition's picture, [H x W' x 3] uint8.
         :param inst: the structure's instance ids, [H x W] integers; above 65535 it becomes a 32-bit image.

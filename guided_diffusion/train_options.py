@@ -21,7 +21,7 @@ class TrainOptions(RunOptions):
     weight_decay: float = flag(0.0, "of AdamW", within="[0, inf)", changeable=True)
     lr_anneal_steps: int = flag(
         0,
-        "the learning rate falls to 0 over so many steps, where training ends; 0: neither",
+        "steps over which the learning rate falls to 0, and training ends; 0: neither",
         within="[0, inf)",
         changeable=True,
     )
@@ -42,7 +42,7 @@ class TrainOptions(RunOptions):
     )
     max_steps: int = flag(
         0,
-        "end after so many steps, counted from the very first; 0 goes on",
+        "the step to end after, counted from the very first; 0 goes on",
         within="[0, inf)",
         changeable=True,
         ours=True,
@@ -50,7 +50,7 @@ class TrainOptions(RunOptions):
     log_interval: int = flag(10, "steps between two rows of the log", within="[1, inf)", changeable=True)
     save_interval: int = flag(10_000, "steps between two checkpoints", within="[1, inf)", changeable=True)
     keep_checkpoints: str = flag(
-        "all", "keep the newest so many; the best one is kept apart", changeable=True, ours=True
+        "all", "how many of the newest to keep; the best one is kept apart", changeable=True, ours=True
     )
     resume_checkpoint: str = flag(
         "",

@@ -58,7 +58,7 @@ class Validation:
         """
         Average the training loss over the data set, each rank its share. Collective.
 
-        :return: "loss", and "loss_q0" to "loss_q3" by quarter of the timesteps; of "mse" and "vb" likewise; infinite
+        :return: "loss", and "loss_q0" to "loss_q3" by quarter of the timesteps; the same of "mse" and "vb"; infinite
             where a sample's is not finite. The same on every rank, and but for rounding for any number of ranks.
         """
         device = next(model.parameters()).device
@@ -74,7 +74,7 @@ class Validation:
 
     def draw(self, model: UNetModel, path: Path, count: int) -> np.ndarray:
         """
-        Paint the first samples' conditions and write the picture: condition | appearance | sample, a row each.
+        Sample the first samples' conditions and write the picture: condition | appearance | sample, a row each.
 
         :return: the picture, [H x W x 3] uint8.
         """

@@ -25,7 +25,7 @@ die() {
     exit 2
 }
 
-# need COUNT USAGE ARGUMENT...: stop with the usage unless so many arguments come first and none of them is a flag.
+# need COUNT USAGE ARGUMENT...: stop with the usage unless COUNT arguments come first and none of them is a flag.
 need() {
     local count=$1 usage=$2 i
     shift 2

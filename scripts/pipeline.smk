@@ -24,7 +24,7 @@ def environment(*names):
 
 
 def averages(folder, *steps):
-    """The checkpoints of a training after so many steps."""
+    """The checkpoints of a training after a number of steps."""
     return [f"{folder}/ema_{RATE}_{number:06d}.pt" for number in steps]
 
 

@@ -44,7 +44,7 @@ def test_a_spoilt_one_is_passed_over_with_a_warning(tmp_path, capsys, spoil, nam
     write_set(tmp_path, 20, "ab12")
     spoil(tmp_path / name)
     assert find_newest(str(tmp_path)) == str(tmp_path / "model000005.pt")
-    assert f"{name} is truncated or spoilt" in capsys.readouterr().out
+    assert f"{name} is truncated or corrupt" in capsys.readouterr().out
 
 
 def test_files_of_two_runs_are_no_set(tmp_path, capsys):

@@ -5,7 +5,7 @@
 
 The data are toy slides, drawn into a temporary folder: 128 px patches without augmentation, and 256 px ones with it,
 from which random 128 px crops are cut, flipped and turned. Every batch goes to the training device, and the condition
-is assembled there, edges included, as in training. A rate is the median over windows of so many batches, after a
+is assembled there, edges included, as in training. A rate is the median over windows of --batches batches, after a
 warm-up of one epoch or two windows, whichever is longer; the share of the slowest to the fastest window says how
 quiet the machine was.
 """

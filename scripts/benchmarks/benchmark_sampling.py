@@ -6,7 +6,7 @@
 The plain path is two forward passes of the whole U-Net a step, in fp32 on a CPU and in fp16 on a GPU, with every layer
 in its textbook form (plain_path.py). Weights are random: time does not depend on them. One way at a time is in memory:
 each round builds them all in turn, and times are medians over all rounds, so that a busy machine slows all rows alike.
---end_to_end also samples one batch with each sampler at so many steps, and with the plain path a 1000-step chain, of
+--end_to_end also samples one batch with each sampler at that many steps, and with the plain path a 1000-step chain, of
 which 10 steps are run and the rest is computed.
 """
 
@@ -170,7 +170,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "--compile", type=str2bool, nargs="?", const=True, default=False, help="measure compiled models, too"
     )
     parser.add_argument(
-        "--end_to_end", type=int, nargs="+", default=[], metavar="STEPS", help="also sample one batch in so many steps"
+        "--end_to_end", type=int, nargs="+", default=[], metavar="STEPS", help="also sample one batch in these steps"
     )
     return parser
 

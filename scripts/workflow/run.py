@@ -5,7 +5,7 @@ Run a workflow of Snakemake in OUT, for pipeline.sh and experiment.sh.
 
 Settings come from the environment, see the callers. What is known here before anything is written: whether RAW holds
 slides, and whether they have changed, by their content; which files of finished stages have gone, so that those are
-made again. TIME_LIMIT ends the run after so many seconds. A limit, SIGTERM or Ctrl-C reaches all running stages, which
+made again. TIME_LIMIT ends the run after these seconds. A limit, SIGTERM or Ctrl-C reaches all running stages, which
 save what they can; then the exit code is 75, and the same command goes on.
 """
 
