@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -314,12 +316,15 @@ def test_killed_at_random_until_done_equals_an_uninterrupted_run(real, tmp_path)
     assert [name for name in made if made[name] != expected[name]] == []
 
 
-def comparable(out: Path) -> dict[str, bytes]:
-    """What the stages made, but for records of times and of where OUT lies."""
-    kinds = (".png", ".tif", ".pt", ".npz")
+def comparable(out: Path) -> dict[str, object]:
+    """What the stages made, but for records of times and of where OUT lies, and for the ids of runs."""
+    kinds = (".png", ".tif", ".npz")
     named = ("samples/", "filtered/", "set/")
-    return {
-        name: data
-        for name, data in content(out).items()
-        if name.endswith(kinds) or (name.startswith(named) and name.endswith(".csv"))
-    }
+    made: dict[str, object] = {}
+    for name, data in content(out).items():
+        if name.endswith(".pt"):  # the run's id is the archive's comment
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                made[name] = [(part.filename, part.file_size, part.CRC) for part in archive.infolist()]
+        elif name.endswith(kinds) or (name.startswith(named) and name.endswith(".csv")):
+            made[name] = data
+    return made
