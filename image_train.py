@@ -69,13 +69,13 @@ def load_parts(args: argparse.Namespace, spec: ConditionSpec) -> tuple[NucleiDat
     """:return: what to train on, and what to validate on by --val_split, None where there is nothing. Collective."""
     load = functools.partial(load_dataset, spec=spec, image_size=args.image_size)
     options = args_to_dict(args, data_defaults().keys() - {"num_workers"})
-    unchanged = {**options, "augment": False, "stain_jitter": 0.0}
+    plain = {**options, "augment": False, "stain_jitter": 0.0}
     held = dict(is_train=args.is_train, val_share=args.val_share)
     if args.val_split != "slides":
         seen = load(is_train=args.is_train, **options)
-        return seen, load(is_train=False, **unchanged) if args.val_split == "test" else None
+        return seen, load(is_train=False, **plain) if args.val_split == "test" else None
     seen = load(part="train", **held, **options)
-    held_out = load(part="held_out", **held, **unchanged)
+    held_out = load(part="held_out", **held, **plain)
     if not len(held_out):
         logger.warn("fewer than three slides: none is held out, so there is no validation, best checkpoint or preview")
     return seen, held_out if len(held_out) else None

@@ -15,7 +15,6 @@ from typing import Any
 import torch as th
 
 from . import checkpoint, dist_util, files, logger
-from .checkpoint import BEST
 from .checkpoint_sets import check_one_run, find_newest, prune, steps
 
 
@@ -68,7 +67,7 @@ class Checkpointer:
     def _claim(self) -> None:
         self._lock.enter_context(files.locked(self.folder, "OPENAI_LOGDIR"))
         self._claimed = True
-        for folder in (self.folder, os.path.join(self.folder, BEST)):
+        for folder in (self.folder, os.path.join(self.folder, checkpoint.BEST)):
             files.remove_leftovers(folder)
 
     def find(self, wanted: str, flags: Mapping[str, Any], changeable: Collection[str], facts: Mapping[str, str]) -> str:
@@ -150,7 +149,7 @@ class Checkpointer:
 
     def _read_best(self) -> dict[str, float]:
         """What the state in best/ says of itself, if it was measured on the samples of now."""
-        folder = os.path.join(self.folder, BEST)
+        folder = os.path.join(self.folder, checkpoint.BEST)
         for step in reversed(steps(folder)):
             path = os.path.join(folder, checkpoint.state_name(step))
             with contextlib.suppress(ValueError):
@@ -183,7 +182,7 @@ class Checkpointer:
             return
         files_of_set = states()
         files_of_set[checkpoint.state_name(step)] |= {"best": {**self.best, "held_out": self.facts.get("held_out", "")}}
-        self._submit(os.path.join(self.folder, BEST), files_of_set, 1, lambda: None)
+        self._submit(os.path.join(self.folder, checkpoint.BEST), files_of_set, 1, lambda: None)
 
     def _submit(self, folder: str, states: dict[str, dict], keep: int | None, then: Callable[[], None]) -> None:
         if folder in self._pending:
@@ -224,8 +223,8 @@ class Checkpointer:
     def _link_best(self, names: Collection[str]) -> None:
         for name in names:
             if not name.startswith("state"):
-                link = re.sub(r"\d+(?=\.pt$)", BEST, name)
-                files.write_link(os.path.join(self.folder, link), os.path.join(BEST, name))
+                link = re.sub(r"\d+(?=\.pt$)", checkpoint.BEST, name)
+                files.write_link(os.path.join(self.folder, link), os.path.join(checkpoint.BEST, name))
 
 
 def _content_id(path: str) -> str:

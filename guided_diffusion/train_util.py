@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from . import checkpoint, dist_util, logger, streams
-from .checkpoint import BEST
 from .checkpoint_sets import take_up
 from .checkpointer import Checkpointer
 from .conditioning import ConditionSpec, as_signed
@@ -381,6 +380,6 @@ class TrainLoop:
         """
         folder, step, best = logger.get_dir(), self.step, self.checkpointer.best
         if best:
-            folder, step = os.path.join(folder, BEST), best["step"]
+            folder, step = os.path.join(folder, checkpoint.BEST), best["step"]
         path = os.path.join(folder, checkpoint.ema_name(self.options.ema_rates[0], step))
         return dict(step=self.step, samples=self.samples, checkpoint=path, best=best)
