@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ def raised() -> Iterator[None]:
         if number != signal.SIGINT:
             os._exit(128 + number)
 
-    with _handled_by(stop):
+    with _handled_by(stop), _connections_of_workers_may_end(owner):
         yield
 
 
@@ -98,6 +99,25 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
     finally:
         for number, handler_before in before.items():
             signal.signal(number, handler_before)
+
+
+@contextlib.contextmanager
+def _connections_of_workers_may_end(owner: int) -> Iterator[None]:
+    """
+    Workers forked in this block say nothing of a connection that their parent left: a stop may come while it takes a
+    tensor from one of them, whose thread for that (multiprocessing.resource_sharer) prints what it did not expect.
+    """
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if os.getpid() == owner or not isinstance(error, (ConnectionError, EOFError)):
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+    try:
+        yield
+    finally:
+        sys.excepthook = before
 
 
 def leave_to_parent(worker: int = 0) -> None:
