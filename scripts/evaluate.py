@@ -278,10 +278,10 @@ def structure_metric(segmenter: Segmenter) -> StructureMetric:
 
     def agreement(name: str, images: np.ndarray, patches: PatchSet) -> Figures:
         bar = tqdm(images, f"{name}: segmenting", leave=False, delay=2)
-        rows = [
-            instance_metrics.measure(truth, segmenter.segment(image)) for image, truth in zip(bar, patches.inst_maps)
+        tallies = [
+            instance_metrics.tally(truth, segmenter.segment(image)) for image, truth in zip(bar, patches.inst_maps)
         ]
-        means = instance_metrics.summarise(rows, patches.slides)
+        means = instance_metrics.summarise(tallies, patches.slides)
         return {name: estimate(means[key]) for name, key in (("f1", "f1@0.5"), ("aji", "aji"))}
 
     known: dict[bytes, Figures] = {}  # the runs of a sweep share their originals
@@ -382,16 +382,17 @@ def compare_masks(args: argparse.Namespace) -> None:
     for stem in sorted(predicted.keys() ^ truth.keys()):
         there, missing = (args.predicted, args.truth) if stem in predicted else (args.truth, args.predicted)
         raise ValueError(f"{there} has {stem}, {missing} has not: the folders must hold the same stems")
-    rows = {}
+    tallies = {}
     for stem in tqdm(sorted(truth), "comparing", leave=False, delay=2):
         pair = [read_inst_mask(path) for path in (truth[stem], predicted[stem])]
         if pair[0].shape != pair[1].shape:
             sizes = [f"{mask.shape[1]} x {mask.shape[0]} px" for mask in pair]
             raise ValueError(f"{predicted[stem]} is {sizes[1]}, {truth[stem]} {sizes[0]}: they must be of one size")
-        rows[stem] = instance_metrics.measure(*pair)
-    means = instance_metrics.summarise(list(rows.values()), list(map(slide_of, rows)), args.seed)
+        tallies[stem] = instance_metrics.tally(*pair)
+    means = instance_metrics.summarise(list(tallies.values()), list(map(slide_of, tallies)), args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "metrics.json", {"mean": means, "images": rows})
+    images = {stem: own.figures() for stem, own in tallies.items()}
+    write_json(args.out / "metrics.json", {"mean": means, "images": images})
     print(evaluation_report.table({name: {"mean": estimate(mean)} for name, mean in means.items()}))
 
 

@@ -6,8 +6,8 @@ Find the nuclei of images, and measure how well, where the truth is known.
 MODEL is a segmenter.pt of scripts/train_segmenter.py, or its folder; IMAGES a folder of images of any size. Writes
 DIR/inst_masks/STEM.tif (uint16, 0 = background) and DIR/overlays/STEM.png: nuclei outlined in yellow, the true ones in
 blue. With --truth, a folder of instance masks of the same stems, also DIR/metrics.json: all metrics per image, and
-averaged with 95 % intervals by bootstrap over slides. Slides that the model was trained on, or held out to choose its
-weights by, are refused then.
+their averages: the images of a slide are pooled, slides averaged, with 95 % intervals by bootstrap over slides. Slides
+that the model was trained on, or held out to choose its weights by, are refused then.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from guided_diffusion.script_util import str2bool
 
 METRICS = "metrics.json"
 FOUND, TRUE = (255, 230, 0), (0, 90, 255)
-SHOWN = ("f1@0.5", "aji", "pq", "dq", "sq", "dice")
+SHOWN = ("f1@0.5", "aji", "aji+", "pq", "dq", "sq", "dice")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,16 +47,17 @@ def main(argv: list[str] | None = None) -> None:
     for stem in tqdm(images, "checking", leave=False, mininterval=1, disable=None):
         read(stem, images, masks)
 
-    rows = {}
+    tallies = {}
     for stem in tqdm(images, "segmenting", mininterval=1):
         image, truth = (array if array is None else centre(array, args.centre) for array in read(stem, images, masks))
         found = segmenter.segment(image)
         if truth is not None:
-            rows[stem] = instance_metrics.measure(truth, found)
+            tallies[stem] = instance_metrics.tally(truth, found)
         write_pictures(args.out, stem, image, found, truth)
     print(f"{args.out}: {len(images)} images")
     if masks is not None:
-        average = instance_metrics.summarise(list(rows.values()), [slide_of(stem) for stem in rows], args.seed)
+        average = instance_metrics.summarise(list(tallies.values()), list(map(slide_of, tallies)), args.seed)
+        rows = {stem: own.figures() for stem, own in tallies.items()}
         write_json(args.out / METRICS, {"model": str(args.model), "average": average, "images": rows})
         print(table(average))
 

@@ -58,11 +58,11 @@ def test_masks_pictures_and_figures(model, split, tmp_path, capsys):
         mode, found = read(out / "inst_masks" / f"{stem}.tif")
         assert mode == "I;16" and found.dtype == np.uint16
         assert np.array_equal(found, segmenter.segment(image)) and found.any()
-        rows.append(instance_metrics.measure(truth, found))
+        rows.append(instance_metrics.tally(truth, found))
         mode, overlay = read(out / "overlays" / f"{stem}.png")
         assert mode == "RGB" and overlay.shape == image.shape
         assert {segment.FOUND, segment.TRUE} <= {tuple(pixel) for pixel in overlay.reshape(-1, 3)}
-    assert list(figures["images"].values()) == rows
+    assert list(figures["images"].values()) == [row.figures() for row in rows]
     assert figures["average"] == instance_metrics.summarise(rows, ["slide-1", "slide-1", "slide-2"])
     printed = capsys.readouterr().out
     assert "3 images" in printed and f"{figures['average']['aji']['mean']:.3f}" in printed

@@ -1,13 +1,13 @@
 """
-How well one instance map of nuclei agrees with another: F1 over IoU thresholds, AJI, panoptic quality, Dice.
+How well one instance map of nuclei agrees with another: F1 over IoU thresholds, AJI, AJI+, panoptic quality, Dice.
 
-All but Dice come from one overlap table. Owns the definitions, their conventions for empty maps, and averages with
-intervals. Knows nothing of images, files or segmenters. Ids are any non-negative integers, 0 = background; each id is
-one nucleus, also if its pixels do not touch.
+All but Dice come from one overlap table. Owns the definitions, their conventions for empty maps, how images of a slide
+are pooled, and averages with intervals. Knows nothing of images, files or segmenters. Ids are any non-negative
+integers, 0 = background; each id is one nucleus, also if its pixels do not touch.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(1, 10))
+HALF = THRESHOLDS.index(0.5)
 RESAMPLES = 2000  # of the bootstrap
 
 
@@ -57,120 +58,156 @@ def overlap_table(truth: np.ndarray, found: np.ndarray) -> Overlaps:
     return Overlaps(rows, columns, shared, truth_area, found_area)
 
 
-def matches(table: Overlaps, threshold: float) -> np.ndarray:
+class Tally(NamedTuple):
     """
-    Match nuclei one to one where their IoU is above a threshold.
+    What figures are made of, counted in one image or, added up, in several.
 
-    From 0.5 on, at most one match is possible for each nucleus. Below, the pairs are chosen so that there are as many
-    as possible, and of those choices the one of largest total IoU (StarDist's: Schmidt et al., MICCAI 2018).
-
-    :param threshold: in [0, 1).
-    :return: an int64 array of indices into the table's pairs.
+    :param true_nuclei: in the truth; found_nuclei: predicted.
+    :param matched: [9] int64, the pairs matched at each of THRESHOLDS.
+    :param matched_iou: the sum of the IoU of those matched at 0.5.
+    :param aji: [2] int64, the pixels of AJI's numerator and denominator; aji_plus and dice: the same of theirs.
     """
-    iou = table.iou
-    kept = np.flatnonzero(iou > threshold)
-    if threshold >= 0.5 or not len(kept):
-        return kept
-    shape = len(table.truth_area), len(table.found_area)
-    chosen = [_assigned(table, part, iou) for part in _parts(table, kept, shape)]
-    return np.sort(np.concatenate(chosen))
+
+    true_nuclei: int
+    found_nuclei: int
+    matched: np.ndarray
+    matched_iou: float
+    aji: np.ndarray
+    aji_plus: np.ndarray
+    dice: np.ndarray
+
+    def figures(self) -> dict[str, float]:
+        """
+        :return: f1@0.1 ... f1@0.9, aji, aji+, pq, dq, sq and dice in [0, 1]; true_nuclei and found_nuclei, counts.
+            Where both sides are empty all ratios are 1, where one is they are 0.
+        """
+        nuclei = self.true_nuclei + self.found_nuclei
+        f1 = [_ratio(2 * count, nuclei) for count in self.matched]
+        sq = self.matched_iou / self.matched[HALF] if self.matched[HALF] else float(nuclei == 0)
+        return {
+            **{f"f1@{threshold}": value for threshold, value in zip(THRESHOLDS, f1)},
+            "aji": _ratio(*self.aji),
+            "aji+": _ratio(*self.aji_plus),
+            "pq": f1[HALF] * sq,
+            "dq": f1[HALF],
+            "sq": sq,
+            "dice": _ratio(*self.dice),
+            "true_nuclei": float(self.true_nuclei),
+            "found_nuclei": float(self.found_nuclei),
+        }
 
 
-def instance_f1(table: Overlaps, threshold: float) -> float:
-    """2 TP / (number of true + number of predicted nuclei), in [0, 1]; 1 if both maps are empty, 0 if one is."""
-    total = len(table.truth_area) + len(table.found_area)
-    return 2 * len(matches(table, threshold)) / total if total else 1.0
+def _ratio(part: int, whole: int) -> float:
+    return int(part) / int(whole) if whole else 1.0
 
 
-def aggregated_jaccard_index(table: Overlaps) -> float:
+def tally(truth: np.ndarray, found: np.ndarray) -> Tally:
     """
-    AJI (Kumar et al., IEEE TMI 2017), in [0, 1]; 1 if both maps are empty, 0 if one is.
+    Count what one image adds to each figure.
 
-    Each true nucleus takes the predicted one of largest IoU (the first of equals), which may be taken several times;
-    intersections over unions, to which the predicted nuclei that nobody took are added.
+    F1, and panoptic quality (Kirillov et al., CVPR 2019: DQ is the F1 at 0.5, SQ the mean IoU of its matches, PQ their
+    product), match pairs whose IoU is at least the threshold, as StarDist does; Kirillov's has "above 0.5", which
+    differs where an IoU is a half to the digit.
+
+    :param truth: an [H x W] array of ids; found: another.
     """
-    union = table.truth_area.astype(np.int64).copy()
-    # Sorted by truth, then by falling IoU, then by found: the first row of each truth is its choice.
-    order = np.lexsort((table.found, -table.iou, table.truth))
-    _, first = np.unique(table.truth[order], return_index=True)
-    best = order[first]
-    union[table.truth[best]] += table.found_area[table.found[best]] - table.shared[best]
-    taken = np.zeros(len(table.found_area), bool)
-    taken[table.found[best]] = True
-    total = int(union.sum() + table.found_area[~taken].sum())
-    return float(table.shared[best].sum() / total) if total else 1.0
-
-
-def panoptic_quality(table: Overlaps) -> tuple[float, float, float]:
-    """
-    PQ, DQ and SQ at IoU > 0.5 (Kirillov et al., CVPR 2019), each in [0, 1].
-
-    DQ is the F1 at 0.5, SQ the mean IoU of the matches, PQ their product. Both maps empty: all 1. No match: all 0.
-    """
-    detection = instance_f1(table, 0.5)
-    kept = matches(table, 0.5)
-    quality = float(table.iou[kept].mean()) if len(kept) else float(detection == 1)
-    return detection * quality, detection, quality
-
-
-def dice(truth: np.ndarray, found: np.ndarray) -> float:
-    """Dice of nucleus against background, in [0, 1]; 1 if both maps are empty, 0 if one is."""
-    truth, found = truth > 0, found > 0
-    total = np.count_nonzero(truth) + np.count_nonzero(found)
-    return 2 * int(np.count_nonzero(truth & found)) / int(total) if total else 1.0
+    table = overlap_table(truth, found)
+    chosen = [matches(table, threshold) for threshold in THRESHOLDS]
+    both, either = np.count_nonzero((truth > 0) & (found > 0)), np.count_nonzero(truth) + np.count_nonzero(found)
+    return Tally(
+        true_nuclei=len(table.truth_area),
+        found_nuclei=len(table.found_area),
+        matched=np.array([len(pairs) for pairs in chosen]),
+        matched_iou=float(table.iou[chosen[HALF]].sum()),
+        aji=_aji(table),
+        aji_plus=_aji_plus(table),
+        dice=np.array([2 * both, either]),
+    )
 
 
 def measure(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """:return: the figures of one image: those of its tally."""
+    return tally(truth, found).figures()
+
+
+def pooled(tallies: Iterable[Tally]) -> Tally:
+    """:return: what several images count together."""
+    return Tally(*map(sum, zip(*tallies)))
+
+
+def summarise(tallies: Sequence[Tally], slides: Sequence[str], seed: int = 0) -> dict[str, dict[str, float | None]]:
     """
-    All metrics of one image.
+    Average the slides' figures, with a bootstrap interval over slides.
 
-    :return: f1@0.1 ... f1@0.9, aji, pq, dq, sq and dice in [0, 1]; true_nuclei and found_nuclei, counts.
-    """
-    table = overlap_table(truth, found)
-    pq, dq, sq = panoptic_quality(table)
-    return {
-        **{f"f1@{threshold}": instance_f1(table, threshold) for threshold in THRESHOLDS},
-        "aji": aggregated_jaccard_index(table),
-        "pq": pq,
-        "dq": dq,
-        "sq": sq,
-        "dice": dice(truth, found),
-        "true_nuclei": float(len(table.truth_area)),
-        "found_nuclei": float(len(table.found_area)),
-    }
+    The images of a slide are pooled: patches of few nuclei, which score 0 or 1, weigh no more than their nuclei do.
+    Slides are drawn with replacement; the interval runs between the quantiles .025 and .975 of RESAMPLES means.
 
-
-def summarise(
-    rows: Sequence[dict[str, float]], slides: Sequence[str], seed: int = 0
-) -> dict[str, dict[str, float | None]]:
-    """
-    Average the images' metrics, with a bootstrap interval over slides.
-
-    Images of one slide are alike, so whole slides are drawn with replacement and the mean is taken over all images
-    of those drawn; the interval runs between the quantiles .025 and .975 of RESAMPLES means.
-
-    :param rows: from `measure`, one an image.
+    :param tallies: from `tally`, one an image.
     :param slides: the slide of each.
     :param seed: of the draws.
     :return: metric -> {mean, low, high}; low and high are None where there is one slide, which says nothing of others.
     """
-    if not rows or len(rows) != len(slides):
-        raise ValueError(f"{len(rows)} images and {len(slides)} slides: give the slide of each of at least one image")
+    if not tallies or len(tallies) != len(slides):
+        raise ValueError(
+            f"{len(tallies)} images and {len(slides)} slides: give the slide of each of at least one image"
+        )
     members = defaultdict(list)
-    for number, slide in enumerate(slides):
-        members[slide].append(number)
-    groups = [members[slide] for slide in sorted(members)]
-    names = list(rows[0])
-    values = np.array([[row[name] for name in names] for row in rows])
-    sums = np.array([values[group].sum(axis=0) for group in groups])
-    sizes = np.array([len(group) for group in groups])
-    mean = values.mean(axis=0)
-    if len(groups) < 2:
-        return {name: dict(mean=float(mean[k]), low=None, high=None) for k, name in enumerate(names)}
-    drawn = np.random.default_rng(seed).integers(0, len(groups), (RESAMPLES, len(groups)))
-    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]
-    low, high = np.quantile(means, (0.025, 0.975), axis=0)
-    return {name: dict(mean=float(mean[k]), low=float(low[k]), high=float(high[k])) for k, name in enumerate(names)}
+    for own, slide in zip(tallies, slides):
+        members[slide].append(own)
+    rows = [pooled(members[slide]).figures() for slide in sorted(members)]
+    values = np.array([list(row.values()) for row in rows])
+    low = high = [None] * values.shape[1]
+    if len(rows) > 1:
+        drawn = np.random.default_rng(seed).integers(0, len(rows), (RESAMPLES, len(rows)))
+        low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975), axis=0).tolist()
+    means = values.mean(axis=0).tolist()
+    return {name: dict(mean=means[k], low=low[k], high=high[k]) for k, name in enumerate(rows[0])}
+
+
+def matches(table: Overlaps, threshold: float) -> np.ndarray:
+    """
+    Match nuclei one to one where their IoU is at least a threshold.
+
+    Where a nucleus could be matched with several, the pairs are chosen so that there are as many as possible, and of
+    those choices the one of largest total IoU (StarDist's: Schmidt et al., MICCAI 2018).
+
+    :param threshold: in (0, 1].
+    :return: an int64 array of indices into the table's pairs.
+    """
+    iou = table.iou
+    fewer = max(1, min(len(table.truth_area), len(table.found_area)))
+    # One more match outweighs any IoU.
+    return _one_to_one(table, np.flatnonzero(iou >= threshold), 1 + iou / (2 * fewer))
+
+
+def _aji(table: Overlaps) -> np.ndarray:
+    """
+    Numerator and denominator of AJI (Kumar et al., IEEE TMI 2017), px.
+
+    Each true nucleus takes the predicted one of largest IoU (the first of equals), which may be taken several times;
+    intersections over unions, to which the predicted nuclei that nobody took are added.
+    """
+    # Sorted by truth, then by falling IoU, then by found: the first row of each truth is its choice.
+    order = np.lexsort((table.found, -table.iou, table.truth))
+    _, first = np.unique(table.truth[order], return_index=True)
+    return _intersection_and_union(table, order[first])
+
+
+def _aji_plus(table: Overlaps) -> np.ndarray:
+    """
+    The same of AJI+ (Graham et al., Medical Image Analysis 2019): nuclei are paired one to one, with the largest total
+    IoU, so that a predicted one that covers two is not taken twice.
+    """
+    return _intersection_and_union(table, _one_to_one(table, np.arange(len(table.shared)), table.iou))
+
+
+def _intersection_and_union(table: Overlaps, pairs: np.ndarray) -> np.ndarray:
+    """Of the pairs, and all that is in none of them added to the union; each true nucleus is in one pair at most."""
+    shared = table.shared[pairs].sum()
+    left = np.ones(len(table.found_area), bool)
+    left[table.found[pairs]] = False
+    union = table.truth_area.sum() + table.found_area[table.found[pairs]].sum() - shared + table.found_area[left].sum()
+    return np.array([shared, union])
 
 
 def _indexed(inst_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -186,25 +223,34 @@ def _indexed(inst_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return index + 1, area
 
 
-def _parts(table: Overlaps, kept: np.ndarray, shape: tuple[int, int]) -> list[np.ndarray]:
+def _one_to_one(table: Overlaps, kept: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Choose among the kept pairs so that no nucleus comes twice and the sum of the values is largest."""
+    ends = table.truth[kept], table.found[kept]
+    if all(len(np.unique(end)) == len(kept) for end in ends):
+        return kept
+    chosen = [_assigned(table, part, value) for part in _parts(table, kept)]
+    return np.sort(np.concatenate(chosen))
+
+
+def _parts(table: Overlaps, kept: np.ndarray) -> list[np.ndarray]:
     """Split pairs into groups that share no nucleus: small assignments in place of one large."""
-    count = shape[0] + shape[1]
-    ends = table.truth[kept], table.found[kept] + shape[0]
-    graph = sparse.coo_matrix((np.ones(len(kept)), ends), shape=(count, count))
+    true = len(table.truth_area)
+    ends = table.truth[kept], table.found[kept] + true
+    graph = sparse.coo_matrix((np.ones(len(kept)), ends), shape=(true + len(table.found_area),) * 2)
     component = sparse.csgraph.connected_components(graph, directed=False)[1][ends[0]]
     order = np.argsort(component, kind="stable")
     return np.split(kept[order], np.flatnonzero(np.diff(component[order])) + 1)
 
 
-def _assigned(table: Overlaps, pairs: np.ndarray, iou: np.ndarray) -> np.ndarray:
+def _assigned(table: Overlaps, pairs: np.ndarray, value: np.ndarray) -> np.ndarray:
     """The best one-to-one choice among some pairs."""
     if len(pairs) == 1:
         return pairs
     truth, rows = np.unique(table.truth[pairs], return_inverse=True)
     found, columns = np.unique(table.found[pairs], return_inverse=True)
-    value = np.zeros((len(truth), len(found)))
-    value[rows, columns] = 1 + iou[pairs] / (2 * min(value.shape))  # one more match outweighs any IoU
-    index = np.full(value.shape, -1)
+    worth = np.zeros((len(truth), len(found)))
+    worth[rows, columns] = value[pairs]
+    index = np.full(worth.shape, -1)
     index[rows, columns] = pairs
-    taken = index[linear_sum_assignment(value, maximize=True)]
+    taken = index[linear_sum_assignment(worth, maximize=True)]
     return taken[taken >= 0]

@@ -10,6 +10,8 @@ from guided_diffusion.histology.evaluation import instance_metrics
 from guided_diffusion.histology.evaluation.instance_metrics import measure, overlap_table
 
 EMPTY = np.zeros((6, 8), np.int32)
+EMPTY_12 = np.zeros((12, 12), np.int32)
+GRID = np.kron(np.arange(1, 7).reshape(2, 3), np.pad(np.ones((3, 3), np.int32), ((0, 3), (0, 1))))
 COUNTS = ("true_nuclei", "found_nuclei")
 
 
@@ -38,7 +40,7 @@ def iou(a, b):
 
 def brute_force_matches(truth, found, threshold):
     """Over all one-to-one choices: the largest number of pairs, and the largest total IoU of that many."""
-    allowed = [(i, j, v) for i, a in enumerate(truth) for j, b in enumerate(found) if (v := iou(a, b)) > threshold]
+    allowed = [(i, j, v) for i, a in enumerate(truth) for j, b in enumerate(found) if (v := iou(a, b)) >= threshold]
     for count in range(min(len(truth), len(found)), 0, -1):
         totals = [
             sum(v for *_, v in pairs)
@@ -66,6 +68,17 @@ def brute_force_aji(truth, found):
     return intersection / union
 
 
+def brute_force_aji_plus(truth, found):
+    """The one-to-one choice of largest total IoU, by going through all of them."""
+    few, many = sorted((truth, found), key=len)
+    pairs = max(
+        (list(zip(few, order)) for order in itertools.permutations(many, len(few))),
+        key=lambda pairs: sum(iou(a, b) for a, b in pairs),
+    )
+    intersection = sum((a & b).sum() for a, b in pairs)
+    return intersection / (sum(mask.sum() for mask in (*truth, *found)) - intersection)
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_agrees_with_brute_force(seed):
     rng = np.random.default_rng(seed)
@@ -86,6 +99,7 @@ def test_agrees_with_brute_force(seed):
     assert figures["sq"] == pytest.approx(best / count if count else 0)
     assert figures["pq"] == pytest.approx(2 * best / total)
     assert figures["aji"] == pytest.approx(brute_force_aji(true_masks, found_masks))
+    assert figures["aji+"] == pytest.approx(brute_force_aji_plus(true_masks, found_masks))
     assert figures["dice"] == pytest.approx(
         2 * ((truth > 0) & (found > 0)).sum() / ((truth > 0).sum() + (found > 0).sum())
     )
@@ -111,10 +125,10 @@ def test_empty_maps():
 def test_a_split_nucleus():
     truth = square(2, 2, 4)
     found = truth.copy()
-    found[2:6, 4:6] = 2  # two halves, IoU 0.5 each: not above 0.5
+    found[2:6, 4:6] = 2  # two halves, IoU 0.5 each, of which one is matched: exactly at the threshold is enough
     figures = measure(truth, found)
-    assert (figures["f1@0.4"], figures["f1@0.5"], figures["pq"]) == (2 / 3, 0, 0)
-    assert figures["aji"] == 8 / (16 + 8) and figures["dice"] == 1
+    assert (figures["f1@0.5"], figures["f1@0.6"], figures["pq"], figures["sq"]) == (2 / 3, 0, 1 / 3, 0.5)
+    assert figures["aji"] == figures["aji+"] == 8 / (16 + 8) and figures["dice"] == 1
 
 
 def test_two_merged_nuclei():
@@ -125,6 +139,7 @@ def test_two_merged_nuclei():
     assert (figures["f1@0.4"], figures["f1@0.5"], figures["f1@0.6"]) == (2 / 3, 2 / 3, 0)
     assert (figures["dq"], figures["sq"]) == (2 / 3, 16 / 28)
     assert figures["aji"] == (16 + 12) / (28 + 28)  # the merged one is taken twice
+    assert figures["aji+"] == 16 / (28 + 12)
 
 
 def test_touching_nuclei_are_not_one():
@@ -173,26 +188,34 @@ def test_six_hundred_nuclei_take_well_under_a_second():
     assert figures["sq"] == pytest.approx(23 * 22 / (2 * 625 - 23 * 22), rel=0.01)
 
 
-def test_averages_and_intervals():
-    rows = [{"aji": value} for value in (0.2, 0.4, 0.9, 0.5)]
-    slides = ["A", "A", "B", "C"]
-    average = instance_metrics.summarise(rows, slides, seed=3)["aji"]
-    assert average == instance_metrics.summarise(rows, slides, seed=3)["aji"]
-    assert average["mean"] == pytest.approx(0.5)
-    # All 27 draws of three slides with replacement, each a mean over the images drawn.
-    groups = {"A": [0.2, 0.4], "B": [0.9], "C": [0.5]}
-    means = [np.mean([v for s in draw for v in groups[s]]) for draw in itertools.product("ABC", repeat=3)]
-    assert average["low"] == pytest.approx(np.quantile(means, 0.025, method="inverted_cdf"), abs=0.02)
-    assert average["high"] == pytest.approx(np.quantile(means, 0.975, method="inverted_cdf"), abs=0.02)
+def test_a_slides_images_are_pooled_and_slides_are_drawn():
+    """A patch of one nucleus, missed, beside one of six, found, is a slide of six in seven: not of a half."""
+    pairs = {
+        "A": [(square(0, 0, 3), EMPTY_12), (GRID, GRID)],
+        "B": [(GRID, np.where(GRID < 4, GRID, 0))],
+        "C": [(GRID, np.roll(GRID, 1, axis=1)), (EMPTY_12, EMPTY_12)],
+    }
+    tallies = [instance_metrics.tally(*pair) for images in pairs.values() for pair in images]
+    average = instance_metrics.summarise(tallies, list("AABCC"), seed=3)
+    assert average == instance_metrics.summarise(tallies[::-1], list("CCBAA"), seed=3)
+    slides = [2 * 6 / 13, 2 * 3 / 9, 2 * 6 / 12]  # the shifted squares have an IoU of a half
+    assert average["f1@0.5"]["mean"] == pytest.approx(np.mean(slides))
+    assert average["aji"]["mean"] == pytest.approx(np.mean([54 / 63, 27 / 54, 36 / 72]))
+    assert average["true_nuclei"]["mean"] == pytest.approx(19 / 3)
+    # All 27 draws of three slides with replacement.
+    means = [np.mean(draw) for draw in itertools.product(slides, repeat=3)]
+    for bound, quantile in (("low", 0.025), ("high", 0.975)):
+        expected = np.quantile(means, quantile, method="inverted_cdf")
+        assert average["f1@0.5"][bound] == pytest.approx(expected, abs=0.02)
 
 
 def test_one_slide_has_no_interval():
-    average = instance_metrics.summarise([{"aji": 0.25}, {"aji": 0.75}], ["A", "A"])["aji"]
-    assert average == {"mean": 0.5, "low": None, "high": None}
+    average = instance_metrics.summarise([instance_metrics.tally(GRID, GRID)] * 2, ["A", "A"])["aji"]
+    assert average == {"mean": 1.0, "low": None, "high": None}
 
 
 def test_every_image_has_a_slide():
     with pytest.raises(ValueError, match="0 images"):
         instance_metrics.summarise([], [])
     with pytest.raises(ValueError, match="2 slides"):
-        instance_metrics.summarise([{"aji": 1.0}], ["A", "B"])
+        instance_metrics.summarise([instance_metrics.tally(GRID, GRID)], ["A", "B"])
