@@ -67,7 +67,7 @@ def check_last_step(options: TrainOptions, resume_checkpoint: str) -> None:
 
 def load_parts(args: argparse.Namespace, spec: ConditionSpec) -> tuple[NucleiDataset, NucleiDataset | None]:
     """:return: what to train on, and what to validate on by --val_split, None where there is nothing. Collective."""
-    load = functools.partial(load_dataset, spec=spec, image_size=args.image_size)
+    load = functools.partial(load_dataset, spec=spec, image_size=args.image_size, ids=False)
     options = args_to_dict(args, data_defaults().keys() - {"num_workers"})
     plain = {**options, "augment": False, "stain_jitter": 0.0}
     held = dict(is_train=args.is_train, val_share=args.val_share)

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from scipy.spatial.distance import cdist
 
+from . import streams
 from .stains import OD_QUANTILES, STAINS, optical_density
 
 NEAREST = 19  # the candidates of a match; the reference ranks 20 and takes the query itself out
@@ -189,7 +190,7 @@ def match_shares(shares: np.ndarray, candidates: np.ndarray, seed: int) -> np.nd
     :param seed: of the draw among the 19 nearest.
     :return: an [N] int64 array of indices of candidates.
     """
-    rng = np.random.default_rng(seed)
+    rng = streams.rng("appearance", seed)
     order = np.argsort(candidates, kind="stable")
     ascending = candidates[order]
     n_near = min(NEAREST, len(candidates))
@@ -298,7 +299,7 @@ def _draw_near(
                 "or leave it out"
             )
         choices = np.minimum(NEAREST, n - sizes[codes])
-    rank = np.random.default_rng(seed).integers(choices, size=n)
+    rank = streams.rng("appearance", seed).integers(choices, size=n)
     chosen = np.empty(n, np.int64)
     for rows in _chunks(n):
         far = distance(rows)

@@ -90,7 +90,7 @@ class NucleiDataset(Dataset):
     :param appearance: an [N] int array, or None for each item's own image.
     :param augment: crop at random places, flip and turn; else crop centrally.
     :param stain_jitter: by how much the stains of an appearance vary, see jitter_stains; 0: not at all.
-    :param preserve_nuclei_col: see ConditionSpec.encode.
+    :param preserve_nuclei_col: see ConditionSpec.encode; so is ids.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class NucleiDataset(Dataset):
         augment: bool = False,
         stain_jitter: float = 0.0,
         preserve_nuclei_col: bool = False,
+        ids: bool = True,
         seed: int = 0,
     ) -> None:
         self.items = items
@@ -114,6 +115,7 @@ class NucleiDataset(Dataset):
         self.augment = augment
         self.stain_jitter = stain_jitter
         self.preserve_nuclei_col = preserve_nuclei_col
+        self.ids = ids
         self.seed = seed
         self._cache: dict[int, Sample] = {}
         self._hv_maps: dict[int, np.ndarray] = {}
@@ -185,9 +187,9 @@ class NucleiDataset(Dataset):
         if self.stain_jitter:
             image = jitter_stains(image, self.stain_jitter, rng)
         image = image.transpose(2, 0, 1).copy()
-        colours = streams.rng("colour map", self.seed, epoch, index)
+        colours = streams.generator("colour map", self.seed, epoch, index)
         hv_map = self._hv_map(index, inst_map)
-        parts = self.spec.encode(image, class_map, inst_map, colours, self.preserve_nuclei_col, hv_map)
+        parts = self.spec.encode(image, class_map, inst_map, colours, self.preserve_nuclei_col, hv_map, self.ids)
         paths = {"path": self.appearance_of(index), "structure_path": self.items[index].image}
         return image, {**parts, **paths, "index": index}
 
@@ -207,6 +209,7 @@ def load_dataset(
     augment: bool = False,
     stain_jitter: float = 0.0,
     preserve_nuclei_col: bool = False,
+    ids: bool = True,
     subsample: float = 1.0,
     shuffle_masks: bool = False,
     match_struct: bool = False,
@@ -248,7 +251,7 @@ def load_dataset(
         items = split_slides(items, val_share, seed)[part == "held_out"]
     unmasked = list_images(appearance_dir) if appearance_dir else []
     looks = dict(augment=augment, stain_jitter=stain_jitter, preserve_nuclei_col=preserve_nuclei_col)
-    dataset = NucleiDataset(items, spec, image_size, unmasked=unmasked, **looks, seed=seed)
+    dataset = NucleiDataset(items, spec, image_size, unmasked=unmasked, **looks, ids=ids, seed=seed)
     vectors = features([item.image for item in items]) if features is not None else None
     pairing = Pairing(items, unmasked, **choice, vectors=vectors, seed=seed)
     dataset.appearance = pairing.choose(_read(dataset, pairing))

@@ -15,6 +15,7 @@ RANKS = {
     "devices": -2,
     "stains": -1,
     "signals": -2,
+    "streams": -2,
     # What dist_util stands on:
     "environment": -2,
     "mpi": -1,
@@ -32,7 +33,6 @@ RANKS = {
     "guidance": 0,
     "background": 0,
     "schedules": 0,
-    "streams": 0,
     "options": 0,
     "conditioning": 1,
     "ema": 1,

@@ -24,9 +24,13 @@ def example(size=16, channels=3, seed=0):
     return image, (inst > 0).astype(np.uint8) * 255, inst
 
 
-def encoded(spec, image, class_map, inst, rng, preserve=False):
+def generator(seed):
+    return th.Generator().manual_seed(seed)
+
+
+def encoded(spec, image, class_map, inst, generator, preserve=False, ids=True):
     """One sample's parts as a batch."""
-    return default_collate([spec.encode(image.transpose(2, 0, 1), class_map, inst, rng, preserve)])
+    return default_collate([spec.encode(image.transpose(2, 0, 1), class_map, inst, generator, preserve, ids=ids)])
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_it_is_told_from_a_batch_and_the_models_channels(structure, no_instance,
 
 def test_assembled_in_the_reference_order():
     image, class_map, inst = example()
-    y = README.assemble(encoded(README, image, class_map, inst, np.random.default_rng(3)))
+    y = README.assemble(encoded(README, image, class_map, inst, generator(3)))
     assert y.shape == (1, 6, 16, 16) and y.dtype == th.float32
     np.testing.assert_array_equal(y[0, :2].permute(1, 2, 0), gen_instance_hv_map(inst))
     colours = ((y[0, 2:5] + 1) * 127.5).round().to(th.uint8).permute(1, 2, 0).reshape(-1, 3).numpy()
@@ -97,7 +101,7 @@ def test_mask_is_zero_one_whatever_is_stored():
     image, class_map, inst = example()
     spec = ConditionSpec(num_classes=2)
     for stored in (class_map, class_map // 255):
-        y = spec.assemble(encoded(spec, image, stored, inst, np.random.default_rng(0)))
+        y = spec.assemble(encoded(spec, image, stored, inst, generator(0)))
         np.testing.assert_array_equal(y[0, 0], inst > 0)
 
 
@@ -105,7 +109,7 @@ def test_one_hot_classes_then_edge_then_colour():
     image, _, inst = example()
     classes = np.where(inst == 7, 2, (inst > 0).astype(int)).astype(np.uint8)
     spec = ConditionSpec(class_cond=True, num_classes=3, use_col_map=True)
-    y = spec.assemble(encoded(spec, image, classes, inst, np.random.default_rng(0)))
+    y = spec.assemble(encoded(spec, image, classes, inst, generator(0)))
     for k in range(3):
         np.testing.assert_array_equal(y[0, k], classes == k)
     np.testing.assert_array_equal(y[0, 3], instance_edges(th.from_numpy(inst)[None, None])[0, 0])
@@ -119,6 +123,15 @@ def test_class_out_of_range():
         spec.check_classes(np.array([[0, 3]]), "m.png")
 
 
+@pytest.mark.parametrize("spec", [README, ConditionSpec(no_instance=True, num_classes=1)])
+def test_without_ids_it_is_the_same_condition_in_fewer_bytes(spec):
+    with_ids, without = (encoded(spec, *example(), generator(0), ids=ids) for ids in (True, False))
+    assert th.equal(spec.assemble(with_ids), spec.assemble(without))
+    added = {"edge"} if "edge" in spec.channel_names else set()
+    assert without.keys() == with_ids.keys() - {"instance", "label_ori"} | added
+    assert sum(part.nbytes for part in without.values()) < 0.7 * sum(part.nbytes for part in with_ids.values())
+
+
 def test_edges_by_brute_force():
     inst = np.random.default_rng(1).integers(0, 3, (9, 11))
     expected = np.zeros(inst.shape)
@@ -127,23 +140,24 @@ def test_edges_by_brute_force():
             if 0 <= r + dr < 9 and 0 <= c + dc < 11 and inst[r, c] != inst[r + dr, c + dc]:
                 expected[r, c] = 1
     np.testing.assert_array_equal(instance_edges(th.from_numpy(inst)[None, None])[0, 0], expected)
+    np.testing.assert_array_equal(instance_edges(inst), expected)
     assert expected.min() == 0 and expected.max() == 1
 
 
 def test_colours_keep_to_their_side():
     _, class_map, _ = example()
     mask = class_map > 0
-    order = shuffled_order(mask.shape, mask, np.random.default_rng(0))
+    order = shuffled_order(mask.shape, mask, generator(0))
     for side in (mask, ~mask):
         np.testing.assert_array_equal(np.sort(order[side.ravel()]), np.flatnonzero(side))
     assert (order != np.arange(mask.size)).any()
-    free = shuffled_order(mask.shape, None, np.random.default_rng(0))
+    free = shuffled_order(mask.shape, None, generator(0))
     np.testing.assert_array_equal(np.sort(free), np.arange(mask.size))
     assert not mask.ravel()[free[mask.ravel()]].all()
 
 
 def test_shuffle_depends_on_the_generator_alone():
-    first, second, other = (shuffled_order((16, 16), None, np.random.default_rng(seed)) for seed in (5, 5, 6))
+    first, second, other = (shuffled_order((16, 16), None, generator(seed)) for seed in (5, 5, 6))
     np.testing.assert_array_equal(first, second)
     assert (first != other).any()
 
@@ -153,8 +167,8 @@ def test_shuffle_depends_on_the_generator_alone():
 def test_the_colour_map_is_the_image_in_that_order(preserve, channels):
     image, class_map, inst = example(channels=channels)
     spec = ConditionSpec(use_col_map=True, num_classes=2 + channels, in_channels=channels)
-    cond = encoded(spec, image, class_map, inst, np.random.default_rng(4), preserve)
-    order = shuffled_order(inst.shape, class_map != 0 if preserve else None, np.random.default_rng(4))
+    cond = encoded(spec, image, class_map, inst, generator(4), preserve)
+    order = shuffled_order(inst.shape, class_map != 0 if preserve else None, generator(4))
     shuffled = image.reshape(-1, channels)[order].reshape(image.shape)
     np.testing.assert_array_equal(cond["col_map"][0], shuffled.transpose(2, 0, 1))
 
@@ -162,7 +176,7 @@ def test_the_colour_map_is_the_image_in_that_order(preserve, channels):
 def test_a_known_hv_map_is_taken():
     image, class_map, inst = example()
     known = np.full((2, 16, 16), 0.25, np.float32)
-    parts = README.encode(image.transpose(2, 0, 1), class_map, inst, np.random.default_rng(0), hv_map=known)
+    parts = README.encode(image.transpose(2, 0, 1), class_map, inst, generator(0), hv_map=known)
     np.testing.assert_array_equal(parts["label"], known)
 
 
@@ -170,7 +184,7 @@ def test_compact_parts():
     image, _, inst = example()
     classes = np.where(inst == 7, 2, (inst > 0).astype(int)).astype(np.uint8)
     spec = ConditionSpec(class_cond=True, num_classes=3, use_col_map=True)
-    cond = encoded(spec, image, classes, inst, np.random.default_rng(0))
+    cond = encoded(spec, image, classes, inst, generator(0))
     for name, (shape, dtype, values) in {
         "label": ((1, 1, 16, 16), th.int32, classes),
         "label_ori": ((1, 16, 16), th.int32, classes),
@@ -179,7 +193,7 @@ def test_compact_parts():
         assert cond[name].shape == shape and cond[name].dtype == dtype, name
         np.testing.assert_array_equal(cond[name].reshape(16, 16), values)
     assert cond["col_map"].dtype == th.uint8
-    mask = encoded(ConditionSpec(num_classes=2), image, classes, inst, np.random.default_rng(0))["label"]
+    mask = encoded(ConditionSpec(num_classes=2), image, classes, inst, generator(0))["label"]
     assert mask.dtype == th.uint8 and mask.max() == 1
 
 
@@ -225,7 +239,7 @@ def test_split_is_the_inverse_of_assemble():
 def test_no_nucleus_at_all():
     image, _, _ = example()
     empty = np.zeros((16, 16), np.int32)
-    y = README.assemble(encoded(README, image, empty, empty, np.random.default_rng(0), True))
+    y = README.assemble(encoded(README, image, empty, empty, generator(0), True))
     assert (y[:, [0, 1, 5]] == 0).all()
     README.render(y)
 
@@ -243,7 +257,7 @@ def test_render(flags, panels):
     spec = ConditionSpec(**flags)
     image, class_map, inst = example(channels=spec.in_channels)
     class_map = class_map // 255 if spec.class_cond else class_map
-    y = spec.assemble(encoded(spec, image, class_map, inst, np.random.default_rng(0)))
+    y = spec.assemble(encoded(spec, image, class_map, inst, generator(0)))
     (picture,) = spec.render(y)
     assert picture.shape == (16, 16 * panels, 3) and picture.dtype == np.uint8
     if not spec.class_cond:

@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch.utils.data import default_collate
 
 from guided_diffusion import data_util, image_datasets, streams
-from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.conditioning import ConditionSpec, instance_edges, shuffled_order
 from guided_diffusion.data_stream import stream
 from guided_diffusion.hv_maps import gen_instance_hv_map
 from guided_diffusion.image_datasets import load_data, load_dataset
@@ -98,11 +98,9 @@ def test_samples_by_definition(data_dir, preserve, appearance):
     (source, _), (_, inst) = draw_patch(appearance), draw_patch(0)
     for epoch in range(3):
         x, cond = one(own, epoch, 0)
-        rng = streams.rng("colour map", 5, epoch, 0)
-        flat, order = source.reshape(-1, 3), np.arange(32 * 32)
-        for side in ((inst > 0).ravel(), (inst == 0).ravel()) if preserve else ():
-            order[side] = rng.permutation(np.flatnonzero(side))
-        order = order if preserve else rng.permutation(32 * 32)
+        mask = inst > 0 if preserve else None
+        order = shuffled_order((32, 32), mask, streams.generator("colour map", 5, epoch, 0))
+        flat = source.reshape(-1, 3)
         for values, pixels in ((x, flat), (cond["col_map"], flat[order])):
             expected = pixels.reshape(32, 32, 3).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
             np.testing.assert_array_equal(values, expected)
@@ -110,6 +108,10 @@ def test_samples_by_definition(data_dir, preserve, appearance):
         assert cond["index"] == 0 and type(cond["path"]) is type(cond["structure_path"]) is str
         image, compact = own[epoch, 0]
         assert image.dtype == compact["col_map"].dtype == np.uint8 and compact["instance"].dtype == np.int32
+        own.ids = False
+        edge = own[epoch, 0][1]["edge"]
+        own.ids = True
+        np.testing.assert_array_equal(edge, instance_edges(compact["instance"]))
 
 
 @pytest.mark.parametrize("appearance", [0, 3])

@@ -101,7 +101,12 @@ def main(argv: list[str] | None = None) -> None:
             count = args.slides * (SLIDE_SIZE // size) ** 2
             for workers in args.num_workers:
                 dataset = load_dataset(
-                    data_dir=f"{root}/{size}", dataset_mode="monuseg", image_size=IMAGE_SIZE, spec=SPEC, augment=augment
+                    data_dir=f"{root}/{size}",
+                    dataset_mode="monuseg",
+                    image_size=IMAGE_SIZE,
+                    spec=SPEC,
+                    augment=augment,
+                    ids=False,
                 )
                 data = stream(dataset, args.batch_size, num_workers=workers)
                 consume(data, max(2 * args.batches, -(-count // args.batch_size)), device)

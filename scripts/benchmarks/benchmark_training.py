@@ -119,7 +119,7 @@ class Bench:
         """Build one way, time some steps of it, and let go of it."""
         _, diffusion = create_model_and_diffusion(**model_flags(self.config))
         size = self.config["image_size"]
-        dataset = load_dataset(data_dir=self.data_dir, dataset_mode="monuseg", spec=SPEC, image_size=size)
+        dataset = load_dataset(data_dir=self.data_dir, dataset_mode="monuseg", spec=SPEC, image_size=size, ids=False)
         loop = (PlainLoop if way.plain_loop else TrainLoop)(
             model=way.make_model(self.config, self.device),
             diffusion=diffusion,
