@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     dist_util.setup_dist(args.device)
     if dist_util.rank():
         logger.set_level(logger.ERROR)
+    options = options.shared_by(dist_util.world_size())
     dtype = compute_dtype(args.use_fp16, dist_util.dev(), args.precision)
     for path in filter(None, (args.resume_checkpoint, args.init_checkpoint)):
         checkpoint.check_config(path, vars(args))
@@ -128,12 +129,12 @@ def main(argv: list[str] | None = None) -> None:
         resumed = checkpointer.find(args.resume_checkpoint, vars(args), changeable(FLAGS), facts)
         check_last_step(options, resumed)
         validate = functools.partial(
-            Validation, spec=spec, diffusion=diffusion, batch_size=args.batch_size, seed=args.seed
+            Validation, spec=spec, diffusion=diffusion, batch_size=options.batch_size, seed=args.seed
         )
-        per_step = args.batch_size * dist_util.world_size()
+        per_step = options.batch_size * dist_util.world_size()
         data = stream(
             seen,
-            args.batch_size,
+            options.batch_size,
             start=checkpoint.samples_seen(resumed, per_step),
             **args_to_dict(args, ["num_workers", "seed"]),
         )

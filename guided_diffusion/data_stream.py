@@ -90,7 +90,7 @@ def stream(
     if not 1 <= batch_size <= shard:
         raise ValueError(
             f"--batch_size {batch_size} is out of range: each of {world_size} ranks has {shard} of {len(dataset)} "
-            f"images; give 1 to {shard}"
+            f"images; give 1 to {shard}" + (", or --total_batch_size" if world_size > 1 else "")
         )
     if num_workers > 1:
         dataset.prepare()

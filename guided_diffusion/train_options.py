@@ -1,6 +1,6 @@
 """The flags of training. Knows nothing of what they are used for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .options import flag
 from .resample import SCHEDULE_SAMPLERS
@@ -17,6 +17,14 @@ class TrainOptions(RunOptions):
     :raises ValueError: where a value is out of range, does not parse, or contradicts another.
     """
 
+    total_batch_size: int = flag(
+        0,
+        "samples a step on all processes together, a multiple of their number, so that a run is the same on any; 0: "
+        "--batch_size on each",
+        within="[0, inf)",
+        changeable=True,
+        ours=True,
+    )
     lr: float = flag(1e-4, "learning rate", within="(0, inf)", changeable=True)
     weight_decay: float = flag(0.0, "of AdamW", within="[0, inf)", changeable=True)
     lr_anneal_steps: int = flag(
@@ -86,7 +94,7 @@ class TrainOptions(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         size = self.microbatch_size
-        if size is not None and (size < 1 or self.batch_size % size):
+        if size is not None and (size < 1 or (self.total_batch_size or self.batch_size) % size):
             raise ValueError(
                 f"--microbatch {self.microbatch} does not divide --batch_size {self.batch_size}: give a divisor, -1 "
                 "for the whole batch, or auto"
@@ -96,6 +104,17 @@ class TrainOptions(RunOptions):
             raise ValueError("--ema_rate is empty: give one rate or more, such as 0.9999")
         if self.resume_checkpoint and self.init_checkpoint:
             raise ValueError("--resume_checkpoint and --init_checkpoint both say where to begin: give one of them")
+
+    def shared_by(self, ranks: int) -> "TrainOptions":
+        """:return: the options of each of some processes, with total_batch_size as a batch_size."""
+        if not self.total_batch_size:
+            return self
+        if self.total_batch_size % ranks:
+            raise ValueError(
+                f"--total_batch_size {self.total_batch_size} is no multiple of {ranks} processes: give "
+                f"{-(-self.total_batch_size // ranks) * ranks}, or start another number of them"
+            )
+        return replace(self, batch_size=self.total_batch_size // ranks, total_batch_size=0)
 
     @property
     def ema_rates(self) -> list[float]:
@@ -118,7 +137,7 @@ class TrainOptions(RunOptions):
             size = int(self.microbatch)
         except ValueError:
             raise ValueError(f"--microbatch {self.microbatch} is neither a number nor auto") from None
-        return self.batch_size if size == -1 else size
+        return (self.total_batch_size or self.batch_size) if size == -1 else size
 
     @property
     def kept_checkpoints(self) -> int | None:

@@ -297,9 +297,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [[MPIEXEC, "-n", "2", sys.executable], [*TORCHRUN, "--nproc_per_node", "2"]])
 def test_two_ranks_equal_one(data_dir, tmp_path, command):
-    flags = ["--max_steps", "5", "--drop_rate", "0.3", "--augment", "True"]
-    one = launch([sys.executable], data_dir, tmp_path / "one", "--batch_size", "8", *flags)
-    two = launch(command, data_dir, tmp_path / "two", "--batch_size", "4", *flags)
+    flags = ["--max_steps", "5", "--drop_rate", "0.3", "--augment", "True", "--total_batch_size", "8"]
+    one = launch([sys.executable], data_dir, tmp_path / "one", *flags)
+    two = launch(command, data_dir, tmp_path / "two", *flags)
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
     for name in ("model000005.pt", "ema_0.9999_000005.pt"):
         assert largest_difference(weights(tmp_path / "one" / name), weights(tmp_path / "two" / name)) < 1e-5
@@ -310,7 +310,7 @@ def test_three_ranks_and_one_line_of_error(data_dir, tmp_path):
     run = launch([MPIEXEC, "-n", "3", sys.executable], data_dir, tmp_path / "out", "--batch_size", "3")
     assert run.returncode == 2
     assert [line for line in run.stderr.splitlines() if line.startswith("error:")] == [
-        "error: --batch_size 3 is out of range: each of 3 ranks has 2 of 8 images; give 1 to 2"
+        "error: --batch_size 3 is out of range: each of 3 ranks has 2 of 8 images; give 1 to 2, or --total_batch_size"
     ]
     assert "Traceback" not in run.stderr and not (tmp_path / "out").exists()
     run = launch([MPIEXEC, "-n", "9", sys.executable], data_dir, tmp_path / "out")

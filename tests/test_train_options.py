@@ -35,3 +35,13 @@ def test_microbatches_and_kept_checkpoints():
     assert TrainOptions(batch_size=8, microbatch="2").microbatch_size == 2
     assert TrainOptions(batch_size=8, microbatch="auto").microbatch_size is None
     assert TrainOptions().kept_checkpoints is None and TrainOptions(keep_checkpoints="3").kept_checkpoints == 3
+
+
+def test_a_total_is_shared_out():
+    options = TrainOptions(total_batch_size=24, microbatch="3")
+    assert [options.shared_by(ranks).batch_size for ranks in (1, 2, 8)] == [24, 12, 3]
+    assert options.shared_by(2).microbatch_size == 3 and TrainOptions(batch_size=5).shared_by(4).batch_size == 5
+    with pytest.raises(ValueError, match="--total_batch_size 24 is no multiple of 5 processes: give 25"):
+        options.shared_by(5)
+    with pytest.raises(ValueError, match="--microbatch 3 does not divide --batch_size 4"):
+        options.shared_by(6)
