@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from . import data_util, dist_util, streams
 from .conditioning import ConditionSpec, as_rgb, as_signed, hv_planes
 from .data_stream import Key, stream
+from .image_files import read_image, read_inst_mask, read_mask
 from .image_transforms import center_crop, random_crop, random_flip_turn
-from .images import Item, list_images, list_items, read_image, read_inst_mask, read_mask, split_slides
+from .images import Item, list_images, list_items, split_slides
 from .pairing import Pairing
 from .pairing import check as check_pairing
 from .stains import jitter_stains

@@ -1,27 +1,22 @@
 """
-Files of images and masks: which belong together, and how they are read. For the core and histology alike.
+Files of images and masks: which belong together, and of which slides. For the core and histology alike.
 
-Knows nothing of conditions, batches or what masks are used for.
+Knows nothing of what the files hold, nor of conditions and batches.
 """
 
-import contextlib
 import hashlib
-import io
 import os
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import blobfile as bf
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .files import by_stem, is_remote
+from .image_files import EXTENSIONS
 
-EXTENSIONS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 MANIFEST = "prepare.json"  # of a data folder, which scripts/prepare_monuseg.py writes first and last
-_PHOTOMETRIC = 262  # the TIFF tag that says whether 0 is white or black
 
 
 @dataclass(frozen=True)
@@ -154,132 +149,6 @@ def _masks(folder: str, name: str | None, images: dict[str, str]) -> dict[str, s
             f"{masks[stem]} has no image {stem}.* in {bf.join(folder, 'images')}: add it or remove the mask"
         )
     return masks
-
-
-# ---- reading ----
-
-
-def read_image(path: str | Path, in_channels: int = 3) -> np.ndarray:
-    """
-    Read a grey, palette, RGB or RGBA image; transparency is ignored.
-
-    :param path: a file or blobfile URL.
-    :return: an [H x W x in_channels] uint8 array.
-    :raises ValueError: where it cannot be decoded or has more than 8 bits a channel.
-    :raises FileNotFoundError: where it is gone.
-    """
-    image = _decoded(path)
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{path} has pixels of mode {image.mode}, not 8 bits a channel: convert it to 8-bit RGB")
-    # Through RGB, so that a palette with transparency becomes grey by its colours.
-    image = image.convert("RGB")
-    if in_channels == 1:
-        return np.asarray(image.convert("L"))[..., None]
-    return np.asarray(image)
-
-
-def read_mask(path: str | Path) -> np.ndarray:
-    """
-    Read a mask of integers.
-
-    :return: an [H x W] int32 array; of a colour image with equal channels, the first.
-    :raises ValueError: where it cannot be decoded, values are fractional or negative, or channels differ.
-    :raises FileNotFoundError: where it is gone.
-    """
-    return _read_labels(path)[0]
-
-
-def read_inst_mask(path: str | Path) -> np.ndarray:
-    """
-    Read an instance mask, see read_mask.
-
-    :return: an [H x W] int32 map, 0 = background, every other value one nucleus.
-    :raises ValueError: as read_mask, and where pixels are single bits, which tell no nuclei apart.
-    """
-    mask, bits = _read_labels(path)
-    if bits:
-        raise ValueError(f"{path} holds single bits, not instance ids: save it as 16-bit integers")
-    return mask
-
-
-def check_image(path: str | Path) -> tuple[int, int]:
-    """
-    Check that an image can be read, as far as its checksums tell, and nothing of what it holds.
-
-    :return: its width and height in pixels.
-    :raises FileNotFoundError, ValueError: see read_image.
-    """
-    with _naming(path), _opened(path) as image:
-        image.verify() if image.format == "PNG" else image.load()
-        return image.size
-
-
-def _read_labels(path: str | Path) -> tuple[np.ndarray, bool]:
-    """A mask as read_mask gives it, and whether its pixels are single bits."""
-    image = _decoded(path)
-    _check_meaning(image, path)
-    mask = np.asarray(image)
-    if mask.dtype.kind == "f":
-        raise ValueError(f"{path} holds floating-point numbers: save instance ids or classes as integers")
-    if mask.ndim == 3:
-        colours = mask[..., :3] if mask.shape[2] > 2 else mask[..., :1]
-        if (colours != colours[..., :1]).any():
-            raise ValueError(f"{path} is a colour image: save the mask with one channel of integers")
-        mask = colours[..., 0]
-    bits = mask.dtype.kind == "b"
-    if not bits and mask.min(initial=0) < 0:
-        raise ValueError(f"{path} holds negative numbers: background is 0, ids are positive")
-    return mask.astype(np.int32), bits
-
-
-def _check_meaning(image: Image.Image, path: str | Path) -> None:
-    """:raises ValueError: where the file says that its numbers are not what they seem to be."""
-    pages = getattr(image, "n_frames", 1)
-    if pages > 1:
-        raise ValueError(f"{path} has {pages} pages: save all nuclei in one, each by its own number")
-    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
-        raise ValueError(f"{path} is a TIFF whose 0 is white, which programs read in two ways: save it as min-is-black")
-    if image.mode == "P":
-        values = np.unique(np.asarray(image))
-        colours = np.array(image.getpalette("RGB")).reshape(-1, 3)[values]
-        grey = (colours == colours[:, :1]).all()
-        if (grey and (colours[:, 0] != values).any()) or colours[values == 0].any():
-            raise ValueError(f"{path} has a palette that contradicts its numbers: save it with one channel of integers")
-
-
-def _decoded(path: str | Path) -> Image.Image:
-    """An image in memory, upright."""
-    with _naming(path):
-        image = _opened(path)
-        layouts = [f"{tile.codec_name} {tile.args}" for tile in image.tile]
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-    # Pillow cuts several channels of 16 bits down to 8, and swaps the bytes of compressed 32-bit numbers twice.
-    if any(";16" in layout for layout in layouts) and not image.mode.startswith("I"):
-        raise ValueError(f"{path} has channels of 16 bits, not 8: convert it to 8-bit RGB, or a mask to one channel")
-    if any(layout.startswith("libtiff") and ";32B" in layout for layout in layouts):
-        raise ValueError(f"{path} is big-endian and compressed, which is not read rightly: save it as little-endian")
-    return image
-
-
-def _opened(path: str | Path) -> Image.Image:
-    with bf.BlobFile(str(path), "rb") as file:
-        return Image.open(io.BytesIO(file.read()))
-
-
-@contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """Name the file in whatever its decoder raises."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow warns of on its way to an error is part of the error
-            yield
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image that can be read: replace it or remove it") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is gone, or a link that leads nowhere") from None
-    except Exception as error:  # a damaged file makes Pillow raise a dozen types
-        raise ValueError(f"{path} cannot be decoded ({error}): replace it or remove it") from None
 
 
 def draw_slides(slides: Iterable[str], count: int, seed: int) -> set[str]:

@@ -48,7 +48,8 @@ from guided_diffusion.histology.features.clustering import (
 )
 from guided_diffusion.histology.features.embeddings import Features, load_features
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
-from guided_diffusion.images import read_image, slide_of
+from guided_diffusion.image_files import read_image
+from guided_diffusion.images import slide_of
 from guided_diffusion.script_util import str2bool
 
 OWN_FILES = ("clusters.csv", "scores.json", "clusters.png")

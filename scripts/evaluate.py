@@ -39,7 +39,8 @@ from guided_diffusion.histology.evaluation.evaluator import (
 )
 from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
-from guided_diffusion.images import Item, list_items, read_image, read_inst_mask, slide_of
+from guided_diffusion.image_files import read_image, read_inst_mask
+from guided_diffusion.images import Item, list_items, slide_of
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
 

@@ -48,7 +48,8 @@ from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.filtering import patchcore
 from guided_diffusion.histology.filtering.picture import SHOWN, Scored, draw_scores
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
-from guided_diffusion.images import EXTENSIONS, check_complete, check_image, read_image, slide_of
+from guided_diffusion.image_files import EXTENSIONS, check_image, read_image
+from guided_diffusion.images import check_complete, slide_of
 from guided_diffusion.script_util import str2bool
 
 REPORT = "report.json"

@@ -26,7 +26,8 @@ from guided_diffusion.files import write_json, writing
 from guided_diffusion.histology.evaluation import instance_metrics
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter, outlined
-from guided_diffusion.images import EXTENSIONS, read_image, slide_of
+from guided_diffusion.image_files import EXTENSIONS, read_image
+from guided_diffusion.images import slide_of
 from guided_diffusion.script_util import str2bool
 
 METRICS = "metrics.json"

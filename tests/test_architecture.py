@@ -11,6 +11,8 @@ PACKAGE = ROOT / "guided_diffusion"
 RANKS = {
     # Shared by the core and histology:
     "files": -2,
+    "image_decoding": -3,
+    "image_files": -2,
     "images": -1,
     "devices": -2,
     "stains": -1,
@@ -101,7 +103,7 @@ ROOMS = {
     "assembly": {"evaluation", "features", "slides"},
     "bridge": {"", "features"},
 }
-SHARED = {"files", "images", "stains", "devices", "signals"}
+SHARED = {"files", "image_files", "images", "stains", "devices", "signals"}
 
 
 def module_files() -> dict[str, Path]:

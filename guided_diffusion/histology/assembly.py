@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from ..files import write_text
-from ..images import check_image, read_inst_mask, slide_of
+from ..image_files import check_image, read_inst_mask
+from ..images import slide_of
 from .evaluation.runs import MANIFEST, Run, Sample
 from .features.cluster_folders import Patch
 from .slides.annotations import TEST_SPLIT, TRAIN_SPLIT
@@ -203,8 +204,8 @@ def check_sizes(real: Patch, samples: Sequence[Synthetic]) -> None:
     """:raises ValueError: where a sample, or its mask, is not of the size of the real patches, or cannot be read."""
     size = check_image(real.image)
     for item in samples:
-        for path in (item.sample.sample, item.sample.inst_mask):
-            width, height = check_image(path)
+        image, mask = item.sample.sample, item.sample.inst_mask
+        for path, (width, height) in ((image, check_image(image)), (mask, read_inst_mask(mask).shape[::-1])):
             if (width, height) != size:
                 raise ValueError(
                     f"{path} is {width} x {height} px, real patches {size[0]} x {size[1]}: they must be of one size"

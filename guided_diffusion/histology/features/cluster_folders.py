@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...files import LOCK, by_stem, replace_folder, write_bytes, write_json
-from ...images import EXTENSIONS, check_complete
+from ...image_files import EXTENSIONS
+from ...images import check_complete
 from ..slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from ..slides.patches import SUFFIXES
 

@@ -26,7 +26,8 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
 from ...files import list_files, writing
-from ...images import EXTENSIONS, check_complete, check_image, read_image
+from ...image_files import EXTENSIONS, check_image, read_image
+from ...images import check_complete
 from ..slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from .backbones import Backbone
 

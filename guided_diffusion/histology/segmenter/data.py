@@ -16,7 +16,8 @@ import numpy as np
 import torch as th
 
 from ...files import by_stem
-from ...images import EXTENSIONS, check_complete, draw_slides, read_image, read_inst_mask, slide_of
+from ...image_files import EXTENSIONS, read_image, read_inst_mask
+from ...images import check_complete, draw_slides, slide_of
 from ...stains import jitter_stains
 from ..evaluation.runs import MANIFEST
 from ..slides.annotations import TRAIN_SPLIT

@@ -15,7 +15,8 @@ import cv2
 import numpy as np
 
 from ...files import by_stem
-from ...images import MANIFEST, read_image, read_inst_mask
+from ...image_files import read_image, read_inst_mask
+from ...images import MANIFEST
 
 TRAIN_SPLIT = "MoNuSegTrainingData"
 TEST_SPLIT = "MoNuSegTestData"
