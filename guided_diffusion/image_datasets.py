@@ -125,9 +125,9 @@ class NucleiDataset(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def appearance_of(self, index: int) -> str:
-        """:return: the path of the image that gives an item its appearance."""
-        return self.sources[int(self.appearance[index])].image
+    def appearance_of(self, index: int) -> Item:
+        """:return: the source that gives an item its appearance."""
+        return self.sources[int(self.appearance[index])]
 
     def read(self, index: int) -> Sample:
         """:return: a source's arrays, from memory where they are still there."""
@@ -191,7 +191,7 @@ class NucleiDataset(Dataset):
         colours = streams.generator("colour map", self.seed, epoch, index)
         hv_map = self._hv_map(index, inst_map)
         parts = self.spec.encode(image, class_map, inst_map, colours, self.preserve_nuclei_col, hv_map, self.ids)
-        paths = {"path": self.appearance_of(index), "structure_path": self.items[index].image}
+        paths = {"path": self.appearance_of(index).image, "structure_path": self.items[index].image}
         return image, {**parts, **paths, "index": index}
 
     def _cut(self, arrays: tuple[np.ndarray, ...], rng: np.random.Generator | None) -> tuple[np.ndarray, ...]:

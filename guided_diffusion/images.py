@@ -4,19 +4,15 @@ Files of images and masks: which belong together, and of which slides. For the c
 Knows nothing of what the files hold, nor of conditions and batches.
 """
 
-import hashlib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import blobfile as bf
-import numpy as np
 
-from .files import by_stem, is_remote
+from .files import by_stem, is_remote, list_files
 from .image_files import EXTENSIONS
-
-MANIFEST = "prepare.json"  # of a data folder, which scripts/prepare_monuseg.py writes first and last
+from .slides import MANIFEST, hold_out, slides_of
 
 
 @dataclass(frozen=True)
@@ -41,22 +37,14 @@ class Item:
     The paths of one image, its class mask and its instance mask; either mask may be missing.
 
     :param stem: the image's path below images/, without suffix, which its masks share below their folders.
+    :param slide: that it was cut from, see slides_of.
     """
 
     stem: str
+    slide: str
     image: str
-    class_mask: str | None
-    inst_mask: str | None
-
-
-def slide_of(stem: str) -> str:
-    """
-    Tell the slide a patch was cut from by the patch's name: NAME of NAME_000; a name that ends otherwise is a slide of
-    its own. Sub-folders do not count: equal names in two of them are one slide, which a split keeps on one side.
-    """
-    stem = stem.rpartition("/")[2]
-    name, _, number = stem.rpartition("_")
-    return name if name and number.isdecimal() else stem
+    class_mask: str | None = None
+    inst_mask: str | None = None
 
 
 def list_items(data_dir: str, dataset_mode: str, is_train: bool = True) -> list[Item]:
@@ -89,7 +77,16 @@ def list_items(data_dir: str, dataset_mode: str, is_train: bool = True) -> list[
     if not class_masks and not inst_masks:
         wanted = " or ".join(name for name in (layout.instance_folder, layout.class_folder) if name)
         raise FileNotFoundError(f"{folder} has no {wanted}: every image needs a mask")
-    return [Item(stem, images[stem], class_masks.get(stem), inst_masks.get(stem)) for stem in sorted(images)]
+    other = bf.join(data_dir, layout.test if is_train else layout.train, "images")
+
+    def beside() -> list[str]:
+        return list_files(other, EXTENSIONS, deep=True) if bf.isdir(other) else []
+
+    slides = slides_of(data_dir, list(images.values()), beside)
+    return [
+        Item(stem, slide, path, class_masks.get(stem), inst_masks.get(stem))
+        for (stem, path), slide in zip(images.items(), slides)
+    ]
 
 
 def list_images(folder: str) -> list[Item]:
@@ -105,7 +102,7 @@ def list_images(folder: str) -> list[Item]:
     images = by_stem(folder, EXTENSIONS)
     if not images:
         raise ValueError(f"--appearance_dir {folder} holds no image ({', '.join(EXTENSIONS)})")
-    return [Item(stem, images[stem], None, None) for stem in sorted(images)]
+    return list(map(Item, images, slides_of(folder, list(images.values())), images.values()))
 
 
 def _require_folder(flag: str, folder: str, wanted: str) -> None:
@@ -151,32 +148,11 @@ def _masks(folder: str, name: str | None, images: dict[str, str]) -> dict[str, s
     return masks
 
 
-def draw_slides(slides: Iterable[str], count: int, seed: int) -> set[str]:
-    """:return: `count` of the slides' names; fewer are among more that the same seed draws."""
-    names = sorted(set(slides))
-    order = np.random.default_rng([seed, len(names)]).permutation(len(names))
-    return {names[i] for i in order[:count]}
-
-
 def split_slides(items: list[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
     """
-    Hold some slides out of training; patches of one slide are too alike to be on both sides.
+    Hold some slides out of training; parameters and errors as hold_out's.
 
-    :param share: of the slides, at least one; of fewer than three slides none is held out.
-    :param seed: of the choice.
     :return: the items to train on and those held out, in their order.
-    :raises ValueError: where nothing would be left to train on.
     """
-    slides = sorted({slide_of(item.stem) for item in items})
-    if len(slides) < 3:
-        return items, []
-    count = max(1, round(share * len(slides)))
-    if count == len(slides):
-        raise ValueError(f"--val_share {share} leaves no training slide of {len(slides)}: give less")
-    # By lot, but by each slide's own: what fine-tuning on a part of the slides holds out, training on all did as well,
-    # as far as the part has such a slide.
-    held = set(sorted(slides, key=lambda slide: hashlib.sha256(f"{seed} {slide}".encode()).digest())[:count])
-    parts = {True: [], False: []}
-    for item in items:
-        parts[slide_of(item.stem) in held].append(item)
-    return parts[False], parts[True]
+    held = hold_out([item.slide for item in items], share, seed)
+    return [item for item in items if item.slide not in held], [item for item in items if item.slide in held]

@@ -13,6 +13,7 @@ nest. A key "step" without prefix is the x-axis of TensorBoard; where it is miss
 import contextlib
 import datetime
 import functools
+import logging
 import os
 import tempfile
 import time
@@ -245,8 +246,12 @@ def error(*args: object) -> None:
 
 
 def set_level(level: int) -> None:
-    """Drop lines below this level from now on, and tables above INFO; DISABLED silences all sinks."""
+    """
+    Drop lines below this level from now on, and tables above INFO; DISABLED silences all sinks. The modules that warn
+    by Python's logging, since they do not know this one, keep to it, too.
+    """
     _current.level = level
+    logging.getLogger(__package__).setLevel(level)
 
 
 def environment_dir() -> str:

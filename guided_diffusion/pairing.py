@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import data_util, streams
-from .images import Item, slide_of
+from .images import Item
 
 
 def check(
@@ -72,7 +72,7 @@ class Pairing:
             return np.arange(0)
         if self.unmasked:
             return count + self._of_unmasked(described)
-        slides = [slide_of(item.stem) for item in self.items] if self.match_other_slide else None
+        slides = [item.slide for item in self.items] if self.match_other_slide else None
         if self.match_struct:
             total_area, med_area = np.array(described).T
             return data_util.match_struct(total_area, med_area, self.seed, slides)
@@ -86,5 +86,5 @@ class Pairing:
         if not self.match_struct:
             return streams.rng("appearances", self.seed).integers(len(self.unmasked), size=count)
         histograms = np.array(described[count:])
-        estimates = data_util.nuclear_shares(histograms, [slide_of(item.stem) for item in self.unmasked])
+        estimates = data_util.nuclear_shares(histograms, [item.slide for item in self.unmasked])
         return data_util.match_shares(np.array(described[:count]), estimates, self.seed)

@@ -18,7 +18,11 @@ from . import files
 from .pictures import draw_grid, is_whole, save_picture
 
 FOLDERS = ("images", "labels", "cond", "samples", "inst_masks")
-MANIFEST_FIELDS = ("index", "stem", "seed", "structure", "appearance", "s", "checkpoint", "sampler", "steps")
+SLIDE_FIELDS = ("structure_slide", "appearance_slide")
+MANIFEST_FIELDS = (
+    *("index", "stem", "seed", "structure", "appearance", "s", "checkpoint", "sampler", "steps"),
+    *SLIDE_FIELDS,
+)
 # The run's flags have a name of their own: config.json is what lies beside checkpoints.
 MANIFEST, RUN = "manifest.csv", "run.json"
 
@@ -102,7 +106,7 @@ class ResultFolder:
             save_picture(Image.fromarray(arrays[folder]), path)
         part = self.path / f".manifest.{socket.gethostname()}.{os.getpid()}.jsonl"
         with open(part, "a", encoding="ascii") as file:  # the break goes first, and ends what a full disk cut off
-            file.write("\n" + json.dumps({field: str(row[field]) for field in MANIFEST_FIELDS}))
+            file.write("\n" + json.dumps({field: str(row[field]) for field in MANIFEST_FIELDS if field in row}))
 
     def rows(self) -> dict[int, dict[str, str]]:
         """:return: sample number -> its row, of the manifest and its parts; what is no whole row is left out."""
@@ -132,7 +136,7 @@ class ResultFolder:
         """
         rows, parts = self.finished(), self._parts()
         table = io.StringIO()
-        writer = csv.DictWriter(table, MANIFEST_FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(table, MANIFEST_FIELDS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[k] for k in sorted(rows))
         manifest, text = self.path / MANIFEST, table.getvalue()
@@ -176,7 +180,7 @@ def _is_row(row: Any) -> bool:
     """Whether something that was read is a row of a manifest, and names files of its folder only."""
     return (
         isinstance(row, dict)
-        and row.keys() == set(MANIFEST_FIELDS)
+        and {*row, *SLIDE_FIELDS} == {*MANIFEST_FIELDS}  # earlier versions did not name slides
         and all(isinstance(value, str) for value in row.values())
         and row["index"].isdecimal()
         and row["stem"] == os.path.basename(row["stem"])

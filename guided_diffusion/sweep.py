@@ -121,7 +121,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         n = len(self.dataset)
-        appearances = [PurePath(self.dataset.appearance_of(k % n)).stem for k in range(self.count)]
+        appearances = [PurePath(self.dataset.appearance_of(k % n).image).stem for k in range(self.count)]
         self.stems = unique_stems(appearances)
         single = len(self.checkpoints) == len(self.scales) == 1
         root = Path(self.results_path)
@@ -257,16 +257,19 @@ class Sweep:
     def _row(self, path: str, scale: Scale, k: int) -> dict:
         """Where sample k came from, as a row of the manifest."""
         index = k % len(self.dataset)
+        structure, appearance = self.dataset.items[index], self.dataset.appearance_of(index)
         return dict(
             index=k,
             stem=self.stems[k],
             seed=self.plan.seed,
-            structure=self.dataset.items[index].image,
-            appearance=self.dataset.appearance_of(index),
+            structure=structure.image,
+            appearance=appearance.image,
             s=scale.text,
             checkpoint=path,
             sampler=self.plan.sampler,
             steps=len(self.plan),
+            structure_slide=structure.slide,
+            appearance_slide=appearance.slide,
         )
 
     def _draw(self) -> None:

@@ -8,9 +8,9 @@ OUT becomes a data folder: MoNuSegTrainingData/{images,bin_masks,inst_masks} wit
 R times as many synthetic ones (--ratio all: all there are), MoNuSegTestData as it is in DATA, and manifest.csv, which
 says of every patch where it came from. KEPT is the kept/ of filter_ood.py, any other results folder, or a sweep.
 
-A synthetic patch is named SLIDE_NUMBER after the slide of its appearance, so that what holds slides out by name holds
-it out with them. Its structure may come from another slide: columns slide and structure_slide name both. Run again, it
-replaces OUT as a whole.
+A synthetic patch is named SLIDE_NUMBER after the slide of its appearance, which slides.csv says, too, so that it is
+held out with that slide. Its structure may come from another one: the manifest's columns slide and structure_slide name
+both. Run again, it replaces OUT as a whole.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     check_apart(args.out, [args.real, *args.synthetic], args.out)
     if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / RECORD).is_file():
         raise ValueError(f"--results_path {args.out} holds what this command did not make: give another folder")
-    real = [patch for patch in list_patches(args.real) if patch.split == TRAIN_SPLIT]
+    patches = list_patches(args.real)
+    real = [patch for patch in patches if patch.split == TRAIN_SPLIT]
     for patch in real:
         if "inst_masks" not in patch.files:
             raise ValueError(
@@ -57,14 +58,14 @@ def main(argv: list[str] | None = None) -> None:
     samples = [sample for run in find_runs(args.synthetic) for sample in run.samples]
     count = len(samples) if ratio is None else round(ratio * len(real))
     chosen = draw(samples, count, args.weighted, args.seed)
-    synthetic = name_synthetic(chosen, [patch.stem for patch in real])
+    synthetic = name_synthetic(chosen, patches)
     check_sizes(real[0], synthetic)
 
     settings = {name: getattr(args, name) for name in ("ratio", "weighted", "seed", "copy")}
     with tqdm(desc="writing", total=len(real) + len(synthetic), unit="patch", leave=False, disable=None) as bar:
 
         def fill(folder: Path) -> None:
-            write_set(folder, args.real, real, synthetic, args.copy, bar.update)
+            write_set(folder, args.real, patches, synthetic, args.copy, bar.update)
             made = {"settings": settings, "real": len(real), "synthetic": len(synthetic)}
             write_text(folder / RECORD, json.dumps(made, indent=1) + "\n")
 

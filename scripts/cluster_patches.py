@@ -49,7 +49,6 @@ from guided_diffusion.histology.features.clustering import (
 from guided_diffusion.histology.features.embeddings import Features, load_features
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from guided_diffusion.image_files import read_image
-from guided_diffusion.images import slide_of
 from guided_diffusion.script_util import str2bool
 
 OWN_FILES = ("clusters.csv", "scores.json", "clusters.png")
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
     best, scores = None, {}
     if args.cluster == "slide":
-        labels = [slide_of(patch.stem) for patch in patches]
+        labels = [patch.slide for patch in patches]
     else:
         with tqdm(total=args.trials, desc="clustering", unit="trial") as bar:
             seeds = range(args.seed, args.seed + args.trials)
@@ -157,9 +156,7 @@ def default_name(
 ) -> str:
     """Name the folder as the reference does: PREPROCESSING (_ is none), backbone, reduction, clustering, version."""
     if options is None:
-        count = {
-            split: len({slide_of(p.stem) for p in patches if p.split == split}) for split in (TRAIN_SPLIT, TEST_SPLIT)
-        }
+        count = {split: len({p.slide for p in patches if p.split == split}) for split in (TRAIN_SPLIT, TEST_SPLIT)}
         return f"names_{count[TRAIN_SPLIT]}_{count[TEST_SPLIT]}"
     kind, colon, rest = features.backbone.partition(":")
     backbone = re.sub(r"[^\w.-]+", "_", f"{kind}_{PurePath(rest).name}" if colon else kind)
@@ -203,7 +200,7 @@ def table(patches: Sequence[Patch], labels: Sequence[str], data: Path) -> str:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["path", "split", "slide", "label"])
     for patch, label in zip(patches, labels):
-        rows.writerow([patch.image.relative_to(data).as_posix(), patch.split, slide_of(patch.stem), label])
+        rows.writerow([patch.image.relative_to(data).as_posix(), patch.split, patch.slide, label])
     return text.getvalue()
 
 

@@ -40,7 +40,8 @@ from guided_diffusion.histology.evaluation.evaluator import (
 from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
 from guided_diffusion.image_files import read_image, read_inst_mask
-from guided_diffusion.images import Item, list_items, slide_of
+from guided_diffusion.images import Item, list_items
+from guided_diffusion.slides import slides_of, without_number
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
 
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     if "structure" in metrics:
         segmenter = load_segmenter(args.model_path, device)
         for item in held_out_items:
-            if how := segmenter.knows(item.stem):
+            if how := segmenter.knows(item.stem, item.slide):
                 raise ValueError(f"--model_path {how}, which is to set the floor: give another")
     backbone = None
     if set(metrics) & set(BY_FEATURES):
@@ -103,9 +104,9 @@ def main(argv: list[str] | None = None) -> None:
     held_out = real_set("real, held out", held_out_items, backbone, args.batch_size)
     sizes = {"real": train.images.shape[1:3]}
     sets = []
-    known = by_name([*every_train_item, *every_held_out_item]) if segmenter else {}
+    known = by_name([*every_train_item, *every_held_out_item])
     for run in found:
-        sets.append(synthetic_set(run, backbone, args, known))
+        sets.append(synthetic_set(run, backbone, args, known, with_originals=segmenter is not None))
         sizes[run.name] = sets[-1].images.shape[1:3]
         if sizes[run.name] != sizes["real"]:
             raise ValueError(
@@ -154,7 +155,7 @@ def check(args: argparse.Namespace) -> list[str]:
 def real_items(data: Path) -> tuple[list[Item], list[Item]]:
     """:return: the training and the test patches; :raises ValueError: where a slide is on both sides."""
     train, test = (list_items(str(data), "monuseg", is_train) for is_train in (True, False))
-    both = {slide_of(item.stem) for item in train} & {slide_of(item.stem) for item in test}
+    both = {item.slide for item in train} & {item.slide for item in test}
     if both:
         raise ValueError(
             f"--data_dir {data} has slide {min(both)} among training and test patches: the floor would be none; "
@@ -216,13 +217,13 @@ def real_set(name: str, items: list[Item], backbone: Backbone | None, batch_size
     inst_maps = np.stack([inst_map for _, inst_map in pairs])
     stems = [PurePath(item.image).stem for item in items]
     features = embed(name, images, backbone, batch_size)
-    return PatchSet(name, images, inst_maps, features, list(map(slide_of, stems)), structures=stems)
+    return PatchSet(name, images, inst_maps, features, [item.slide for item in items], structures=stems)
 
 
 def synthetic_set(
-    run: runs.Run, backbone: Backbone | None, args: argparse.Namespace, real: dict[str, Item]
+    run: runs.Run, backbone: Backbone | None, args: argparse.Namespace, real: dict[str, Item], with_originals: bool
 ) -> PatchSet:
-    """:param real: stem -> real patch, among which the samples' originals are looked for."""
+    """:param real: stem -> real patch; with_originals: look for those that have the samples' structures."""
     samples = spread(run.samples, args.limit)
     pairs = [
         read_pair(sample.sample, sample.inst_mask)
@@ -235,15 +236,17 @@ def synthetic_set(
         appearances = stacked(read, [sample.appearance for sample in samples])
     structures = [PurePath(sample.row.get("structure", sample.stem)).stem for sample in samples]
     inst_maps = np.stack([inst_map for _, inst_map in pairs])
+    slides = {name: item.slide for name, item in real.items()}
+    originals = find_originals([real.get(stem) for stem in structures], inst_maps) if with_originals else None
     return PatchSet(
         name=run.name,
         images=images,
         inst_maps=inst_maps,
         features=embed(run.name, images, backbone, args.batch_size),
-        slides=[slide_of(stem) for stem in structures],
+        slides=[runs.slides_of_sample(sample, slides)[0] or without_number(sample.stem) for sample in samples],
         appearances=appearances,
         conditions=[f"{stem} {sample.row.get('appearance', sample.stem)}" for stem, sample in zip(structures, samples)],
-        originals=find_originals([real.get(stem) for stem in structures], inst_maps),
+        originals=originals,
         structures=structures,
     )
 
@@ -390,7 +393,8 @@ def compare_masks(args: argparse.Namespace) -> None:
             sizes = [f"{mask.shape[1]} x {mask.shape[0]} px" for mask in pair]
             raise ValueError(f"{predicted[stem]} is {sizes[1]}, {truth[stem]} {sizes[0]}: they must be of one size")
         tallies[stem] = instance_metrics.tally(*pair)
-    means = instance_metrics.summarise(list(tallies.values()), list(map(slide_of, tallies)), args.seed)
+    slides = slides_of(args.truth, [truth[stem] for stem in tallies])
+    means = instance_metrics.summarise(list(tallies.values()), slides, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     images = {stem: own.figures() for stem, own in tallies.items()}
     write_json(args.out / "metrics.json", {"mean": means, "images": images})

@@ -40,7 +40,7 @@ from guided_diffusion.histology.features.embeddings import (
     same_slide_share,
     save_features,
 )
-from guided_diffusion.images import slide_of
+from guided_diffusion.slides import slides_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     save_features(args.out, Features(vectors, paths, stems, backbone.name, backbone.weight_hash))
     shutil.rmtree(parts)
     print(f"{args.out}: {len(vectors)} images, {vectors.shape[1]} features each, paths relative to {root}")
-    slides = [slide_of(stem) for stem in stems]
+    slides = slides_of(root, files)
     if len(set(slides)) < len(slides):
         share = same_slide_share(vectors, slides)
         print(f"nearest other image is of the same slide: {share:.1%} ({len(set(slides))} slides)")

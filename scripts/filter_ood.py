@@ -49,8 +49,9 @@ from guided_diffusion.histology.filtering import patchcore
 from guided_diffusion.histology.filtering.picture import SHOWN, Scored, draw_scores
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 from guided_diffusion.image_files import EXTENSIONS, check_image, read_image
-from guided_diffusion.images import check_complete, slide_of
+from guided_diffusion.images import check_complete
 from guided_diffusion.script_util import str2bool
+from guided_diffusion.slides import slides_of
 
 REPORT = "report.json"
 SCORE_FIELDS = ("path", "run", "stem", "score", "weight", "kept")
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     real = find_real(args.real)
     runs = find_runs(args.synthetic)
     check_out(args)
-    slides = [slide_of(path.stem) for path in real]
+    slides = slides_of(args.real, real)
     held = patchcore.held_out_slides(slides, args.held_out, args.seed)
     samples = [(run, sample) for run in runs for sample in run.samples]
     files = [sample.sample for _, sample in samples]

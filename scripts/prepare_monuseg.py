@@ -27,7 +27,7 @@ from guided_diffusion import cli, signals
 from guided_diffusion.files import write_text
 from guided_diffusion.histology.slides import annotations, patches
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, Slide
-from guided_diffusion.images import MANIFEST
+from guided_diffusion.slides import MANIFEST
 
 Counts = dict[str, dict[str, int]]
 

@@ -27,8 +27,8 @@ from guided_diffusion.histology.evaluation import instance_metrics
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter, outlined
 from guided_diffusion.image_files import EXTENSIONS, read_image
-from guided_diffusion.images import slide_of
 from guided_diffusion.script_util import str2bool
+from guided_diffusion.slides import slides_of
 
 METRICS = "metrics.json"
 FOUND, TRUE = (255, 230, 0), (0, 90, 255)
@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     if not images:
         raise ValueError(f"IMAGES {args.images} holds no image ({', '.join(EXTENSIONS)})")
     check_out(args)
-    masks = truth_files(args.truth, images, segmenter) if args.truth else None
+    slides = dict(zip(images, slides_of(args.images, list(images.values())))) if args.truth else {}
+    masks = truth_files(args.truth, images, segmenter, slides) if args.truth else None
     for stem in tqdm(images, "checking", leave=False, mininterval=1, disable=None):
         read(stem, images, masks)
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         write_pictures(args.out, stem, image, found, truth)
     print(f"{args.out}: {len(images)} images")
     if masks is not None:
-        average = instance_metrics.summarise(list(tallies.values()), list(map(slide_of, tallies)), args.seed)
+        average = instance_metrics.summarise(list(tallies.values()), [slides[stem] for stem in tallies], args.seed)
         rows = {stem: own.figures() for stem, own in tallies.items()}
         write_json(args.out / METRICS, {"model": str(args.model), "average": average, "images": rows})
         print(table(average))
@@ -88,8 +89,9 @@ def check_out(args: argparse.Namespace) -> None:
             raise ValueError(f"--results_path {args.out} would write among {name} {folder}: give another folder")
 
 
-def truth_files(folder: Path, images: dict[str, Path], segmenter: Segmenter) -> dict[str, Path]:
+def truth_files(folder: Path, images: dict[str, Path], segmenter: Segmenter, slides: dict[str, str]) -> dict[str, Path]:
     """
+    :param slides: stem -> slide.
     :return: stem -> mask, for the images.
     :raises ValueError: where stems differ, or a slide was trained on or chose the weights.
     """
@@ -98,7 +100,7 @@ def truth_files(folder: Path, images: dict[str, Path], segmenter: Segmenter) -> 
     for stem in sorted(masks.keys() - images.keys()):
         raise ValueError(f"{masks[stem]} has no image {stem}.* among IMAGES: add it or remove the mask")
     for stem in images:
-        if how := segmenter.knows(stem):
+        if how := segmenter.knows(stem, slides[stem]):
             raise ValueError(f"MODEL {how} of --truth {folder}: measure on slides it has not seen")
     return masks
 

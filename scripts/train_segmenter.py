@@ -31,6 +31,7 @@ from guided_diffusion.histology.segmenter.net import STRIDE
 from guided_diffusion.histology.segmenter.training import CHECKPOINT, Settings, Training
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT
 from guided_diffusion.script_util import str2bool
+from guided_diffusion.slides import slides_of
 
 CONFIG, RESULT = "config.json", "result.json"
 
@@ -42,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     pairs = segmenter_data.training_pairs(args.data)
     test_images = args.data / TEST_SPLIT / "images"
     if test_images.is_dir():
-        segmenter_data.check_no_overlap(pairs, segmenter_data.files_in(test_images, deep=True), test_images)
+        tests = list(segmenter_data.files_in(test_images, deep=True).values())
+        test_slides = slides_of(args.data, tests, lambda: [pair.image for pair in pairs])
+        segmenter_data.check_no_overlap(pairs, test_slides, test_images)
     train, held, left_out = segmenter_data.hold_out(pairs, args.val_share, args.seed)
     config = config_of(args, settings, train, held, left_out)
     check_out(args.out, config)

@@ -10,9 +10,10 @@ PACKAGE = ROOT / "guided_diffusion"
 
 RANKS = {
     # Shared by the core and histology:
-    "files": -2,
+    "files": -3,
     "image_decoding": -3,
     "image_files": -2,
+    "slides": -2,
     "images": -1,
     "devices": -2,
     "stains": -1,
@@ -103,7 +104,7 @@ ROOMS = {
     "assembly": {"evaluation", "features", "slides"},
     "bridge": {"", "features"},
 }
-SHARED = {"files", "image_files", "images", "stains", "devices", "signals"}
+SHARED = {"files", "image_files", "slides", "images", "stains", "devices", "signals"}
 
 
 def module_files() -> dict[str, Path]:

@@ -123,7 +123,7 @@ def test_copies_are_drawn_beside_what_told_them(monkeypatch, tmp_path, by_pixels
     samples = draw_set("m", [1 if by_pixels else 50], np.eye(1, 3) * 9)
     drawn = []
     monkeypatch.setattr(evaluation_report, "draw_pairs", lambda pairs, path: drawn.extend(pairs))
-    items = [Item(f"p{i}", "", None, None) for i in range(8)]
+    items = [Item(f"p{i}", "", "") for i in range(8)]
     evaluate.draw_copies(evaluator, [samples], items, tmp_path / "copies.png")
     ((_, patch, caption),) = drawn
     assert np.array_equal(patch, evaluator.train.images[1 if by_pixels else 0])

@@ -13,7 +13,7 @@ from conftest import draw_patch, write_patches
 from PIL import Image
 from test_evaluate import write_run
 
-from guided_diffusion import cli
+from guided_diffusion import cli, slides
 from guided_diffusion.histology.evaluation.runs import find_runs
 from guided_diffusion.histology.features import backbones
 from guided_diffusion.histology.filtering import patchcore
@@ -180,6 +180,7 @@ def cut_off():
 def one_slide():
     for path in Path("data").rglob("slide-[123]_*"):
         path.unlink()
+    slides.write_table(Path("data"), [(path.name, "slide-0") for path in Path("data").rglob("slide-0_*.png")])
 
 
 def no_training():

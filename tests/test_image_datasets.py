@@ -276,7 +276,7 @@ def test_appearance_of_images_without_masks(data_dir, tmp_path, match_struct):
     assert sorted(own._hv_maps) == list(range(8))
     if match_struct:
         histograms = [data_util.haematoxylin_histogram(draw_patch(100 + k)[0]) for k in range(30)]
-        estimates = data_util.nuclear_shares(np.array(histograms), ["other"] * 30)
+        estimates = data_util.nuclear_shares(np.array(histograms), [f"{k}" for k in range(30)])
         shares = np.array([(draw_patch(k)[1] > 0).mean() for k in range(8)])
         np.testing.assert_array_equal(own.appearance, 8 + data_util.match_shares(shares, estimates, 0))
 

@@ -647,5 +647,7 @@ def test_a_mistake_in_a_real_process(data_dir, model_path, tmp_path):
     command = [sys.executable, str(ROOT / "image_sample.py"), *flags(data_dir, model_path, tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
-    assert re.fullmatch(r"error: .*slide-0_002\.png cannot be decoded .*\n", result.stderr), result.stderr
+    guessed, error = result.stderr.splitlines()
+    assert "NAME_000 is taken for a patch of slide NAME" in guessed
+    assert re.fullmatch(r"error: .*slide-0_002\.png cannot be decoded .*", error), error
     assert not (tmp_path / "out").exists()

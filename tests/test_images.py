@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from guided_diffusion.images import Item, check_complete, list_items, slide_of, split_slides
+from guided_diffusion.images import check_complete, list_items
 
 
 def test_pairs_by_stem_whatever_the_extension(data_dir):
@@ -39,7 +39,7 @@ def test_sub_folders_are_found_and_pair_by_their_paths(data_dir):
     assert [item.stem for item in items] == [f"{f}/slide-0_{k:03d}" for f in ("x", "y/z") for k in range(4)]
     for item in items:
         assert item.inst_mask == item.image.replace("images", "inst_masks").replace(".png", ".tif")
-    assert {slide_of(item.stem) for item in items} == {"slide-0"}
+    assert {item.slide for item in items} == {"slide-0"}
     (split / "inst_masks" / "x" / "slide-0_000.tif").rename(split / "inst_masks" / "slide-0_000.tif")
     with pytest.raises(ValueError, match=r"x/slide-0_000.png has no mask x/slide-0_000\.\*"):
         list_items(str(data_dir), "monuseg")
@@ -66,58 +66,3 @@ def test_unknown_mode_and_folder(data_dir, tmp_path):
         list_items(str(tmp_path / "nowhere"), "monuseg")
     with pytest.raises(FileNotFoundError, match="MoNuSegTrainingData/images"):
         list_items(str(tmp_path), "monuseg")
-
-
-@pytest.mark.parametrize(
-    ("stem", "slide"),
-    [
-        ("A-01_000", "A-01"),
-        ("a_b_12", "a_b"),
-        ("a_b", "a_b"),
-        ("a_", "a_"),
-        ("_3", "_3"),
-        ("17", "17"),
-        ("a_1x", "a_1x"),
-        ("_000", "_000"),
-        ("folder_1/a_000", "a"),
-    ],
-)
-def test_slide_of(stem, slide):
-    assert slide_of(stem) == slide
-
-
-def patches(slides, each=3):
-    return [Item(f"s{k:02d}_{i:03d}", "", None, None) for k in range(slides) for i in range(each)]
-
-
-@pytest.mark.parametrize(("slides", "share", "held"), [(3, 0.1, 1), (10, 0.25, 2), (10, 0.3, 3), (20, 0.1, 2)])
-def test_slides_are_held_out_whole(slides, share, held):
-    items = patches(slides)
-    training, held_out = split_slides(items, share, 7)
-    assert len({slide_of(item.stem) for item in held_out}) == held and len(held_out) == 3 * held
-    assert training == [item for item in items if item not in held_out] and held_out == sorted(held_out, key=str)
-    assert split_slides(items, share, 7) == (training, held_out)
-
-
-def test_the_seed_chooses_the_slides():
-    assert len({str(split_slides(patches(10), 0.1, seed)[1]) for seed in range(20)}) > 3
-
-
-def test_a_part_of_the_slides_holds_out_what_all_of_them_did():
-    def held_out(items):
-        return {slide_of(item.stem) for item in split_slides(items, 0.1, 0)[1]}
-
-    whole = patches(30)
-    held = sorted(held_out(whole))
-    for kept in held:  # a cluster that has one of the three, and most of the others
-        part = [item for item in whole if slide_of(item.stem) not in held or slide_of(item.stem) == kept]
-        assert kept in held_out(part)
-
-
-def test_fewer_than_three_slides_are_not_split():
-    assert split_slides(patches(2), 0.9, 0) == (patches(2), [])
-
-
-def test_something_is_left_to_train_on():
-    with pytest.raises(ValueError, match="--val_share 0.9 leaves no training slide of 4"):
-        split_slides(patches(4), 0.9, 0)

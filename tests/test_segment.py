@@ -8,6 +8,7 @@ import torch as th
 from conftest import write_patches
 from PIL import Image
 
+from guided_diffusion import slides
 from guided_diffusion.histology.evaluation import instance_metrics
 from guided_diffusion.histology.segmenter.decoding import as_content, load_segmenter
 from guided_diffusion.histology.segmenter.net import seeded_net
@@ -70,6 +71,7 @@ def test_masks_pictures_and_figures(model, split, tmp_path, capsys):
 
 def test_one_slide_has_no_interval(model, tmp_path, capsys):
     split = write_patches(tmp_path / "one" / "MoNuSegTestData", count=2, size=64, first=4)
+    slides.write_table(tmp_path / "one", [(path.name, "S") for path in (split / "images").iterdir()])
     run(model, split, tmp_path / "out")
     average = json.loads((tmp_path / "out" / "metrics.json").read_text())["average"]
     assert average["aji"]["low"] is average["aji"]["high"] is None

@@ -14,7 +14,6 @@ from PIL import Image
 import image_sample
 import image_train
 from guided_diffusion import checkpoint, dist_util
-from guided_diffusion.images import slide_of
 from guided_diffusion.script_util import (
     args_to_dict,
     condition_spec,
@@ -174,13 +173,13 @@ def test_a_slide_is_in_one_part_only(slides):
     for seed in range(5):
         train, held_out = parts(parse(slides, "--seed", str(seed), "--augment", "True"))
         assert len(train) == 8 and len(held_out) == 4 and len(stems(train) | stems(held_out)) == 12
-        assert not {slide_of(stem) for stem in stems(train)} & {slide_of(stem) for stem in stems(held_out)}
+        assert not {item.slide for item in train.items} & {item.slide for item in held_out.items}
         assert train.augment and not held_out.augment
 
 
 def test_val_split_chooses_the_other_slides_or_none(slides):
     train, test = parts(parse(slides, "--val_split", "test", "--augment", "True"))
-    assert len(train) == 12 and {slide_of(stem) for stem in stems(test)} == {"slide-25"} and not test.augment
+    assert len(train) == 12 and {item.slide for item in test.items} == {"slide-25"} and not test.augment
     train, nothing = parts(parse(slides, "--val_split", "none"))
     assert len(train) == 12 and nothing is None
 

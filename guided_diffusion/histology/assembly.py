@@ -7,6 +7,7 @@ Owns names, links and manifests of both. Knows nothing of how samples are scored
 import csv
 import io
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from PIL import Image
 
 from ..files import write_text
 from ..image_files import check_image, read_inst_mask
-from ..images import slide_of
-from .evaluation.runs import MANIFEST, Run, Sample
+from ..slides import write_table
+from .evaluation.runs import MANIFEST, Run, Sample, slides_of_sample
 from .features.cluster_folders import Patch
 from .slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from .slides.patches import SUFFIXES
@@ -123,23 +124,27 @@ class Synthetic:
     A synthetic patch of a set.
 
     :param stem: its name there, SLIDE_NUMBER with the slide of its appearance.
+    :param slide: of its appearance; structure_slide: of its structure, "" where that is not known.
     """
 
     stem: str
     sample: Sample
+    slide: str
+    structure_slide: str
+
+    @property
+    def file(self) -> str:
+        """The image's path below the set's folder."""
+        return f"{TRAIN_SPLIT}/images/{self.stem}.png"
 
     def row(self, folder: Path) -> dict[str, object]:
         """:return: its row of the manifest of the set in `folder`."""
         origin = self.sample.row
-        structure = origin.get("structure", "")
+        copied = ("structure", "appearance", "s", "checkpoint", "seed", "score", "weight")
         return {
-            **{name: origin.get(name, "") for name in ("appearance", "s", "checkpoint", "seed", "score", "weight")},
-            "file": f"{TRAIN_SPLIT}/images/{self.stem}.png",
-            "stem": self.stem,
+            **{name: origin.get(name, "") for name in copied},
+            **{name: getattr(self, name) for name in ("file", "stem", "slide", "structure_slide")},
             "source": "synthetic",
-            "slide": slide_of(self.stem),
-            "structure": structure,
-            "structure_slide": slide_of(PurePath(structure).stem),
             "sample": Path(os.path.relpath(self.sample.sample.resolve(), folder.resolve())).as_posix(),
         }
 
@@ -174,30 +179,22 @@ def _weight(sample: Sample) -> float:
     return weight
 
 
-def name_synthetic(samples: Sequence[Sample], real: Iterable[str]) -> list[Synthetic]:
+def name_synthetic(samples: Sequence[Sample], real: Sequence[Patch]) -> list[Synthetic]:
     """
-    Name samples SLIDE_NUMBER: SLIDE is that of the appearance, so that holding a slide out by its name holds them
-    out, too, and NUMBER is above those of real patches.
+    Name samples SLIDE_NUMBER: SLIDE is that of the appearance, and NUMBER is above those of real patches.
 
-    :param real: the stems of real patches, none of which comes again.
+    :param real: the real patches, whose names do not come again.
     """
-    taken, number, named = set(real), FIRST_NUMBER, []
+    taken, number, named = {patch.stem for patch in real}, FIRST_NUMBER, []
+    known = {PurePath(patch.stem).name: patch.slide for patch in real}
     for sample in samples:
-        slide = slide_of(appearance_stem(sample, taken))
-        while f"{slide}_{number}" in taken:
+        structure, appearance = slides_of_sample(sample, known)
+        name = re.sub(r"[^\w.-]+", "_", appearance)
+        while f"{name}_{number}" in taken:
             number += 1
-        named.append(Synthetic(f"{slide}_{number}", sample))
+        named.append(Synthetic(f"{name}_{number}", sample, appearance, structure))
         number += 1
     return named
-
-
-def appearance_stem(sample: Sample, real: set[str]) -> str:
-    """:return: the stem of the image that a sample took its appearance from, by its row, else by its own name."""
-    if sample.row.get("appearance"):
-        return PurePath(sample.row["appearance"]).stem
-    # Sampling names a second sample of STEM's appearance STEM_0, a third STEM_1.
-    first, _, number = sample.stem.rpartition("_")
-    return first if number.isdecimal() and sample.stem not in real and first in real else sample.stem
 
 
 def check_sizes(real: Patch, samples: Sequence[Synthetic]) -> None:
@@ -221,27 +218,27 @@ def write_set(
     progress: Callable[[], None] = lambda: None,
 ) -> None:
     """
-    Fill a data folder: all real training patches, the synthetic ones beside them, the test split, a manifest.
+    Fill a data folder: all real training patches, the synthetic ones beside them, the test split, slides.csv, and a
+    manifest.
 
     :param folder: exists. :param data: the real data folder, whose test split is linked or copied as it is.
-    :param real: its training patches, each with an instance mask; a missing binary one is made of it.
+    :param real: its patches, the training ones each with an instance mask; a missing binary one is made of it.
     :param progress: called after each patch.
     """
     train = folder / TRAIN_SPLIT
     for name in SUFFIXES:
         (train / name).mkdir(parents=True)
     rows = []
-    for patch in real:
+    for patch in (patch for patch in real if patch.split == TRAIN_SPLIT):
         for name, source in patch.places():
             (train / name).parent.mkdir(parents=True, exist_ok=True)
             put(source, train / name, copy)
         if "bin_masks" not in patch.files:
             (train / "bin_masks" / patch.stem).parent.mkdir(parents=True, exist_ok=True)
             _write_binary(patch.files["inst_masks"], train / "bin_masks" / f"{patch.stem}.png")
-        slide = slide_of(patch.stem)
         name = f"{patch.stem}{patch.image.suffix}"
-        own = dict(structure=name, appearance=name, slide=slide, structure_slide=slide)
-        rows.append({**own, "file": f"{TRAIN_SPLIT}/images/{name}", "stem": patch.stem, "source": "real"})
+        own = dict(structure=name, appearance=name, slide=patch.slide, structure_slide=patch.slide)
+        rows.append({**own, "file": patch.file, "stem": patch.stem, "source": "real"})
         progress()
     for item in synthetic:
         put(item.sample.sample, train / "images" / f"{item.stem}.png", copy)
@@ -253,6 +250,7 @@ def write_set(
         shutil.copytree(data / TEST_SPLIT, folder / TEST_SPLIT)
     elif (data / TEST_SPLIT).is_dir():
         put(data / TEST_SPLIT, folder / TEST_SPLIT)
+    write_table(folder, ((patch.file, patch.slide) for patch in (*real, *synthetic)))
     write_text(folder / MANIFEST, table(SET_FIELDS, rows))
 
 

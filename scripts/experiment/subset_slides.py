@@ -3,11 +3,11 @@ Make a data folder of a share of the training slides.
 
     python scripts/experiment/subset_slides.py DATA OUT --subsample 0.2 [--seed 0]
 
-OUT gets the patches of the chosen slides, at least one, as relative links; the test data are one link to DATA's.
+OUT gets the patches of the chosen slides, at least one, as relative links, and slides.csv, which says their slides; the
+test data are one link to DATA's.
 """
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -15,10 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-from guided_diffusion import cli, images
+from guided_diffusion import cli
 from guided_diffusion.files import LOCK, replace_folder
-
-LAYOUT = images.LAYOUTS["monuseg"]
+from guided_diffusion.histology.features.cluster_folders import list_patches
+from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
+from guided_diffusion.slides import TABLE, keep, write_table
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -43,19 +44,15 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     if not 0 < args.percent <= 100:
         raise ValueError(f"--subsample {args.percent / 100:g} must lie in (0, 1]")
-    items = images.list_items(str(args.data), "monuseg")
-    names = {images.slide_of(item.stem) for item in items}
-    slides = images.draw_slides(names, max(1, math.floor(len(names) * args.percent / 100 + 0.5)), args.seed)
-    kept = [item for item in items if images.slide_of(item.stem) in slides]
-    wanted = {
-        f"{LAYOUT.train}/{folder}/{item.stem}{Path(path).suffix}": Path(path)
-        for item in kept
-        for folder, path in parts(item)
-    }
-    if (args.data / LAYOUT.test).is_dir():
-        wanted[LAYOUT.test] = args.data / LAYOUT.test
+    patches = list_patches(args.data)
+    slides = keep((patch.slide for patch in patches if patch.split == TRAIN_SPLIT), args.percent / 100, args.seed)
+    kept = [patch for patch in patches if patch.split == TRAIN_SPLIT and patch.slide in slides]
+    wanted = {f"{TRAIN_SPLIT}/{name}": file for patch in kept for name, file in patch.places()}
+    if (args.data / TEST_SPLIT).is_dir():
+        wanted[TEST_SPLIT] = args.data / TEST_SPLIT
+    tests = [patch for patch in patches if patch.split == TEST_SPLIT]
     present = {p.relative_to(args.out).as_posix() for p in args.out.rglob("*") if p.is_symlink() or p.is_file()}
-    foreign = sorted(present - {*wanted, LOCK})
+    foreign = sorted(present - {*wanted, LOCK, TABLE})
     if foreign or args.out.resolve() == args.data.resolve():
         named = f"holds {foreign[0]}, which is not of this choice" if foreign else "is DATA itself"
         raise ValueError(f"OUT {args.out} {named}: give a new folder")
@@ -68,15 +65,10 @@ def main(argv: list[str] | None = None) -> None:
             place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(os.path.relpath(target.resolve(), place.parent.resolve()))
+        write_table(folder, ((patch.file, patch.slide) for patch in [*kept, *tests]))
 
     replace_folder(args.out, fill, "OUT")
     print(f"{args.out}: {len(slides)} slides, {len(kept)} patches")
-
-
-def parts(item: images.Item) -> list[tuple[str, str]]:
-    """:return: (folder, path) of each of an item's files."""
-    files = (("images", item.image), (LAYOUT.class_folder, item.class_mask), (LAYOUT.instance_folder, item.inst_mask))
-    return [(folder, path) for folder, path in files if path]
 
 
 if __name__ == "__main__":

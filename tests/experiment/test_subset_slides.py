@@ -6,7 +6,7 @@ import pytest
 from conftest import write_patches
 
 from guided_diffusion import cli
-from guided_diffusion.images import list_items, slide_of
+from guided_diffusion.images import list_items
 from scripts.experiment import subset_slides
 
 
@@ -19,7 +19,7 @@ def data(tmp_path):
 
 def subset(data, out, percent, seed=0):
     subset_slides.main([str(data), str(out), "--percent", str(percent), "--seed", str(seed)])
-    return {slide_of(item.stem) for item in list_items(str(out), "monuseg")}
+    return {item.slide for item in list_items(str(out), "monuseg")}
 
 
 def test_shares_are_nested_whole_slides(data, tmp_path):

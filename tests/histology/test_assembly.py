@@ -11,7 +11,8 @@ from guided_diffusion import files
 from guided_diffusion.histology import assembly
 from guided_diffusion.histology.evaluation.runs import Run, Sample
 from guided_diffusion.histology.features.cluster_folders import Patch
-from guided_diffusion.images import slide_of
+
+ENDS = ("2_007", "1_100000", "2_100003")
 
 
 def sample(stem, folder="run", **row):
@@ -55,16 +56,21 @@ def test_names_carry_the_slide_of_the_appearance_and_never_come_twice(tmp_path):
         sample("slide-2_007", tmp_path),
         sample("slide-2_007_0", tmp_path),
         sample("alone", tmp_path),
+        sample("y", tmp_path, appearance="d/mine_2.png", structure_slide="other"),
     ]
-    named = assembly.name_synthetic(given, ["slide-2_007", "slide-1_100000", "slide-2_100003"])
+    real = [Patch("MoNuSegTrainingData", f"x/{name}", "one of mine", {}) for name in ("mine_1", "mine_2")]
+    real += [Patch("MoNuSegTrainingData", f"slide-{end}", f"slide-{end[0]}", {}) for end in ENDS]
+    named = assembly.name_synthetic(given, real)
     assert [item.stem for item in named] == [
         "slide-1_100001",
         "slide-1_100002",
         "slide-2_100004",
         "slide-2_100005",
         "alone_100006",
+        "one_of_mine_100007",
     ]
-    assert [slide_of(item.stem) for item in named] == ["slide-1", "slide-1", "slide-2", "slide-2", "alone"]
+    slides = ["slide-1", "slide-1", "slide-2", "slide-2", "alone", "one of mine"]
+    assert [item.slide for item in named] == slides and named[-1].structure_slide == "other"
     row = named[0].row(tmp_path)
     assert (row["slide"], row["structure_slide"], row["source"]) == ("slide-1", "slide-2", "synthetic")
     assert row["sample"] == "samples/x.png"
@@ -86,7 +92,7 @@ def real_patch(folder, stem="slide-0_000", size=8):
     files = {"images": folder / f"images/{stem}.png", "inst_masks": folder / f"inst_masks/{stem}.tif"}
     Image.fromarray(np.zeros((size, size, 3), np.uint8)).save(files["images"])
     Image.fromarray(np.eye(size, dtype=np.int32) * 70_000).save(files["inst_masks"])
-    return Patch("MoNuSegTrainingData", stem, files)
+    return Patch("MoNuSegTrainingData", stem, "slide-0", files)
 
 
 @pytest.mark.parametrize("copy", [False, True])
@@ -94,7 +100,7 @@ def test_a_set(tmp_path, copy):
     real = real_patch(tmp_path / "data/MoNuSegTrainingData")
     (tmp_path / "data/MoNuSegTestData").mkdir()
     (tmp_path / "data/MoNuSegTestData/file").write_text("test")
-    named = assembly.name_synthetic([write_sample(tmp_path / "run", "slide-0_001")], ["slide-0_000"])
+    named = assembly.name_synthetic([write_sample(tmp_path / "run", "slide-0_001")], [real])
     out = tmp_path / "deep/er/out"
     files.replace_folder(
         out, lambda folder: assembly.write_set(folder, tmp_path / "data", [real], named, copy), "--out"

@@ -5,11 +5,12 @@ Owns how runs are found, checked and named. Knows nothing of how samples are mad
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ...files import list_files
+from ...slides import without_number
 
 MANIFEST = "manifest.csv"
 
@@ -29,6 +30,29 @@ class Sample:
     inst_mask: Path
     appearance: Path | None
     row: dict[str, str] = field(default_factory=dict)
+
+
+def slides_of_sample(sample: Sample, known: Mapping[str, str]) -> tuple[str, str]:
+    """
+    :param known: name of a real patch, without folder and suffix -> its slide.
+    :return: the slides of a sample's structure and of its appearance, by its row, else by what is known of the patches
+        that it names, else by their names; "" where it names none.
+    """
+    structure = PurePath(sample.row.get("structure") or "").stem
+    appearance = appearance_stem(sample, known)
+    return (
+        sample.row.get("structure_slide") or known.get(structure) or without_number(structure),
+        sample.row.get("appearance_slide") or known.get(appearance) or without_number(appearance),
+    )
+
+
+def appearance_stem(sample: Sample, known: Mapping[str, str]) -> str:
+    """:return: the stem of the image that a sample took its appearance from, by its row, else by its own name."""
+    if sample.row.get("appearance"):
+        return PurePath(sample.row["appearance"]).stem
+    # Sampling names a second sample of STEM's appearance STEM_0, a third STEM_1.
+    first, _, number = sample.stem.rpartition("_")
+    return first if number.isdecimal() and sample.stem not in known and first in known else sample.stem
 
 
 @dataclass(frozen=True)

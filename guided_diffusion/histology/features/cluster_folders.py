@@ -16,6 +16,7 @@ from pathlib import Path
 from ...files import LOCK, by_stem, replace_folder, write_bytes, write_json
 from ...image_files import EXTENSIONS
 from ...images import check_complete
+from ...slides import slides_of
 from ..slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from ..slides.patches import SUFFIXES
 
@@ -26,19 +27,25 @@ COPY = "sha256:"
 @dataclass(frozen=True)
 class Patch:
     """
-    A patch's files by the folder they lie in, images among them, and its split.
+    A patch's files by the folder they lie in, images among them, its split and its slide.
 
     :param stem: their path below that folder, without suffix.
     """
 
     split: str
     stem: str
+    slide: str
     files: Mapping[str, Path]
 
     @property
     def image(self) -> Path:
         """The image's path."""
         return self.files["images"]
+
+    @property
+    def file(self) -> str:
+        """The image's path below the data folder."""
+        return f"{self.split}/images/{self.stem}{self.image.suffix}"
 
     def places(self) -> Iterator[tuple[str, Path]]:
         """:return: each file's path below the split's folder, as FOLDER/STEM.SUFFIX, and the file."""
@@ -57,13 +64,15 @@ def list_patches(data: Path) -> list[Patch]:
         raise FileNotFoundError(f"DATA: {data} has no {TRAIN_SPLIT}/images: give a folder that prepare_monuseg.py made")
     check_complete(data, "DATA")
     data = Path(os.path.abspath(data))
-    patches = [patch for split in (TRAIN_SPLIT, TEST_SPLIT) for patch in _list_split(data / split)]
-    if not any(patch.split == TRAIN_SPLIT for patch in patches):
+    found = [(split, *patch) for split in (TRAIN_SPLIT, TEST_SPLIT) for patch in _list_split(data / split)]
+    if not any(split == TRAIN_SPLIT for split, _, _ in found):
         raise ValueError(f"DATA: {data / TRAIN_SPLIT / 'images'} holds no image")
-    return patches
+    slides = slides_of(data, [files["images"] for _, _, files in found])
+    return [Patch(split, stem, slide, files) for (split, stem, files), slide in zip(found, slides)]
 
 
-def _list_split(folder: Path) -> list[Patch]:
+def _list_split(folder: Path) -> list[tuple[str, dict[str, Path]]]:
+    """The stem and the files of each patch."""
     found = {name: _files_in(folder / name) for name in SUFFIXES if (folder / name).is_dir()}
     images = found.pop("images", {})
     if images and not found:
@@ -78,7 +87,7 @@ def _list_split(folder: Path) -> list[Patch]:
         for file in files.values():
             if not file.exists():
                 raise FileNotFoundError(f"{file} is a link that leads nowhere: repair it or remove it")
-        patches.append(Patch(folder.name, stem, files))
+        patches.append((stem, files))
     return patches
 
 

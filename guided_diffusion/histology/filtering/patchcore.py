@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
-from ...images import draw_slides
+from ...slides import ranked
 
 NEIGHBOURHOOD, STRIDE = 21, 4  # cells of the finer map
 MAP_CHANNELS = 128
@@ -305,7 +305,7 @@ def held_out_slides(slides: Sequence[str], share: float, seed: int) -> set[str]:
     count = max(1, round(share * len(names)))
     if count >= len(names):
         raise ValueError(f"--val_share {share} leaves no slide of {len(names)} to compare with: give less")
-    return draw_slides(names, count, seed)
+    return set(ranked(names, seed)[:count])
 
 
 def auroc(real: np.ndarray, synthetic: np.ndarray) -> float:

@@ -8,7 +8,7 @@ not of batch size, workers or where a run was resumed. Knows nothing of networks
 import csv
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -17,7 +17,9 @@ import torch as th
 
 from ...files import by_stem
 from ...image_files import EXTENSIONS, read_image, read_inst_mask
-from ...images import check_complete, draw_slides, slide_of
+from ...images import check_complete
+from ...slides import hold_out as hold_out_slides
+from ...slides import slides_of, without_number
 from ...stains import jitter_stains
 from ..evaluation.runs import MANIFEST
 from ..slides.annotations import TRAIN_SPLIT
@@ -46,11 +48,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Example:
-    """An [H x W x 3] uint8 image and its [H x W] int32 instance map."""
+    """An [H x W x 3] uint8 image and its [H x W] int32 instance map; the slide, where it is of a known one."""
 
     stem: str
     image: np.ndarray
     inst_map: np.ndarray
+    slide: str = ""
 
 
 def find_pairs(folder: Path) -> list[Pair]:
@@ -69,9 +72,10 @@ def find_pairs(folder: Path) -> list[Pair]:
     for stem in sorted(masks.keys() - images.keys()):
         raise ValueError(f"{masks[stem]} has no image in {folder / 'images'}: add it or remove the mask")
     sources = _synthetic_sources(folder.parent / MANIFEST)
+    own = slides_of(folder.parent, list(images.values()))
     return [
-        Pair(stem, images[stem], masks[stem], sources.get(stem) or frozenset([slide_of(stem)]), stem in sources)
-        for stem in sorted(images)
+        Pair(stem, image, masks[stem], sources.get(stem) or frozenset([slide]), stem in sources)
+        for (stem, image), slide in zip(images.items(), own)
     ]
 
 
@@ -89,12 +93,12 @@ def training_pairs(data: Path) -> list[Pair]:
     return find_pairs(folder)
 
 
-def check_no_overlap(pairs: Iterable[Pair], test_stems: Iterable[str], where: Path) -> None:
+def check_no_overlap(pairs: Iterable[Pair], test_slides: Iterable[str], where: Path) -> None:
     """
-    :param test_stems: names of the images that the model will be tested on.
-    :raises ValueError: if one of their slides is among those trained on, or made from.
+    :param test_slides: that the model will be tested on; where: the images lie.
+    :raises ValueError: if one of them is among those trained on, or made from.
     """
-    test = {slide_of(stem) for stem in test_stems}
+    test = {*test_slides}
     for pair in pairs:
         for slide in sorted(pair.slides & test):
             raise ValueError(f"slide {slide} of {where} is trained on, too ({pair.image}): remove it from one of them")
@@ -125,29 +129,26 @@ def check_partners(images: dict[str, Path], masks: dict[str, Path], where: Path)
 
 def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair], list[Pair]]:
     """
-    Hold some slides out of training.
+    Hold some slides out of training, see slides.hold_out.
 
     Real pictures of the chosen slides are the validation set. A synthetic picture is never validated on, and one whose
     structure or appearance comes from a chosen slide is left out.
 
-    :param share: of the real slides, in [0, 1); at least one is held out unless it is 0 or there are fewer than three.
+    :param share: of the real slides, in [0, 1).
     :param seed: of the choice.
     :return: (to train on, held out, left out).
     :raises ValueError: where nothing would be left to train on, or a synthetic picture's slides are not known.
     """
-    slides = sorted({slide for pair in pairs if not pair.synthetic for slide in pair.slides})
-    if not share or len(slides) < 3:
+    slides = {slide for pair in pairs if not pair.synthetic for slide in pair.slides}
+    chosen = hold_out_slides(slides, share, seed)
+    if not chosen:
         return list(pairs), [], []
-    count = max(1, round(share * len(slides)))
-    if count == len(slides):
-        raise ValueError(f"--val_share {share} leaves no training slide of {len(slides)}: give less")
     for pair in pairs:
         if "" in pair.slides:
             raise ValueError(
                 f"{MANIFEST} does not say where {pair.stem} comes from, so it may show a held-out slide: "
                 "add its structure and appearance, or give --val_share 0"
             )
-    chosen = draw_slides(slides, count, seed)
     train, held, left = [], [], []
     for pair in pairs:
         clean = pair.slides.isdisjoint(chosen)
@@ -157,7 +158,7 @@ def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair]
 
 def read_pair(pair: Pair) -> Example:
     """:raises ValueError: a file that cannot be used, or the two differ in size."""
-    return read_example(pair.stem, pair.image, pair.mask)
+    return replace(read_example(pair.stem, pair.image, pair.mask), slide=min(pair.slides))
 
 
 def read_example(stem: str, image_path: Path, mask_path: Path) -> Example:
@@ -175,7 +176,7 @@ def validation_part(examples: Sequence[Example]) -> list[Example]:
     """Up to 160 000 px of each slide: the centre of a large image, or patches spread over the slide."""
     slides: dict[str, list[Example]] = {}
     for example in examples:
-        slides.setdefault(slide_of(example.stem), []).append(example)
+        slides.setdefault(example.slide, []).append(example)
     part = []
     for members in slides.values():
         pixels = members[0].inst_map.size
@@ -243,7 +244,7 @@ def _synthetic_sources(path: Path) -> dict[str, frozenset[str]]:
         raise ValueError(f"{path} has no columns stem and source: give a folder of scripts/assemble_set.py")
     return {
         row["stem"]: frozenset(
-            slide_of(Path(row.get(name) or "").stem) or row.get(slide) or ""
+            row.get(slide) or without_number(Path(row.get(name) or "").stem)
             for name, slide in (("structure", "structure_slide"), ("appearance", "slide"))
         )
         for row in rows
@@ -255,4 +256,4 @@ def _centre(example: Example, side: int) -> Example:
     height, width = example.inst_map.shape
     row, column = max(0, (height - side) // 2), max(0, (width - side) // 2)
     cut = slice(row, row + side), slice(column, column + side)
-    return Example(example.stem, example.image[cut], example.inst_map[cut])
+    return replace(example, image=example.image[cut], inst_map=example.inst_map[cut])

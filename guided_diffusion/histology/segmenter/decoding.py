@@ -19,7 +19,7 @@ from skimage.measure import label, regionprops
 from skimage.morphology import remove_small_objects
 from skimage.segmentation import find_boundaries, relabel_sequential, watershed
 
-from ...images import slide_of
+from ...slides import without_number
 from .net import STRIDE, SegmenterNet, seeded_net
 
 KIND = "nuclei segmenter"
@@ -58,15 +58,16 @@ class Segmenter:
         self.flips = flips
         self.slides, self.held_slides = frozenset(slides), frozenset(held_slides)
 
-    def knows(self, stem: str) -> str:
+    def knows(self, stem: str, slide: str) -> str:
         """
-        :param stem: of an image: a patch NAME_000 of slide NAME, or a whole slide, whose own name may end like that.
+        :param stem: of an image; slide: that it is of. A network may know either, or NAME of a stem NAME_000.
         :return: how the network knows its slide, "was trained on slide NAME" or the like; "" where it does not.
         """
+        name = stem.rpartition("/")[2]
         for how, slides in (("was trained on", self.slides), ("was chosen by", self.held_slides)):
-            for slide in (slide_of(stem), stem):
-                if slide in slides:
-                    return f"{how} slide {slide}"
+            for known in (slide, without_number(name), name):
+                if known in slides:
+                    return f"{how} slide {known}"
         return ""
 
     def segment(self, image: np.ndarray) -> np.ndarray:

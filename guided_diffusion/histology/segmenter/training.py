@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from ...devices import PRECISIONS
 from ...files import writing
-from ...images import slide_of
 from ...signals import leave_to_parent
 from ..evaluation import instance_metrics
 from .data import Crops, Example
@@ -82,7 +81,7 @@ def segmentation_loss(out: th.Tensor, target: th.Tensor) -> th.Tensor:
 def validate(segmenter: Segmenter, examples: Sequence[Example]) -> dict[str, float]:
     """:return: F1@0.5, AJI and Dice, the mean over the examples' slides; and their score: the mean of F1 and AJI."""
     tallies = [instance_metrics.tally(e.inst_map, segmenter.segment(e.image)) for e in examples]
-    summary = instance_metrics.summarise(tallies, [slide_of(e.stem) for e in examples])
+    summary = instance_metrics.summarise(tallies, [e.slide for e in examples])
     means = {name: summary[name]["mean"] for name in ("f1@0.5", "aji", "dice")}
     return {**means, "score": (means["f1@0.5"] + means["aji"]) / 2}
 
@@ -94,7 +93,7 @@ class Training:
     :param settings: of the run.
     :param examples: to train on; held: to validate on, may be empty.
     :param out: folder for the checkpoint and segmenter.pt.
-    :param slides: that the examples show, noted in segmenter.pt.
+    :param slides: that the examples show, noted in segmenter.pt as those of `held` are.
     :raises ValueError: the folder's checkpoint is broken.
     :raises ImportError: the package with the pretrained weights is missing.
     """
@@ -147,7 +146,7 @@ class Training:
         best = self.best["net"] if self.held else None
         if best is not None:
             self.net.load_state_dict(best)
-        held_slides = {slide_of(example.stem) for example in self.held}
+        held_slides = {example.slide for example in self.held}
         save_atomically(as_content(self.net, self.slides, held_slides), self.out / FILE)
         return self._result()
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...files import by_stem
 from ...image_files import read_image, read_inst_mask
-from ...images import MANIFEST
+from ...slides import MANIFEST
 
 TRAIN_SPLIT = "MoNuSegTrainingData"
 TEST_SPLIT = "MoNuSegTestData"

@@ -200,8 +200,9 @@ def test_a_segmenter_is_read_back(tmp_path):
 def test_what_a_segmenter_knows(tmp_path):
     th.save(decoding.as_content(seeded_net(), ["A", "B_01"], ["C"]), tmp_path / "segmenter.pt")
     read = load_segmenter(tmp_path, CPU)
-    found = [read.knows(stem) for stem in ("A_000", "A", "B_01", "B_01_003", "B_02", "C_000")]
+    found = [read.knows(stem, "") for stem in ("A_000", "A", "B_01", "B_01_003", "B_02", "C_000")]
     assert found == [*["was trained on slide A"] * 2, *["was trained on slide B_01"] * 2, "", "was chosen by slide C"]
+    assert read.knows("image_1", "A") == "was trained on slide A"
 
 
 def test_a_file_that_does_not_name_what_was_held_out_is_read(tmp_path):
