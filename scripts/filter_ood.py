@@ -4,10 +4,12 @@ Score synthetic patches by how far they are from real ones, and link those that 
     python scripts/filter_ood.py --data_dir DATA --synthetic RESULTS... --results_path OUT
         [--backbone efficientnet_lite0] [--mode threshold|weights|top_n] [--tau 0.95] [--top_n N] [--quantile 0.95]
 
-PatchCore (Roth et al. 2022) is fitted on the patches of a part of DATA's training slides; the others, --val_share of
-them, say how high real patches score that the bank has not seen. Modes:
+A sample is scored (PatchCore, Roth et al. 2022) without the slides of its structure and its appearance, and held
+against real patches of these very slides, scored without them too: samples as good as real patches have an AUROC of
+0.5, however few the slides. Masks are not looked at, so DATA may be a plain folder of images; give all slides that lent
+their colours. Modes:
 
-    threshold   keep scores up to the --tau quantile of the held-out real patches' scores
+    threshold   keep scores up to the --tau quantile of those real patches' scores
     weights     weight 1 - s of scores clipped at their --quantile and scaled to [0, 1]; keep what has a weight above 0
     top_n       keep the --top_n lowest
 
@@ -21,7 +23,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -43,9 +45,9 @@ from guided_diffusion.histology.assembly import (
     table,
     write_kept,
 )
-from guided_diffusion.histology.evaluation.runs import find_runs
+from guided_diffusion.histology.evaluation.runs import Sample, find_runs, slides_of_sample
 from guided_diffusion.histology.features.backbones import Backbone
-from guided_diffusion.histology.filtering import patchcore
+from guided_diffusion.histology.filtering import comparison, patchcore
 from guided_diffusion.histology.filtering.picture import SHOWN, Scored, draw_scores
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 from guided_diffusion.image_files import EXTENSIONS, check_image, read_image
@@ -63,40 +65,55 @@ def main(argv: list[str] | None = None) -> None:
     real = find_real(args.real)
     runs = find_runs(args.synthetic)
     check_out(args)
-    slides = slides_of(args.real, real)
-    held = patchcore.held_out_slides(slides, args.held_out, args.seed)
+    names = slides_of(args.real, real)
+    known, slides = np.unique(names, return_inverse=True)
+    folds = comparison.deal_folds(known.tolist(), args.held_out, args.seed)
     samples = [(run, sample) for run in runs for sample in run.samples]
+    by_stem = {path.stem: name for path, name in zip(real, names)}
+    origins = find_origins([sample for _, sample in samples], by_stem, known.tolist(), folds, args.real)
     files = [sample.sample for _, sample in samples]
     if args.top_n is not None and args.top_n > len(files):
         raise ValueError(f"--top_n {args.top_n} is more than the {len(files)} samples in --synthetic: give less")
     check_images([*real, *files])
     extractor = Extractor(args)
 
-    core, vectors = fit(extractor, [path for path, slide in zip(real, slides) if slide not in held], args)
-    held_files = [path for path, slide in zip(real, slides) if slide in held]
-    real_scores = score(extractor, core, held_files, args.reweight, "held-out real")
-    scores = score(extractor, core, files, args.reweight, "synthetic")
-    threshold = float(np.quantile(real_scores, args.tau))
-    weight = patchcore.weights(scores, args.quantile)
-    kept = patchcore.keep(args.mode, scores, weight, threshold, args.top_n)
+    features = extractor.all_of(real, "real")
+    memory = fit(features, folds[slides], args)
+    scores = score(extractor, memory, files, origins, args.reweight)
+    compared = comparison.compare(memory, scores, origins, features, slides, folds, args.reweight)
+    threshold = float(compared.quantile(args.tau))
+    weight = comparison.weights(scores, args.quantile)
+    kept = comparison.keep(args.mode, scores, weight, threshold, args.top_n)
     judged = [Kept(*pair, float(s), float(w)) for pair, s, w in zip(samples, scores, weight)]
 
+    unknown = int(origins.unknown.sum())
     report = {
         "settings": {name: text_of(value) for name, value in vars(args).items()},
         "backbone": extractor.backbone.name,
         "weight_hash": extractor.backbone.weight_hash,
-        "auroc": patchcore.auroc(real_scores, scores),
+        "auroc": compared.auroc(),
         "threshold": threshold,
         "kept": int(kept.sum()),
         "kept_share": float(kept.mean()),
         "synthetic": len(scores),
-        "bank": {"patches": len(real) - len(held_files), "vectors": vectors, "kept": len(core.bank)},
-        "held_out": {"patches": len(held_files), "slides": sorted(held), "scores": summary(real_scores)},
-        "runs": by_run([run.name for run, _ in samples], scores, kept, real_scores),
+        "of_unknown_slides": unknown,
+        "real": {
+            "patches": len(real),
+            "slides": len(known),
+            "folds": len(memory.banks),
+            "bank": sum(map(len, memory.banks)),
+            "scores": summary(compared.quantile),
+        },
+        "runs": by_run([run.name for run, _ in samples], compared, kept),
     }
-    picture = draw(extractor, core, judged, real_scores, report)
+    picture = draw(extractor, memory, judged, origins, compared, report)
     write_out(args.out, judged, kept, picture, report, several=len(runs) > 1)
     print(f"{args.out}: kept {kept.sum()} of {len(kept)}, threshold {threshold:.4g}, AUROC {report['auroc']:.3f}")
+    if unknown:
+        print(
+            f"{unknown} samples are of slides that --data_dir {args.real} does not have, and compared with others: for "
+            "an AUROC that says something, give patches of theirs, too (no masks needed)"
+        )
     if not kept.any():
         print("no sample looks real enough: kept/ is empty")
 
@@ -124,14 +141,19 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--fraction", type=float, default=0.1, help="share of real vectors in the bank")
     parser.add_argument("--max_bank", type=int, default=50_000, help="vectors in the bank at most")
     parser.add_argument(
-        "--val_share", "--held_out", dest="held_out", type=float, default=0.2, help="share of real slides held out"
+        "--val_share",
+        "--held_out",
+        dest="held_out",
+        type=float,
+        default=comparison.SHARE,
+        help="share of the real slides that are left out with a sample's own",
     )
-    parser.add_argument("--mode", default="threshold", help=f"{', '.join(patchcore.MODES)}; see above")
+    parser.add_argument("--mode", default="threshold", help=f"{', '.join(comparison.MODES)}; see above")
     parser.add_argument("--tau", type=float, default=0.95, help="quantile that is the threshold")
     parser.add_argument("--top_n", type=int, help="samples to keep with --mode top_n")
     parser.add_argument("--quantile", type=float, default=0.95, help="scores are clipped at for weights")
     parser.add_argument("--reweight", type=str2bool, default=False, help="re-weight scores by equation 7 of the paper")
-    parser.add_argument("--seed", type=int, default=0, help="of the slides held out and the projection")
+    parser.add_argument("--seed", type=int, default=0, help="of the folds of slides and the projection")
     parser.add_argument("--batch_size", type=int, default=32, help="images at once")
     parser.add_argument("--precision", choices=UNSCALED, default="fp32", help="of the network's products")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
@@ -139,8 +161,8 @@ def create_argparser() -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    if args.mode not in patchcore.MODES:
-        raise ValueError(f"unknown --mode {args.mode}: choose one of {', '.join(patchcore.MODES)}")
+    if args.mode not in comparison.MODES:
+        raise ValueError(f"unknown --mode {args.mode}: choose one of {', '.join(comparison.MODES)}")
     if (args.mode == "top_n") != (args.top_n is not None):
         raise ValueError(
             f"--mode {args.mode} with --top_n {args.top_n}: give --top_n N with --mode top_n, and only there"
@@ -176,6 +198,32 @@ def find_real(folder: Path) -> list[Path]:
     if not files:
         raise ValueError(f"--data_dir {folder} holds no image, nor {TRAIN_SPLIT}/images that does: give real patches")
     return files
+
+
+def find_origins(
+    samples: Sequence[Sample], by_stem: dict[str, str], known: list[str], folds: np.ndarray, real: Path
+) -> comparison.Origins:
+    """
+    :param by_stem: a real patch's name -> its slide.
+    :return: which of the real slides the samples come from.
+    :raises ValueError: where no slide would be left to compare one with.
+    """
+    if len(known) < 2:
+        raise ValueError(
+            f"--data_dir {real} has patches of {len(known)} slide ({known[0]}): samples are compared with other slides "
+            "than theirs, so give at least 3"
+        )
+    pairs = [slides_of_sample(sample, by_stem) for sample in samples]
+    # Of a sample without a manifest only the appearance is known.
+    pairs = [(structure or appearance, appearance) for structure, appearance in pairs]
+    origins = comparison.Origins.of(pairs, known, folds)
+    bare = np.flatnonzero((origins.slides >= 0).sum(1) == len(known))
+    if len(bare):
+        raise ValueError(
+            f"{samples[bare[0]].sample} is made of slides {' and '.join(known)}, and --data_dir {real} has no other to "
+            "compare it with: give patches of at least 3 slides"
+        )
+    return origins
 
 
 def check_images(files: Sequence[Path]) -> None:
@@ -214,6 +262,16 @@ class Extractor:
                     yield self._features(names, np.stack([image.result() for image in images]))
                     bar.update(len(names))
 
+    def all_of(self, files: Sequence[Path], what: str) -> th.Tensor:
+        """:return: [N x P x D] local features of all files."""
+        room, filled = th.empty(0), 0
+        for batch in self.batches(files, what):
+            if not filled:
+                room = th.empty(len(files), *batch.shape[1:], device=batch.device)
+            room[filled : filled + len(batch)] = batch
+            filled += len(batch)
+        return room
+
     def _features(self, names: Sequence[Path], images: np.ndarray) -> th.Tensor:
         features, self.grid = patchcore.local_features(self.backbone.maps(images), *self.windows)
         bad = ~features.isfinite().flatten(1).all(1)
@@ -223,46 +281,56 @@ class Extractor:
         return features
 
 
-def fit(extractor: Extractor, files: list[Path], args: argparse.Namespace) -> tuple[patchcore.PatchCore, int]:
-    """:return: the bank, and how many vectors it was chosen from."""
-    room, filled = th.empty(0), 0
-    for batch in extractor.batches(files, "bank"):
-        if not filled:
-            room = th.empty(len(files), *batch.shape[1:], device=batch.device)
-        room[filled : filled + len(batch)] = batch
-        filled += len(batch)
-    vectors = room.flatten(0, 1)
-    total = patchcore.bank_size(len(vectors), args.fraction, args.max_bank)
-    with tqdm(desc="coreset", total=total, unit="vector", disable=None) as bar:
-        return patchcore.PatchCore.fit(vectors, args.fraction, args.max_bank, args.seed, bar.update), len(vectors)
+def fit(features: th.Tensor, parts: np.ndarray, args: argparse.Namespace) -> patchcore.Memory:
+    """:param parts: [N] int64, the fold of each real patch."""
+    total = int(features.shape[0] * features.shape[1] * args.fraction)
+    with tqdm(desc="coreset", total=min(total, args.max_bank), unit="vector", disable=None) as bar:
+        return patchcore.Memory.fit(features, parts, args.fraction, args.max_bank, args.seed, bar.update)
 
 
-def score(extractor: Extractor, core: patchcore.PatchCore, files: list[Path], reweight: bool, what: str) -> np.ndarray:
-    """:return: an [N] float64 array of scores."""
-    parts = [core.score(batch, reweight).cpu() for batch in extractor.batches(files, what)]
-    return th.cat(parts).double().numpy()
+def score(
+    extractor: Extractor,
+    memory: patchcore.Memory,
+    files: Sequence[Path],
+    origins: comparison.Origins,
+    reweight: bool,
+) -> np.ndarray:
+    """:return: an [N] float64 array of the samples' scores."""
+    order = np.argsort(origins.group, kind="stable")
+    scores = np.empty(len(files))
+    start = 0
+    for batch in extractor.batches([files[i] for i in order], "synthetic"):
+        rows = order[start : start + len(batch)]
+        scores[rows] = comparison.score(memory, origins, rows, batch, reweight)
+        start += len(batch)
+    return scores
 
 
 def draw(
-    extractor: Extractor, core: patchcore.PatchCore, judged: list[Kept], real_scores: np.ndarray, report: dict
+    extractor: Extractor,
+    memory: patchcore.Memory,
+    judged: list[Kept],
+    origins: comparison.Origins,
+    compared: comparison.Comparison,
+    report: dict,
 ) -> bytes:
     """Draw ood.png."""
-    scores = np.array([item.score for item in judged])
-    order = np.argsort(scores, kind="stable")
+    order = np.argsort(compared.scores, kind="stable")
     ends = []
     for chosen in (order[:SHOWN], order[::-1][:SHOWN]):
         items = [judged[i] for i in chosen]
         files = [item.sample.sample for item in items]
-        maps = th.cat([core.distances(batch).cpu() for batch in extractor.batches(files, "maps")])
-        maps = maps.view(len(items), *extractor.grid).numpy()
+        cores = [memory.without(origins.groups[origins.group[i]].tolist()) for i in chosen]
+        features = extractor.all_of(files, "maps")
+        maps = [core.distances(own[None])[0].cpu().numpy() for core, own in zip(cores, features)]
         captions = [f"{item.run.name[-24:]}\n{item.sample.stem[-24:]}" for item in items]
-        scored = zip(map(read_image, files), maps, (item.score for item in items), captions)
-        ends.append([Scored(*parts) for parts in scored])
+        parts = zip(map(read_image, files), maps, (item.score for item in items), captions)
+        ends.append([Scored(image, row.reshape(extractor.grid), *rest) for image, row, *rest in parts])
     title = (
-        f"{len(scores)} synthetic patches, {report['backbone']}: AUROC against held-out real ones "
+        f"{len(judged)} synthetic patches, {report['backbone']}: AUROC against real ones of their slides "
         f"{report['auroc']:.3f}, kept {report['kept']} ({report['kept_share']:.0%})"
     )
-    return draw_scores(real_scores, scores, report["threshold"], *ends, title)
+    return draw_scores(*compared.pooled, compared.scores, report["threshold"], *ends, title)
 
 
 def write_out(out: Path, judged: list[Kept], kept: np.ndarray, picture: bytes, report: dict, several: bool) -> None:
@@ -288,7 +356,7 @@ def write_out(out: Path, judged: list[Kept], kept: np.ndarray, picture: bytes, r
     write_text(out / REPORT, json.dumps(report, indent=1) + "\n")
 
 
-def by_run(names: list[str], scores: np.ndarray, kept: np.ndarray, real_scores: np.ndarray) -> dict[str, dict]:
+def by_run(names: list[str], compared: comparison.Comparison, kept: np.ndarray) -> dict[str, dict]:
     """What report.json says of each run."""
     rows = np.array(names)
     return {
@@ -296,16 +364,16 @@ def by_run(names: list[str], scores: np.ndarray, kept: np.ndarray, real_scores: 
             "synthetic": int((rows == name).sum()),
             "kept": int(kept[rows == name].sum()),
             "kept_share": float(kept[rows == name].mean()),
-            "auroc": patchcore.auroc(real_scores, scores[rows == name]),
-            "scores": summary(scores[rows == name]),
+            "auroc": compared.auroc(rows == name),
+            "scores": summary(partial(np.quantile, compared.scores[rows == name])),
         }
         for name in dict.fromkeys(names)
     }
 
 
-def summary(scores: np.ndarray) -> dict[str, float]:
-    """Quantiles of scores."""
-    return dict(zip(("min", "median", "max"), np.quantile(scores, (0, 0.5, 1)).tolist()))
+def summary(quantile: Callable[[Sequence[float]], np.ndarray]) -> dict[str, float]:
+    """:param quantile: gives those of some scores."""
+    return dict(zip(("min", "median", "max"), quantile((0, 0.5, 1)).tolist()))
 
 
 def text_of(value: object) -> object:

@@ -85,6 +85,7 @@ RANKS = {
     "histology.features.cluster_folders": 3,
     "histology.features.cluster_picture": 1,
     "histology.filtering.patchcore": 0,
+    "histology.filtering.comparison": 1,
     "histology.filtering.picture": 0,
     "histology.segmenter.net": 1,
     "histology.segmenter.decoding": 2,

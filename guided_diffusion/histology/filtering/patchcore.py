@@ -1,32 +1,28 @@
 """
-How far a patch is from the real ones: PatchCore (Roth et al. 2022, "Towards Total Recall in Industrial Anomaly
-Detection", arXiv 2106.08265) on the two middle maps of a backbone, and what to keep by it.
+How far a patch is from real ones of other slides: PatchCore (Roth et al. 2022, "Towards Total Recall in Industrial
+Anomaly Detection", arXiv 2106.08265) on the two middle maps of a backbone, over any of several parts of the real ones.
 
-Owns local features, the coreset, distances, scores and the rules of keeping. Sees tensors and arrays: nothing of files.
+Owns local features, the coreset, distances and scores. Sees tensors and arrays: nothing of files.
 
 Beside the paper, each by what it brought on planted failures of MoNuSeg patches (README):
 - neighbourhoods of 21 x 21 cells at a stride of 4 (the reference: 9 at 4), where the paper has 3 x 3 at 1: the farthest
   of 256 small spots says how rare a patch's rarest spot is, the farthest of 16 larger ones what a patch is like;
 - maps of more than 128 channels are averaged down to 128, as the paper does to 1024;
 - local features are whitened over the real patches: stain and organ are the directions of large variance, and would
-  hide what blur or noise changes;
+  hide what blur or noise changes. What the whitening was fitted to lies much nearer than other patches of the same
+  slides (of three slides: an AUROC of 1.00), so a score leaves slides out of the whitening, too, not of the bank alone;
 - the coreset begins at the vector farthest from the mean, not at random ones, so that order does not matter.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch as th
 import torch.nn.functional as F
-from sklearn.decomposition import PCA
-from sklearn.metrics import roc_auc_score
-
-from ...slides import ranked
 
 NEIGHBOURHOOD, STRIDE = 21, 4  # cells of the finer map
 MAP_CHANNELS = 128
-MODES = ("threshold", "weights", "top_n")
 _PROJECTED = 128  # dimensions in which the coreset is chosen
 _CANDIDATES = 4096
 _ROWS, _COLUMNS = 1024, 4096  # of a block of distances: 16 MiB
@@ -165,42 +161,92 @@ def _parts(bank: th.Tensor) -> Iterator[tuple[int, th.Tensor]]:
 
 
 @dataclass(frozen=True)
-class PatchCore:
-    """
-    A memory of real patches.
+class Moments:
+    """How many vectors there are, their sum, [D], and that of their outer products, [D x D], float64: parts add up."""
 
-    :param mean: [D]; whiten: [D x K], what brings a local feature to unit variance in every direction.
-    :param bank: [M x K], whitened, in the order in which the coreset was chosen. All on one device.
+    count: int
+    total: np.ndarray
+    products: np.ndarray
+
+    @classmethod
+    def of(cls, x: th.Tensor) -> "Moments":
+        parts = [part.double() for part in x.split(65536)]
+        total, products = sum(part.sum(0) for part in parts), sum(part.T @ part for part in parts)
+        return cls(len(x), total.cpu().numpy(), products.cpu().numpy())
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.count + other.count, self.total + other.total, self.products + other.products)
+
+    def whitening(self, like: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """:return: the mean, [D], and the [D x K] matrix that brings every direction to unit variance; see _FLAT."""
+        mean = self.total / self.count
+        variances, directions = np.linalg.eigh(self.products / self.count - np.outer(mean, mean))
+        used = variances > max(_FLAT * variances[-1], 1e-30)
+        return th.from_numpy(mean).to(like), th.from_numpy(directions[:, used] / variances[used] ** 0.5).to(like)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """
+    Real patches in parts, of which any can be left out.
+
+    :param moments: of each part's local features.
+    :param banks: [M x D] tensors, each part's coreset, in the order in which it was chosen; not whitened.
     """
 
-    mean: th.Tensor
-    whiten: th.Tensor
-    bank: th.Tensor
+    moments: Sequence[Moments]
+    banks: Sequence[th.Tensor]
 
     @classmethod
     def fit(
         cls,
         features: th.Tensor,
+        parts: np.ndarray,
         fraction: float = 0.1,
         max_bank: int = 50_000,
         seed: int = 0,
         progress: Callable[[int], None] = lambda chosen: None,
-    ) -> "PatchCore":
+    ) -> "Memory":
         """
-        :param features: a [V x D] fp32 tensor of real patches' local features; overwritten.
-        :param fraction: the share that is kept, in (0, 1]; max_bank: its largest size.
+        :param features: an [N x P x D] fp32 tensor of real patches' local features.
+        :param parts: [N] int64, the part of each patch, 0 to S - 1, none of them empty.
+        :param fraction: the share of its vectors that a bank keeps, in (0, 1]; each keeps one at least.
+        :param max_bank: the largest size of all banks together, which the parts share by their patches.
         :param seed: of the projection to 128 dimensions.
         """
-        pca = PCA(svd_solver="covariance_eigh").fit(features.cpu().double().numpy())
-        variances = pca.explained_variance_
-        used = variances > max(_FLAT * variances[0], 1e-30)
-        mean, whiten = (
-            th.from_numpy(array).to(features) for array in (pca.mean_, pca.components_[used].T / variances[used] ** 0.5)
-        )
-        x = features.sub_(mean) @ whiten
-        count = bank_size(len(x), fraction, max_bank)
-        chosen = greedy_coreset(projected(x, seed), count, progress)
-        return cls(mean, whiten, x[chosen.to(x.device)])
+        moments, banks = [], []
+        for part in range(parts.max() + 1):
+            own = th.from_numpy(parts == part).to(features.device)
+            x = features[own].flatten(0, 1)
+            moments.append(Moments.of(x))
+            mean, whiten = moments[-1].whitening(x)
+            count = bank_size(len(x), fraction, max_bank * int(own.sum()) // len(parts))
+            chosen = greedy_coreset(projected((x - mean) @ whiten, seed), count, progress)
+            banks.append(x[chosen.to(x.device)])
+        return cls(moments, banks)
+
+    def without(self, left_out: Collection[int]) -> "PatchCore":
+        """:return: the memory of the other parts, of which there must be one: their whitening and their banks."""
+        kept = [part for part in range(len(self.banks)) if part not in left_out]
+        mean, whiten = sum((self.moments[part] for part in kept[1:]), self.moments[kept[0]]).whitening(self.banks[0])
+        # Each bank's first vectors first, as those cover the most: PatchCore.score begins with these.
+        place = th.cat([th.arange(len(self.banks[part])) / len(self.banks[part]) for part in kept])
+        bank = th.cat([self.banks[part] for part in kept])[place.argsort(stable=True).to(mean.device)]
+        return PatchCore(mean, whiten, (bank - mean) @ whiten)
+
+
+@dataclass(frozen=True)
+class PatchCore:
+    """
+    What patches are compared with.
+
+    :param mean: [D]; whiten: [D x K], what brings a local feature to unit variance in every direction.
+    :param bank: [M x K], whitened. All on one device.
+    """
+
+    mean: th.Tensor
+    whiten: th.Tensor
+    bank: th.Tensor
 
     def _whitened(self, features: th.Tensor) -> th.Tensor:
         return (features - self.mean) @ self.whiten
@@ -252,62 +298,5 @@ class PatchCore:
 
 
 def bank_size(vectors: int, fraction: float, max_bank: int) -> int:
-    """:return: how many of its vectors the bank keeps: fraction * vectors, but at least 1 and at most max_bank."""
+    """:return: how many of its vectors a bank keeps: fraction * vectors, but at least 1 and at most max_bank."""
     return max(1, min(int(vectors * fraction), max_bank))
-
-
-# ---- what to keep ----
-
-
-def weights(scores: np.ndarray, quantile: float) -> np.ndarray:
-    """
-    Turn scores into chances of being drawn: clipped at a quantile, scaled to [0, 1], 1 - s, divided by the sum.
-
-    :param scores: an [N] array; those at or above the quantile get weight 0, the least the largest.
-    :param quantile: in (0, 1]; 1 clips nothing.
-    :return: an [N] float64 array with sum 1; equal weights where all clipped scores are equal.
-    """
-    clipped = np.minimum(scores, np.quantile(scores, quantile)).astype(np.float64)
-    spread = clipped.max() - clipped.min()
-    weight = 1 - (clipped - clipped.min()) / spread if spread > 0 else np.ones(len(clipped))
-    return weight / weight.sum()
-
-
-def keep(mode: str, scores: np.ndarray, weight: np.ndarray, threshold: float, top_n: int | None) -> np.ndarray:
-    """
-    :param mode: threshold keeps scores up to it; weights keeps what has a weight above 0; top_n the lowest, of equals
-        the first.
-    :return: an [N] bool array.
-    """
-    if mode == "threshold":
-        return scores <= threshold
-    if mode == "weights":
-        return weight > 0
-    kept = np.zeros(len(scores), bool)
-    kept[np.argsort(scores, kind="stable")[:top_n]] = True
-    return kept
-
-
-def held_out_slides(slides: Sequence[str], share: float, seed: int) -> set[str]:
-    """
-    Choose slides whose patches the bank never sees.
-
-    :param slides: the slide of each real patch. :param share: of the slides to hold out; at least one is.
-    :return: names.
-    :raises ValueError: where fewer than one slide would be left on either side.
-    """
-    names = sorted(set(slides))
-    if len(names) < 2:
-        raise ValueError(
-            f"--data_dir has patches of {len(names)} slide ({names[0]}): the threshold comes from slides held out, so "
-            "give at least 2"
-        )
-    count = max(1, round(share * len(names)))
-    if count >= len(names):
-        raise ValueError(f"--val_share {share} leaves no slide of {len(names)} to compare with: give less")
-    return set(ranked(names, seed)[:count])
-
-
-def auroc(real: np.ndarray, synthetic: np.ndarray) -> float:
-    """:return: the chance that a synthetic score exceeds a real one, ties counting half: 0.5 is indistinguishable."""
-    return float(roc_auc_score(np.repeat([0, 1], [len(real), len(synthetic)]), np.concatenate([real, synthetic])))

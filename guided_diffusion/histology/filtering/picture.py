@@ -21,6 +21,7 @@ class Scored:
 
 def draw_scores(
     real: np.ndarray,
+    weights: np.ndarray,
     synthetic: np.ndarray,
     threshold: float,
     best: Sequence[Scored],
@@ -30,7 +31,8 @@ def draw_scores(
     """
     Draw the scores.
 
-    :param real: scores of held-out real patches; synthetic: of synthetic ones.
+    :param real: scores of the real patches that synthetic ones are compared with, and their weights, of sum 1.
+    :param synthetic: scores of synthetic patches.
     :param threshold: drawn as a line.
     :param best: synthetic patches of low scores, worst: of high ones; all maps share one colour scale.
     :return: a PNG.
@@ -45,7 +47,7 @@ def draw_scores(
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=9)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 2.6])
-    _histograms(top.subplots(), real, synthetic, threshold)
+    _histograms(top.subplots(), real, weights, synthetic, threshold)
     axes = bottom.subplots(4, columns, squeeze=False)
     maps = [patch.score_map for patch in (*best, *worst)]
     limits = dict(vmin=min(m.min() for m in maps), vmax=max(m.max() for m in maps))
@@ -61,14 +63,18 @@ def draw_scores(
     return buffer.getvalue()
 
 
-def _histograms(axis, real: np.ndarray, synthetic: np.ndarray, threshold: float) -> None:
+def _histograms(axis, real: np.ndarray, weights: np.ndarray, synthetic: np.ndarray, threshold: float) -> None:
     both = np.concatenate([real, synthetic])
     # Outliers are counted in the last bin, so that they do not flatten the rest.
     high = max(float(np.quantile(both, 0.995)), threshold) * 1.02
     bins = np.linspace(min(float(both.min()), threshold) * 0.98, high, 61)
-    for scores, colour, name in ((real, "tab:blue", "held-out real"), (synthetic, "tab:orange", "synthetic")):
-        share = np.full(len(scores), 1 / len(scores))
-        label = f"{name}: {len(scores)}, median {np.median(scores):.3g}"
+    equal = np.full(len(synthetic), 1 / len(synthetic))
+    for scores, share, colour, name in (
+        (real, weights, "tab:blue", "real ones of their slides"),
+        (synthetic, equal, "tab:orange", f"synthetic, {len(synthetic)}"),
+    ):
+        median = np.quantile(scores, 0.5, weights=share, method="inverted_cdf")
+        label = f"{name}: median {median:.3g}"
         axis.hist(np.minimum(scores, high), bins, weights=share, color=colour, alpha=0.55, label=label)
     axis.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")
     axis.set_xlabel("score (largest distance of a place to the nearest real one)", fontsize=8)

@@ -1,15 +1,11 @@
-"""PatchCore against brute force, on planted failures of real patches, and the rules of keeping."""
+"""PatchCore against brute force."""
 
 import numpy as np
 import pytest
 import torch as th
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
 
-from guided_diffusion.histology.features.backbones import load_backbone
 from guided_diffusion.histology.filtering import patchcore
-from guided_diffusion.histology.slides.annotations import find_slides, read_slide
-from guided_diffusion.histology.slides.patches import extract_patches
 
 
 def vectors(*shape, seed=0):
@@ -99,16 +95,34 @@ def test_windows_that_are_no_use_are_refused(window, stride, what):
 # ---- scores ----
 
 
-def fitted(seed=0, fraction=0.5):
-    return patchcore.PatchCore.fit(vectors(200, 6, seed=seed) @ vectors(6, 6, seed=9), fraction, seed=seed)
+PARTS = np.repeat(np.arange(4), 5)
+MIX = vectors(6, 6, seed=9)
 
 
-def test_fit_whitens():
-    features = vectors(500, 4) * th.tensor([10.0, 1.0, 0.1, 1.0]) + 5
-    features[:, 3] = features[:, 1]  # a direction without variance
-    core = patchcore.PatchCore.fit(features.clone(), 1.0)
-    assert core.bank.shape == (500, 3)
-    assert th.allclose(th.cov(core.bank.T, correction=0), th.eye(3), atol=1e-2)
+def remembered(seed=0, fraction=0.5, max_bank=50_000):
+    features = vectors(20, 10, 6, seed=seed) @ MIX + th.arange(4).repeat_interleave(5)[:, None, None]
+    return features, patchcore.Memory.fit(features, PARTS, fraction, max_bank)
+
+
+def fitted():
+    return remembered()[1].without([2])
+
+
+@pytest.mark.parametrize("left_out", [(-1, -1), (-1, 2), (0, 3)])
+def test_what_is_left_out_is_in_neither_bank_nor_whitening(left_out):
+    features, memory = remembered(fraction=1.0)
+    core = memory.without(left_out)
+    kept = features[th.from_numpy(~np.isin(PARTS, left_out))].flatten(0, 1)
+    assert len(core.bank) == len(kept) and th.allclose(core.mean, kept.mean(0), atol=1e-5)
+    assert th.allclose(th.cov(core.bank.T, correction=0), th.eye(6), atol=1e-4)
+    assert th.allclose(core.distances(kept[None]), th.zeros(1, len(kept)), atol=5e-3)
+    assert float(core.score(kept[:, None]).max()) < 1e-5  # not only nearly
+
+
+def test_a_direction_without_variance_is_left_out():
+    features = vectors(20, 10, 4)
+    features[..., 2] = features[..., 0] * 2 + 1
+    assert patchcore.Memory.fit(features, PARTS).without([0]).bank.shape == (15, 3)
 
 
 def test_the_score_is_the_largest_distance_to_the_nearest():
@@ -134,16 +148,11 @@ def test_the_weight_is_equation_7():
         assert float(found) == pytest.approx(float(weight * far[place, nearest]), rel=1e-4)
 
 
-def test_what_is_in_the_bank_has_distance_zero():
-    features = vectors(60, 5)
-    core = patchcore.PatchCore.fit(features.clone(), 1.0)
-    assert float(core.score(features[:, None]).max()) < 1e-4
-
-
 def test_order_and_batches_do_not_matter():
-    features, images = vectors(300, 6), vectors(24, 16, 6, seed=1)
-    core = patchcore.PatchCore.fit(features.clone(), 0.2)
-    shuffled = patchcore.PatchCore.fit(features[th.randperm(300, generator=th.Generator().manual_seed(5))], 0.2)
+    features, memory = remembered(fraction=0.2)
+    images, core = vectors(24, 16, 6, seed=1), memory.without([1])
+    order = np.random.default_rng(5).permutation(20)
+    shuffled = patchcore.Memory.fit(features[th.from_numpy(order)], PARTS[order], 0.2).without([1])
     scores = core.score(images)
     assert th.allclose(scores, shuffled.score(images), atol=1e-4)
     for size in (1, 5):
@@ -153,84 +162,5 @@ def test_order_and_batches_do_not_matter():
 
 def test_bank_sizes():
     assert [patchcore.bank_size(*case) for case in ((1000, 0.1, 50), (1000, 0.1, 500), (3, 0.1, 9))] == [50, 100, 1]
-    assert len(fitted(fraction=0.1).bank) == 20
-
-
-# ---- what to keep ----
-
-
-def test_weights_by_hand():
-    assert patchcore.weights(np.array([1.0, 2.0, 3.0]), 1.0).tolist() == [2 / 3, 1 / 3, 0]
-    assert patchcore.weights(np.array([0.0, 1.0, 2.0, 3.0, 90.0]), 0.5).tolist() == pytest.approx(
-        [2 / 3, 1 / 3, 0, 0, 0]
-    )
-    assert patchcore.weights(np.full(4, 7.0), 0.5).tolist() == [0.25] * 4
-
-
-def test_modes():
-    scores = np.array([3.0, 1.0, 2.0, 1.0])
-    weight = patchcore.weights(scores, 1.0)
-    assert patchcore.keep("threshold", scores, weight, 2.0, None).tolist() == [False, True, True, True]
-    assert patchcore.keep("weights", scores, weight, 0.0, None).tolist() == [False, True, True, True]
-    assert patchcore.keep("top_n", scores, weight, 0.0, 1).tolist() == [False, True, False, False]
-
-
-def test_auroc_counts_pairs():
-    rng = np.random.default_rng(0)
-    real, synthetic = rng.integers(0, 9, 40), rng.integers(2, 12, 30)
-    pairs = (synthetic[:, None] > real) + 0.5 * (synthetic[:, None] == real)
-    assert patchcore.auroc(real, synthetic) == pytest.approx(pairs.mean())
-
-
-def test_slides_are_held_out_whole():
-    slides = [name for name in "abcdefghij" for _ in range(3)]
-    held = patchcore.held_out_slides(slides, 0.2, 0)
-    assert len(held) == 2 and held == patchcore.held_out_slides(slides[::-1], 0.2, 0) and held <= set(slides)
-    assert len(patchcore.held_out_slides(["a", "b"], 0.01, 0)) == 1
-    with pytest.raises(ValueError, match="1 slide .a."):
-        patchcore.held_out_slides(["a", "a"], 0.2, 0)
-    with pytest.raises(ValueError, match="--val_share 0.9"):
-        patchcore.held_out_slides(["a", "b"], 0.9, 0)
-
-
-# ---- planted failures ----
-
-
-def blur(image, rng):
-    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(2.5)))
-
-
-def colour(image, rng):
-    density = -np.log((image + 1.0) / 256) * (1.6, 0.8, 0.6)
-    return np.clip(256 * np.exp(-density) - 1, 0, 255).astype(np.uint8)
-
-
-def noise(image, rng):
-    return np.clip(image + rng.normal(0, 25, image.shape), 0, 255).astype(np.uint8)
-
-
-def checkerboard(image, rng):
-    rows, columns = np.mgrid[: image.shape[0], : image.shape[1]] // 4
-    return np.clip(image + 25 * (2 * ((rows + columns) % 2) - 1)[..., None], 0, 255).astype(np.uint8)
-
-
-@pytest.mark.slow
-def test_planted_failures_of_real_patches_are_found(monuseg):
-    slides = [slide for slide in find_slides(monuseg) if slide.split == "MoNuSegTrainingData"]
-    held = patchcore.held_out_slides([slide.stem for slide in slides], 0.2, 0)
-    backbone = load_backbone("efficientnet_lite0", th.device("cpu"))
-    rng = np.random.default_rng(0)
-    parts = {True: [], False: []}
-    for slide in slides:
-        cut = [image for image, _ in extract_patches(*read_slide(slide), 128, 128)]
-        parts[slide.stem in held] += [cut[i] for i in rng.permutation(len(cut))[:12]]
-
-    def features(images):
-        maps = [backbone.maps(np.stack(images[i : i + 32])) for i in range(0, len(images), 32)]
-        return patchcore.local_features([th.cat(part) for part in zip(*maps)])[0]
-
-    core = patchcore.PatchCore.fit(features(parts[False]).flatten(0, 1))
-    real = core.score(features(parts[True])).numpy()
-    for plant in (blur, colour, noise, checkerboard):
-        planted = core.score(features([plant(image, rng) for image in parts[True]])).numpy()
-        assert patchcore.auroc(real, planted) >= 0.95, plant.__name__
+    assert [len(bank) for bank in remembered(fraction=0.1)[1].banks] == [5] * 4
+    assert [len(bank) for bank in remembered(max_bank=14)[1].banks] == [3] * 4
