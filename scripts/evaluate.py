@@ -5,8 +5,9 @@ Measure synthetic patches against real ones, or predicted nuclei against true on
         [--model_path SEGMENTER]
     python scripts/evaluate.py --predicted MASKS --truth MASKS --results_path DIR
 
-DATA holds MoNuSegTrainingData, which the synthetic patches are held against, and MoNuSegTestData, whose slides stand
-beside every figure as the floor: real against real. RESULTS are folders of image_sample.py, or a sweep's.
+DATA holds MoNuSegTrainingData, which the synthetic patches are held against, and MoNuSegTestData. Beside every figure
+stands real against real: half of the training patches against the other half, of the same slides, which is the floor;
+and the test patches, of other slides. RESULTS are folders of image_sample.py, or a sweep's.
 Writes metrics.json, metrics.png (over s and checkpoints for a sweep), copies.png where samples look copied from
 training, and prints a table.
 """
@@ -36,6 +37,7 @@ from guided_diffusion.histology.evaluation.evaluator import (
     Figures,
     PatchSet,
     StructureMetric,
+    halves,
 )
 from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
@@ -43,6 +45,7 @@ from guided_diffusion.image_files import read_image, read_inst_mask
 from guided_diffusion.images import Item, list_items
 from guided_diffusion.slides import slides_of, without_number
 
+SAME, OTHER = "real, same slides", "real, other slides"
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
 
 
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     if set(metrics) & set(BY_FEATURES):
         backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision])
     train = real_set("real, training", train_items, backbone, args.batch_size)
-    held_out = real_set("real, held out", held_out_items, backbone, args.batch_size)
+    held_out = real_set(OTHER, held_out_items, backbone, args.batch_size)
     sizes = {"real": train.images.shape[1:3]}
     sets = []
     known = by_name([*every_train_item, *every_held_out_item])
@@ -115,10 +118,12 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     structure = structure_metric(segmenter) if segmenter else None
-    evaluator = Evaluator(train, held_out, metrics, structure, args.seed)
-    floor = evaluator.figures(held_out)
+    half, other_half = halves(train)
+    floor = Evaluator(half, metrics, seed=args.seed).figures(other_half)
+    evaluator = Evaluator(train, metrics, structure, args.seed)
+    real = {SAME: floor, OTHER: evaluator.figures(held_out)}
     figures = {patches.name: evaluator.figures(patches) for patches in sets}
-    report(args, metrics, floor, figures, found, backbone)
+    report(args, metrics, real, figures, found, backbone)
     if "copies" in metrics:
         draw_copies(evaluator, sets, train_items, args.out / "copies.png")
 
@@ -158,8 +163,8 @@ def real_items(data: Path) -> tuple[list[Item], list[Item]]:
     both = {item.slide for item in train} & {item.slide for item in test}
     if both:
         raise ValueError(
-            f"--data_dir {data} has slide {min(both)} among training and test patches: the floor would be none; "
-            "move it to one side"
+            f"--data_dir {data} has slide {min(both)} among training and test patches, which are to be of "
+            "other slides: move it to one side"
         )
     return train, test
 
@@ -312,16 +317,16 @@ def estimate(summary: dict[str, float | None]) -> image_metrics.Estimate:
 def report(
     args: argparse.Namespace,
     metrics: list[str],
-    floor: Figures,
+    real: dict[str, Figures],
     figures: dict[str, Figures],
     found: list[runs.Run],
     backbone: Backbone | None,
 ) -> None:
     """Write metrics.json and metrics.png, and print the table."""
-    rows = {"real, held out": floor, **figures}
+    rows = {**real, **figures}
     if "frechet" in metrics and any(row["frechet"] is None for row in rows.values()):
         needed = image_metrics.images_for_covariance(backbone.embed(np.zeros((1, 64, 64, 3), np.uint8)).shape[1])
-        print(f"frechet: left out where a set, or training, has fewer than {needed} patches; kid takes any number")
+        print(f"frechet: left out where either side has fewer than {needed} patches; kid takes any number")
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(
         args.out / "metrics.json",
@@ -334,13 +339,14 @@ def report(
                 "seed": args.seed,
                 "limit": args.limit,
             },
-            "floor": evaluation_report.as_json(floor),
+            "floor": evaluation_report.as_json(real[SAME]),
+            "other_slides": evaluation_report.as_json(real[OTHER]),
             "runs": {name: evaluation_report.as_json(row) for name, row in figures.items()},
         },
     )
     places = {run.name: place(run) for run in found}
     with writing(args.out / "metrics.png") as file:
-        evaluation_report.draw_figures(floor, figures, places, file)
+        evaluation_report.draw_figures(real, figures, places, file)
     print(evaluation_report.table(rows))
     print(f"look at {args.out / 'metrics.png'}")
 
@@ -374,7 +380,7 @@ def draw_copies(evaluator: Evaluator, sets: list[PatchSet], items: list[Item], p
     if pairs:
         with writing(path) as file:
             evaluation_report.draw_pairs([pair for _, pair in sorted(pairs, key=lambda pair: pair[0])], file)
-        print(f"{len(pairs)} samples lie nearer to a training patch than real ones do: look at {path}")
+        print(f"{len(pairs)} samples lie nearer to a training patch than 99 % of these to each other: look at {path}")
 
 
 # ---- masks ----

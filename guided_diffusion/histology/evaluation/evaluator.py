@@ -1,5 +1,5 @@
 """
-What a set of synthetic patches is worth beside real ones: one figure after another, with real against real as a floor.
+What a set of patches is worth beside the real ones that training saw: one figure after another.
 
 Owns which figures there are, what is compared with what, and how copies are recognised. Knows no files and no flags.
 """
@@ -15,6 +15,8 @@ from . import image_metrics as im
 METRICS = ("kid", "frechet", "precision_recall", "colour", "structure", "copies", "diversity")
 BY_FEATURES = ("kid", "frechet", "precision_recall", "copies", "diversity")  # those that look at features
 CANDIDATES = 20  # nearest training patches by features, which a patch is compared with by pixels
+# The share of training patches that lie nearer to another one than what counts as a copy, by features and by pixels.
+USUAL = 0.005
 
 Figures = dict[str, "float | im.Estimate | None"]
 # (patches of a set) -> figures, by an independent segmenter.
@@ -69,8 +71,8 @@ class Evaluator:
     """
     Measures sets of patches against the patches that training saw.
 
-    :param train: the real training patches.
-    :param held_out: real patches of other slides; they set the floor of every figure, and the bounds that tell copies.
+    :param train: the real training patches, at least two; how near they lie to each other sets the bounds that tell
+        copies.
     :param metrics: some of METRICS.
     :param structure: measures agreement of image and mask; None leaves that figure out.
     :param seed: of subsets.
@@ -79,20 +81,17 @@ class Evaluator:
     def __init__(
         self,
         train: PatchSet,
-        held_out: PatchSet,
         metrics: Sequence[str] = METRICS,
         structure: StructureMetric | None = None,
         seed: int = 0,
     ) -> None:
         self.train = train
-        self.held_out = held_out
         self.metrics = metrics
         self.structure = structure
         self.seed = seed
         self._found: dict[str, Neighbours] = {}
         self._thumbnails = np.stack([im.thumbnail(image) for image in train.images]) if "copies" in metrics else None
-        # A copy is nearer to a training patch than any real patch of another slide does.
-        self._usual = self.neighbours(held_out) if "copies" in metrics else None
+        self._bounds = self._usual_distances() if "copies" in metrics else None
 
     def figures(self, patches: PatchSet) -> Figures:
         """:return: figure -> value, of all metrics asked for; None where the set does not allow it."""
@@ -155,31 +154,55 @@ class Evaluator:
         return self._found[patches.name]
 
     def _neighbours(self, patches: PatchSet) -> Neighbours:
-        count = min(CANDIDATES, len(self.train.images))
-        candidates, away = im.nearest(patches.features, self.train.features, count)
+        itself = patches is self.train
+        count = min(CANDIDATES, len(self.train.images) - itself)
+        candidates, away = im.nearest(patches.features, self.train.features, count + itself)
+        rows = np.arange(len(candidates))
+        if itself:  # each patch's others: its own place goes last
+            order = np.argsort(candidates == rows[:, None], axis=1, kind="stable")[:, :count]
+            candidates, away = candidates[rows[:, None], order], away[rows[:, None], order]
+        bar = tqdm(patches.images, f"{patches.name}: looking for copies", leave=False, delay=2)
         aligned = np.array(
-            [
-                im.aligned_distance(im.thumbnail(image), self._thumbnails[near])
-                for image, near in zip(
-                    tqdm(patches.images, f"{patches.name}: looking for copies", leave=False, delay=2), candidates
-                )
-            ]
+            [im.aligned_distance(im.thumbnail(image), self._thumbnails[near]) for image, near in zip(bar, candidates)]
         )
         if patches.structures is not None and self.train.structures is not None:
             stems = np.array(self.train.structures)
             aligned[stems[candidates] == np.array(patches.structures)[:, None]] = np.inf
         best = aligned.argmin(axis=1)
-        rows = np.arange(len(best))
         return Neighbours(candidates[:, 0], away[:, 0], candidates[rows, best], aligned[rows, best])
 
+    def _usual_distances(self) -> tuple[float, float]:
+        """:return: the distances, by features and by pixels, that training patches keep from each other as a rule."""
+        found = self.neighbours(self.train)
+        return tuple(
+            float(np.quantile(distance, USUAL, method="lower"))
+            for distance in (found.feature_distance, found.pixel_distance)
+        )
+
     def copied(self, found: Neighbours) -> np.ndarray:
-        """:return: [N] bool: nearer to a training patch, by features or pixels, than all that is held out."""
-        by_features = found.feature_distance < self._usual.feature_distance.min()
-        return by_features | self.copied_by_pixels(found)
+        """:return: [N] bool: nearer to a training patch than those usually are to each other, by features or pixels."""
+        return (found.feature_distance < self._bounds[0]) | self.copied_by_pixels(found)
 
     def copied_by_pixels(self, found: Neighbours) -> np.ndarray:
-        """:return: [N] bool: nearer to a training patch, by pixels, than all that is held out."""
-        return found.pixel_distance < self._usual.pixel_distance.min()
+        """:return: [N] bool: nearer to a training patch than those usually are to each other, by pixels."""
+        return found.pixel_distance < self._bounds[1]
+
+
+def halves(patches: PatchSet) -> tuple[PatchSet, PatchSet]:
+    """:return: every other patch of real ones, and those between, as views: of the same slides."""
+
+    def half(first: int) -> PatchSet:
+        part = slice(first, None, 2)
+        return PatchSet(
+            f"{patches.name}, {'other ' if first else ''}half",
+            patches.images[part],
+            patches.inst_maps[part],
+            patches.features[part],
+            patches.slides[part],
+            structures=None if patches.structures is None else patches.structures[part],
+        )
+
+    return half(0), half(1)
 
 
 def _next_of_slide(slides: Sequence[str]) -> list[tuple[int, int]]:

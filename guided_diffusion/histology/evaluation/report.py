@@ -32,7 +32,7 @@ TITLES = {
 }
 
 Value = float | Estimate | None
-FLOOR_STYLE = dict(color="grey", linestyle="--", linewidth=1)
+FLOOR_STYLES = (dict(color="grey", linestyle="--", linewidth=1), dict(color="grey", linestyle="-.", linewidth=1))
 
 
 def as_json(figures: dict[str, Value]) -> dict[str, float | dict[str, float] | None]:
@@ -68,7 +68,7 @@ def _cell(value: Value) -> str:
 
 
 def draw_figures(
-    floor: dict[str, Value],
+    real: dict[str, dict[str, Value]],
     rows: dict[str, dict[str, Value]],
     places: dict[str, tuple[str, float | None]],
     path: Path | IO[bytes],
@@ -77,7 +77,7 @@ def draw_figures(
     Draw each figure: over s, a line a checkpoint, where there are several s; else a point a set. Beside the lines a set
     whose s is not known is a dotted one right across.
 
-    :param floor: figure -> its value for real patches, a dashed line.
+    :param real: sets of real patches, two at most -> figure -> value, lines across: the first dashed.
     :param rows: set -> figure -> value.
     :param places: set -> (checkpoint, s); s is None where it is not known.
     :param path: where to write the PNG.
@@ -96,9 +96,11 @@ def draw_figures(
         axes.tick_params(labelsize=8)
         values = {key: figures.get(name) for key, figures in rows.items() if figures.get(name) is not None}
         (_draw_curves if swept else _draw_points)(axes, values, places)
-        if floor.get(name) is not None:
-            axes.axhline(_middle(floor[name]), label="real", **FLOOR_STYLE)
-        if number == 0 and (swept or floor.get(name) is not None):
+        known = [(row[name], kind, style) for (kind, row), style in zip(real.items(), FLOOR_STYLES) if name in row]
+        for value, kind, style in known:
+            if value is not None:
+                axes.axhline(_middle(value), label=kind, **style)
+        if number == 0 and (swept or known):
             axes.legend(fontsize=7)
     figure.savefig(path, dpi=110, format="png")
 

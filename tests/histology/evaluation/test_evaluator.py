@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from guided_diffusion.histology.evaluation.evaluator import METRICS, Evaluator, PatchSet
+from guided_diffusion.histology.evaluation.evaluator import METRICS, Evaluator, PatchSet, halves
 
 
 def draw(count: int, seed: int, slides: int = 4, shift: float = 0.0, size: int = 32) -> PatchSet:
@@ -25,11 +25,11 @@ def draw(count: int, seed: int, slides: int = 4, shift: float = 0.0, size: int =
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    return Evaluator(draw(60, 0), draw(40, 1), structure=lambda patches: {"f1": 0.5})
+    return Evaluator(draw(60, 0), structure=lambda patches: {"f1": 0.5})
 
 
 def test_every_metric_gives_its_figures(evaluator):
-    figures = evaluator.figures(evaluator.held_out)
+    figures = evaluator.figures(draw(40, 1))
     assert list(figures) == [
         "kid",
         "frechet",
@@ -50,8 +50,8 @@ def test_every_metric_gives_its_figures(evaluator):
 @pytest.mark.parametrize("metric", METRICS)
 def test_only_what_is_asked_for(metric):
     train, held_out = draw(30, 0), draw(20, 1)
-    figures = Evaluator(train, held_out, [metric], structure=lambda patches: {"f1": 1.0}).figures(held_out)
-    everything = Evaluator(train, held_out, structure=lambda patches: {"f1": 1.0}).figures(held_out)
+    figures = Evaluator(train, [metric], structure=lambda patches: {"f1": 1.0}).figures(held_out)
+    everything = Evaluator(train, structure=lambda patches: {"f1": 1.0}).figures(held_out)
     assert figures and figures == {name: everything[name] for name in figures}
 
 
@@ -84,15 +84,50 @@ def test_copies_are_recognised(evaluator):
     assert evaluator.figures(planted)["copies"] == copied.mean()
 
 
+def test_the_bounds_are_how_near_training_patches_lie_to_each_other():
+    train = draw(60, 0)
+    evaluator = Evaluator(train, ["copies"])
+    found = evaluator.neighbours(train)
+    away = np.linalg.norm(train.features[:, None].astype(float) - train.features, axis=2) + np.diag(np.full(60, np.inf))
+    assert np.allclose(found.feature_distance, away.min(1)) and (found.by_features == away.argmin(1)).all()
+    assert (found.by_pixels != np.arange(60)).all() and found.pixel_distance.min() > 0.05
+    assert not evaluator.copied(found).any()  # of 60, one in 200 is none
+    assert evaluator.figures(replace(train, name="again"))["copies"] == 1  # the same patches, as samples
+
+
+@pytest.mark.parametrize("held_out", [30, 300])
+def test_about_one_real_patch_in_a_hundred_counts_as_a_copy_however_many_are_asked(held_out):
+    def patches(count, seed):
+        images = np.random.default_rng(seed).integers(0, 255, (count, 8, 8, 3), dtype=np.uint8)
+        return replace(draw(count, seed, size=8), images=images)
+
+    evaluator = Evaluator(patches(1200, 0), ["copies"])
+    shares = [evaluator.figures(patches(held_out, seed))["copies"] for seed in range(1, 1 + 600 // held_out)]
+    assert 0 < np.mean(shares) < 0.02
+
+
+def test_halves_are_of_the_same_slides_and_share_no_patch():
+    train = replace(draw(21, 0, slides=3), structures=[f"p{i}" for i in range(21)])
+    train = replace(train, slides=sorted(train.slides))
+    one, other = halves(train)
+    assert sorted(one.structures + other.structures) == sorted(train.structures)
+    assert set(one.slides) == set(other.slides) == set(train.slides) and one.name != other.name
+    for half in (one, other):
+        places = [train.structures.index(stem) for stem in half.structures]
+        assert np.array_equal(half.images, train.images[places])
+        assert np.array_equal(half.features, train.features[places])
+        assert list(half.slides) == [train.slides[place] for place in places]
+
+
 def test_the_patch_of_a_samples_own_structure_is_no_copy():
     """Nuclei where the mask has them, in another texture, are what a sample is to show; another patch's are a copy."""
-    base, held_out = draw(60, 0), draw(40, 1)
+    base = draw(60, 0)
     train = replace(base, structures=[f"p{i}" for i in range(60)])
-    evaluator = Evaluator(train, held_out, ["copies"])
+    evaluator = Evaluator(train, ["copies"])
     texture = np.random.default_rng(9).normal(0, 8, base.images[:2].shape)
     images = np.clip(base.images[[7, 7]] + texture, 0, 255).astype(np.uint8)
-    # Its neighbours by features are training patches, yet no nearer than what is held out.
-    features = base.features[[7, 7]] + evaluator.neighbours(held_out).feature_distance.min() / 2
+    # Its neighbours by features are training patches, yet no nearer than these are to each other.
+    features = base.features[[7, 7]] + evaluator.neighbours(train).feature_distance.min() / 2
     samples = replace(draw(2, 3), images=images, features=features, structures=["p7", "p8"])
     found = evaluator.neighbours(samples)
     assert evaluator.copied_by_pixels(found).tolist() == evaluator.copied(found).tolist() == [False, True]
@@ -110,5 +145,5 @@ def test_diversity_is_within_conditions(evaluator):
 
 def test_a_slide_of_one_patch_has_no_colour_floor():
     train, lone = draw(20, 0), draw(4, 1, slides=4)
-    figures = Evaluator(train, lone, ["colour"]).figures(lone)
+    figures = Evaluator(train, ["colour"]).figures(lone)
     assert figures == {"colour_od": None, "colour_grey": None}

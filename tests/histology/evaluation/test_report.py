@@ -48,7 +48,7 @@ def test_a_set_without_an_s_is_drawn_beside_the_curves(tmp_path):
 
 def test_curves_over_s_show_the_floor(tmp_path):
     places = {name: ("m", float(name[3:])) for name in RUNS}
-    report.draw_figures(FLOOR, RUNS, places, tmp_path / "with.png")
+    report.draw_figures({"same": FLOOR, "other": {"kid": 0.4}}, RUNS, places, tmp_path / "with.png")
     report.draw_figures({}, RUNS, places, tmp_path / "without.png")
     with_floor, without = ink(tmp_path / "with.png"), ink(tmp_path / "without.png")
     # Two panels: what is missing everywhere is not drawn.
@@ -57,7 +57,9 @@ def test_curves_over_s_show_the_floor(tmp_path):
 
 @pytest.mark.parametrize("s", [None, 1.5])
 def test_sets_that_are_no_sweep_are_points(tmp_path, s):
-    report.draw_figures(FLOOR, RUNS, {name: (name, s) for name in RUNS}, tmp_path / "points.png")
+    report.draw_figures(
+        {"same": FLOOR, "other": {"kid": 0.4}}, RUNS, {name: (name, s) for name in RUNS}, tmp_path / "points.png"
+    )
     assert ink(tmp_path / "points.png").std() > 10
 
 
