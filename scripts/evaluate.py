@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     structure = structure_metric(segmenter) if segmenter else None
-    half, other_half = halves(train)
+    half, other_half = halves(train, args.seed)
     floor = Evaluator(half, metrics, seed=args.seed).figures(other_half)
     evaluator = Evaluator(train, metrics, structure, args.seed)
     real = {SAME: floor, OTHER: evaluator.figures(held_out)}

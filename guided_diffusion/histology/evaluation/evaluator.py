@@ -188,21 +188,18 @@ class Evaluator:
         return found.pixel_distance < self._bounds[1]
 
 
-def halves(patches: PatchSet) -> tuple[PatchSet, PatchSet]:
-    """:return: every other patch of real ones, and those between, as views: of the same slides."""
+def halves(patches: PatchSet, seed: int = 0) -> tuple[PatchSet, PatchSet]:
+    """:return: a random half of real patches, and the other: of the same slides, so that either may be the other."""
+    order = np.random.default_rng(seed).permutation(len(patches.images))
 
-    def half(first: int) -> PatchSet:
-        part = slice(first, None, 2)
-        return PatchSet(
-            f"{patches.name}, {'other ' if first else ''}half",
-            patches.images[part],
-            patches.inst_maps[part],
-            patches.features[part],
-            patches.slides[part],
-            structures=None if patches.structures is None else patches.structures[part],
-        )
+    def part(name: str, rows: np.ndarray) -> PatchSet:
+        own = np.sort(rows)
+        slides, stems = ([list_[i] for i in own] if list_ else None for list_ in (patches.slides, patches.structures))
+        parts = (array[own] for array in (patches.images, patches.inst_maps, patches.features))
+        return PatchSet(f"{patches.name}, {name}", *parts, slides, structures=stems)
 
-    return half(0), half(1)
+    middle = len(order) // 2
+    return part("half", order[:middle]), part("other half", order[middle:])
 
 
 def _next_of_slide(slides: Sequence[str]) -> list[tuple[int, int]]:

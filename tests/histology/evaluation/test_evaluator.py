@@ -108,7 +108,6 @@ def test_about_one_real_patch_in_a_hundred_counts_as_a_copy_however_many_are_ask
 
 def test_halves_are_of_the_same_slides_and_share_no_patch():
     train = replace(draw(21, 0, slides=3), structures=[f"p{i}" for i in range(21)])
-    train = replace(train, slides=sorted(train.slides))
     one, other = halves(train)
     assert sorted(one.structures + other.structures) == sorted(train.structures)
     assert set(one.slides) == set(other.slides) == set(train.slides) and one.name != other.name
@@ -116,7 +115,8 @@ def test_halves_are_of_the_same_slides_and_share_no_patch():
         places = [train.structures.index(stem) for stem in half.structures]
         assert np.array_equal(half.images, train.images[places])
         assert np.array_equal(half.features, train.features[places])
-        assert list(half.slides) == [train.slides[place] for place in places]
+        assert half.slides == [train.slides[place] for place in places]
+    assert halves(train, seed=1)[0].structures != one.structures
 
 
 def test_the_patch_of_a_samples_own_structure_is_no_copy():
