@@ -26,6 +26,7 @@ from guided_diffusion.files import write_json, writing
 from guided_diffusion.histology.evaluation import instance_metrics
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter, outlined
+from guided_diffusion.histology.segmenter.net import ADAPT
 from guided_diffusion.image_files import EXTENSIONS, read_image
 from guided_diffusion.script_util import str2bool
 from guided_diffusion.slides import slides_of
@@ -39,7 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     if args.centre < 0 or args.seed < 0:
         raise ValueError(f"--centre {args.centre} and --seed {args.seed} must be at least 0")
-    segmenter = load_segmenter(args.model, find_device(args.device), args.flips)
+    if not 0 <= args.adapt <= 1:
+        raise ValueError(f"--adapt {args.adapt} must be between 0 and 1")
+    segmenter = load_segmenter(args.model, find_device(args.device), args.flips, args.adapt)
     images = segmenter_data.files_in(args.images)
     if not images:
         raise ValueError(f"IMAGES {args.images} holds no image ({', '.join(EXTENSIONS)})")
@@ -60,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     if masks is not None:
         average = instance_metrics.summarise(list(tallies.values()), [slides[stem] for stem in tallies], args.seed)
         rows = {stem: own.figures() for stem, own in tallies.items()}
-        write_json(args.out / METRICS, {"model": str(args.model), "average": average, "images": rows})
+        write_json(
+            args.out / METRICS, {"model": str(args.model), "adapt": args.adapt, "average": average, "images": rows}
+        )
         print(table(average))
 
 
@@ -73,6 +78,12 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--truth", metavar="MASKS", type=Path, help="folder of true instance masks of the same stems")
     parser.add_argument("--flips", type=str2bool, default=False, help="average over mirrored images: slower, better")
+    parser.add_argument(
+        "--adapt",
+        type=float,
+        default=ADAPT,
+        help="share of an image's own statistics in its norms; 0: training's alone",
+    )
     parser.add_argument("--centre", type=int, default=0, help="side in px of a central square to take alone; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")

@@ -83,6 +83,20 @@ def test_without_truth_there_are_no_figures(model, split, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["inst_masks", "overlays"]
 
 
+def test_statistics_of_the_test_image_can_be_left_out(model, split, tmp_path):
+    _, image = read(split / "images" / "slide-2_000.png")
+    for share in ("0", "1"):
+        out = tmp_path / share
+        run(model, split, out, "--adapt", share)
+        _, found = read(out / "inst_masks" / "slide-2_000.tif")
+        assert np.array_equal(found, load_segmenter(model, th.device("cpu"), adapt=float(share)).segment(image))
+        assert json.loads((out / "metrics.json").read_text())["adapt"] == float(share)
+    probabilities = [load_segmenter(model, th.device("cpu"), adapt=share).predict(image)[0] for share in (0, 1)]
+    assert not np.allclose(*probabilities, atol=1e-3)
+    with pytest.raises(ValueError, match="--adapt 1.5 must be between 0 and 1"):
+        run(model, split, tmp_path / "out", "--adapt", "1.5")
+
+
 def test_flips_and_centre(model, split, tmp_path):
     run(model, split, tmp_path / "out", "--flips", "True", "--centre", "40")
     _, image = read(split / "images" / "slide-2_000.png")

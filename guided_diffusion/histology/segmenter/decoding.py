@@ -20,7 +20,7 @@ from skimage.morphology import remove_small_objects
 from skimage.segmentation import find_boundaries, relabel_sequential, watershed
 
 from ...slides import without_number
-from .net import STRIDE, SegmenterNet, seeded_net
+from .net import ADAPT, STRIDE, AdaptiveNorm, SegmenterNet, seeded_net
 
 KIND = "nuclei segmenter"
 FILE = "segmenter.pt"
@@ -43,6 +43,7 @@ class Segmenter:
     :param flips: average over the image and its three mirrored versions: four times the time for a little more.
     :param slides: that the network was trained on.
     :param held_slides: that its weights were chosen by, as the best among those of the run.
+    :param adapt: what AdaptiveNorm takes of the image at hand, a share in [0, 1].
     """
 
     def __init__(
@@ -52,8 +53,12 @@ class Segmenter:
         flips: bool = False,
         slides: Iterable[str] = (),
         held_slides: Iterable[str] = (),
+        adapt: float = ADAPT,
     ) -> None:
         self.net = net.to(device, memory_format=th.channels_last).eval()
+        for module in net.modules():
+            if isinstance(module, AdaptiveNorm):
+                module.adapt = adapt
         self.device = device
         self.flips = flips
         self.slides, self.held_slides = frozenset(slides), frozenset(held_slides)
@@ -185,11 +190,11 @@ def as_content(net: SegmenterNet, slides: Iterable[str], held_slides: Iterable[s
     return {"kind": KIND, "net": net.state_dict(), "slides": sorted(slides), "held_slides": sorted(held_slides)}
 
 
-def load_segmenter(path: str | Path, device: th.device, flips: bool = False) -> Segmenter:
+def load_segmenter(path: str | Path, device: th.device, flips: bool = False, adapt: float = ADAPT) -> Segmenter:
     """
     Read what scripts/train_segmenter.py wrote.
 
-    :param path: the file, or the folder it lies in.
+    :param path: the file, or the folder it lies in; the others are Segmenter's.
     :raises FileNotFoundError: there is none.
     :raises ValueError: it is broken, or a checkpoint of something else.
     """
@@ -200,7 +205,7 @@ def load_segmenter(path: str | Path, device: th.device, flips: bool = False) -> 
     try:
         net.load_state_dict(content["net"])
         # Files of earlier versions do not name what was held out.
-        return Segmenter(net, device, flips, content["slides"], content.get("held_slides", ()))
+        return Segmenter(net, device, flips, content["slides"], content.get("held_slides", ()), adapt)
     except (KeyError, RuntimeError, TypeError, AttributeError):
         raise ValueError(f"{path} is a segmenter of another layout: train it again") from None
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..features.lite0 import STAGES, STEM, ConvNorm, load_weights, make_stages, shipped_weights
 
+ADAPT = 0.3  # the share of an image's own mean and variance in evaluation
 STRIDE = 16  # height and width of the input must be multiples of it
 _ENCODER = 5  # stages of EfficientNet-Lite0
 _SKIPS = (0, 1, 2)  # the stages whose outputs the decoder sees: 1/2, 1/4 and 1/8 of the resolution
@@ -70,10 +71,12 @@ class AdaptiveNorm(nn.BatchNorm2d):
     """
     BatchNorm that meets a new stain halfway: evaluation mixes in the statistics of the image at hand.
 
-    Schneider et al., NeurIPS 2020, per image; training is plain BatchNorm.
+    Schneider et al., NeurIPS 2020, per image; training is plain BatchNorm. So what is found in a place depends on all
+    of the image, or of the tile of it that passes the network, also in a test: no label is seen, but the method is one
+    that adapts at test time, and is to be compared with such.
     """
 
-    adapt = 0.3  # share of the image's own mean and variance; 0 is plain BatchNorm
+    adapt = ADAPT  # 0 is plain BatchNorm
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """:param x: [N x C x H x W]."""
