@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY as TINY_MODEL
+from conftest import write_patches
 
 import image_sample
 from guided_diffusion import checkpoint
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
+from scripts.benchmarks import measure_filter
 
 FOLDER = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
 TINY = ["--config", "tiny", "--batch_size", "2", "--repeats", "1"]
@@ -49,3 +51,15 @@ def test_samplers(data_dir, tmp_path):
     flags = [*TINY_MODEL, "--num_samples", "3", "--timestep_respacing", "4", "--num_steps", "3"]
     table, _ = rows("compare_samplers.py", *paths, *flags)
     assert len(table) == 6 and table["ddpm, 4 steps, again"]["over the chain's own"] == "1.00"
+
+
+@pytest.mark.slow
+def test_filter(tmp_path, capsys):
+    write_patches(tmp_path / "data" / "MoNuSegTrainingData", count=16)
+    measure_filter.main([str(tmp_path / "data"), "--sizes", "3,4", "--choices", "2"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [line[0] for line in lines] == ["3", "3", "mean", "4", "4", "mean"]
+    values = [[float(value) for value in line[1:]] for line in lines]
+    assert all(len(row) == 4 + len(measure_filter.PLANTS) and 0 <= min(row) <= max(row) <= 1 for row in values)
+    blur, noise = (list(measure_filter.PLANTS).index(name) for name in ("blur", "noise"))
+    assert values[5][4 + blur] > 0.9 and values[5][4 + noise] > 0.9
