@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -52,18 +53,23 @@ def list_files(folder: str | Path, suffixes: Sequence[str], deep: bool = False) 
 def by_stem(folder: str | Path, suffixes: Sequence[str], deep: bool = False) -> dict[str, str]:
     """
     Find the files of a folder by their stems: their paths below it, without suffix, which name their partners in other
-    folders. Parameters as list_files'.
+    folders, however their accents are spelt (NFC or, as macOS does, NFD). Parameters as list_files'.
 
-    :return: stem -> path, sorted by stem.
+    :return: stem, in NFC -> path, sorted by stem.
     :raises ValueError: as list_files, and where two files share a stem.
     """
     paths: dict[str, str] = {}
     for path in list_files(folder, suffixes, deep):
-        stem = os.path.splitext(path[len(str(folder)) :].lstrip("/"))[0]
+        stem = nfc(os.path.splitext(path[len(str(folder)) :].lstrip("/"))[0])
         if stem in paths:
             raise ValueError(f"{paths[stem]} and {path} share a stem: keep one of them")
         paths[stem] = path
     return dict(sorted(paths.items()))
+
+
+def nfc(name: str) -> str:
+    """:return: a name with its accents spelt as Linux and Windows do, so that it can be compared."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _walk(folder: str, deep: bool, above: tuple[str, ...] = ()) -> Iterator[str]:

@@ -121,7 +121,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         n = len(self.dataset)
-        appearances = [PurePath(self.dataset.appearance_of(k % n).image).stem for k in range(self.count)]
+        appearances = [PurePath(self.dataset.appearance_of(k % n).stem).name for k in range(self.count)]
         self.stems = unique_stems(appearances)
         single = len(self.checkpoints) == len(self.scales) == 1
         root = Path(self.results_path)

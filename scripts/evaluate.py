@@ -27,7 +27,7 @@ from tqdm import tqdm
 from guided_diffusion import cli
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
-from guided_diffusion.files import by_stem, write_json, writing
+from guided_diffusion.files import by_stem, nfc, write_json, writing
 from guided_diffusion.histology.evaluation import image_metrics, instance_metrics, runs
 from guided_diffusion.histology.evaluation import report as evaluation_report
 from guided_diffusion.histology.evaluation.evaluator import (
@@ -41,12 +41,11 @@ from guided_diffusion.histology.evaluation.evaluator import (
 )
 from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
-from guided_diffusion.image_files import read_image, read_inst_mask
+from guided_diffusion.image_files import EXTENSIONS, read_image, read_inst_mask
 from guided_diffusion.images import Item, list_items
 from guided_diffusion.slides import slides_of, without_number
 
 SAME, OTHER = "real, same slides", "real, other slides"
-MASK_SUFFIXES = (".png", ".tif", ".tiff")
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -171,7 +170,7 @@ def real_items(data: Path) -> tuple[list[Item], list[Item]]:
 
 def by_name(items: Sequence[Item]) -> dict[str, Item]:
     """:return: the items by their images' names, as manifests know them; none of a name that comes twice."""
-    names = [PurePath(item.image).stem for item in items]
+    names = [PurePath(item.stem).name for item in items]
     counts = Counter(names)
     return {name: item for name, item in zip(names, items) if counts[name] == 1}
 
@@ -220,7 +219,7 @@ def real_set(name: str, items: list[Item], backbone: Backbone | None, batch_size
     pairs = [read_pair(item.image, item.inst_mask) for item in tqdm(items, f"{name}: reading", leave=False, delay=2)]
     images = stacked([image for image, _ in pairs], [item.image for item in items])
     inst_maps = np.stack([inst_map for _, inst_map in pairs])
-    stems = [PurePath(item.image).stem for item in items]
+    stems = [PurePath(item.stem).name for item in items]
     features = embed(name, images, backbone, batch_size)
     return PatchSet(name, images, inst_maps, features, [item.slide for item in items], structures=stems)
 
@@ -239,7 +238,7 @@ def synthetic_set(
     if all(sample.appearance for sample in samples):
         read = [read_image(sample.appearance) for sample in samples]
         appearances = stacked(read, [sample.appearance for sample in samples])
-    structures = [PurePath(sample.row.get("structure", sample.stem)).stem for sample in samples]
+    structures = [nfc(PurePath(sample.row.get("structure", sample.stem)).stem) for sample in samples]
     inst_maps = np.stack([inst_map for _, inst_map in pairs])
     slides = {name: item.slide for name, item in real.items()}
     originals = find_originals([real.get(stem) for stem in structures], inst_maps) if with_originals else None
@@ -411,9 +410,9 @@ def masks_in(folder: Path) -> dict[str, str]:
     """:return: stem -> path of the masks in a folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give one of instance masks")
-    masks = by_stem(folder, MASK_SUFFIXES)
+    masks = by_stem(folder, EXTENSIONS)
     if not masks:
-        raise ValueError(f"{folder} holds no mask ({', '.join(MASK_SUFFIXES)})")
+        raise ValueError(f"{folder} holds no mask ({', '.join(EXTENSIONS)})")
     return masks
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,6 +31,7 @@ from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLI
 from guided_diffusion.slides import MANIFEST
 
 Counts = dict[str, dict[str, int]]
+Result = TypeVar("Result")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,10 +49,14 @@ def main(argv: list[str] | None = None) -> None:
     check = partial(count_patches, patch_size=args.patch_size, stride=args.stride, mode=args.mode)
     counts: Counts = {TRAIN_SPLIT: {}, TEST_SPLIT: {}}
     checks = each(check, slides, args.num_workers)
-    for slide, count in zip(slides, tqdm(checks, "checking", len(slides), leave=False, disable=None)):
+    remarks = []
+    for slide, (count, remark) in zip(slides, tqdm(checks, "checking", len(slides), leave=False, disable=None)):
         counts[slide.split][slide.stem] = count
+        remarks += [remark] if remark else []
     check_recorded_slides(args.out, counts)
 
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
     make_folders(args.out, counts)
     # The manifest goes first, so that what an interrupted run leaves is not taken for a finished set of other settings.
     write_manifest(args.out, settings, counts, complete=False)
@@ -82,7 +88,7 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def each(task: Callable[[Slide], int], slides: list[Slide], workers: int) -> Iterator[int]:
+def each(task: Callable[[Slide], Result], slides: list[Slide], workers: int) -> Iterator[Result]:
     """`task` of every slide, in order, over `workers` processes; the first error ends it."""
     if workers == 1 or len(slides) == 1:
         yield from map(task, slides)
@@ -97,13 +103,27 @@ def each(task: Callable[[Slide], int], slides: list[Slide], workers: int) -> Ite
             raise
 
 
-def count_patches(slide: Slide, patch_size: int, stride: int, mode: str) -> int:
-    """Read a slide for no other purpose than to meet all its errors; its number of patches."""
+def count_patches(slide: Slide, patch_size: int, stride: int, mode: str) -> tuple[int, str]:
+    """Read a slide for no other purpose than to meet all its errors; its number of patches, and what is odd in it."""
     image, _ = annotations.read_slide(slide)
     try:
-        return patches.patch_count(*image.shape[:2], patch_size, stride, mode)
+        return patches.patch_count(*image.shape[:2], patch_size, stride, mode), remark_on(slide)
     except ValueError as error:
         raise ValueError(f"{slide.image}: {error}") from error
+
+
+def remark_on(slide: Slide) -> str:
+    """What is odd in a slide's outlines, but no mistake for certain; "" where nothing is."""
+    if slide.annotation.suffix.lower() not in annotations.XML_SUFFIXES:
+        return ""
+    polygons = annotations.read_polygons(slide.annotation)
+    frame = annotations.frame_among(polygons)
+    if frame is None:
+        return ""
+    return (
+        f"{slide.annotation}: region {frame[0]} of {len(polygons)} lies around {frame[1]} of the others, and counts "
+        "as a nucleus: remove it if it is a frame"
+    )
 
 
 def write_patches(slide: Slide, out: Path, patch_size: int, stride: int, mode: str, resize: int | None) -> int:

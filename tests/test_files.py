@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 
 import pytest
 
@@ -49,6 +50,10 @@ def test_listing(tmp_path):
     touched(folder, "x/a.tif")
     with pytest.raises(ValueError, match=r"x/a.png and .*x/a.tif share a stem"):
         files.by_stem(folder, (".png", ".tif"), deep=True)
+    nfc, nfd = (unicodedata.normalize(form, "é/ü") for form in ("NFC", "NFD"))
+    touched(tmp_path, f"images/{nfd}.png", f"masks/{nfc}.tif")
+    for kind in ("images", "masks"):
+        assert list(files.by_stem(tmp_path / kind, (".png", ".tif"), deep=True)) == [nfc]
 
 
 def test_a_folder_of_a_url(monkeypatch):

@@ -216,6 +216,13 @@ def test_bad_flags(raw, tmp_path, capsys, flags, what):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_frame_around_the_nuclei_is_named(raw, tmp_path, capsys):
+    (raw / XML).write_text(f"<B>{SQUARE}{re.sub('3', '0', SQUARE).replace('8', '39')}</B>")
+    prepare(raw, tmp_path / "out", *SIZE)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+    assert "a.xml: region 2 of 2 lies around 1 of the others, and counts as a nucleus: remove it" in line
+
+
 def test_bad_folders(raw, tmp_path, capsys):
     before = snapshot(tmp_path)
     assert "nowhere" in refusal(capsys, tmp_path / "nowhere", tmp_path / "out")

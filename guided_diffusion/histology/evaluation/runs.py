@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from ...files import list_files
+from ...files import by_stem, nfc
 from ...slides import without_number
 
 MANIFEST = "manifest.csv"
@@ -38,7 +38,7 @@ def slides_of_sample(sample: Sample, known: Mapping[str, str]) -> tuple[str, str
     :return: the slides of a sample's structure and of its appearance, by its row, else by what is known of the patches
         that it names, else by their names; "" where it names none.
     """
-    structure = PurePath(sample.row.get("structure") or "").stem
+    structure = nfc(PurePath(sample.row.get("structure") or "").stem)
     appearance = appearance_stem(sample, known)
     return (
         sample.row.get("structure_slide") or known.get(structure) or without_number(structure),
@@ -49,7 +49,7 @@ def slides_of_sample(sample: Sample, known: Mapping[str, str]) -> tuple[str, str
 def appearance_stem(sample: Sample, known: Mapping[str, str]) -> str:
     """:return: the stem of the image that a sample took its appearance from, by its row, else by its own name."""
     if sample.row.get("appearance"):
-        return PurePath(sample.row["appearance"]).stem
+        return nfc(PurePath(sample.row["appearance"]).stem)
     # Sampling names a second sample of STEM's appearance STEM_0, a third STEM_1.
     first, _, number = sample.stem.rpartition("_")
     return first if number.isdecimal() and sample.stem not in known and first in known else sample.stem
@@ -96,26 +96,29 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 def read_run(path: Path, name: str) -> Run:
     """Read one results folder; parameters, result and errors as find_runs'."""
     rows = _rows(path / MANIFEST)
-    files = [Path(file) for file in list_files(path / "samples", (".png",))]
+    files, masks = _files(path / "samples", ".png"), _files(path / "inst_masks", ".tif")
+    appearances = {stem: file for stem, file in _files(path / "images", ".png").items() if file.exists()}
     if not files:
         raise FileNotFoundError(f"{path / 'samples'} holds no .png: sample first")
+    for part in (*files.values(), *masks.values()):
+        if part.is_symlink() and not part.exists():
+            raise ValueError(f"{part} is a link that leads nowhere: make it again")
     samples = []
-    for file in files:
-        mask, appearance = path / "inst_masks" / f"{file.stem}.tif", path / "images" / file.name
-        for part in (file, mask):
-            if part.is_symlink() and not part.exists():
-                raise ValueError(f"{part} is a link that leads nowhere: make it again")
-        if not mask.exists():
-            raise ValueError(f"{file} has no mask {mask}: sample it again, or remove it")
-        samples.append(
-            Sample(file.stem, file, mask, appearance if appearance.exists() else None, rows.get(file.stem, {}))
-        )
+    for stem, file in files.items():
+        if stem not in masks:
+            raise ValueError(f"{file} has no mask {path / 'inst_masks' / stem}.tif: sample it again, or remove it")
+        samples.append(Sample(stem, file, masks[stem], appearances.get(stem), rows.get(stem, {})))
     return Run(name, path, samples)
+
+
+def _files(folder: Path, suffix: str) -> dict[str, Path]:
+    """Stem -> file of a folder, which may be missing."""
+    return {stem: Path(file) for stem, file in by_stem(folder, (suffix,)).items()} if folder.is_dir() else {}
 
 
 def _rows(path: Path) -> dict[str, dict[str, str]]:
     """Stem -> row of a manifest; incomplete rows are skipped."""
     if not path.exists():
         return {}
-    with open(path, newline="") as file:
-        return {row["stem"]: row for row in csv.DictReader(file) if row.get("stem") and None not in row.values()}
+    with open(path, newline="", encoding="utf-8") as file:
+        return {nfc(row["stem"]): row for row in csv.DictReader(file) if row.get("stem") and None not in row.values()}

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
-from ...files import list_files, writing
+from ...files import list_files, nfc, writing
 from ...image_files import EXTENSIONS, check_image, read_image
 from ...images import check_complete
 from ..slides.annotations import TEST_SPLIT, TRAIN_SPLIT
@@ -54,13 +54,13 @@ class Features:
 
     @cached_property
     def _row_of_path(self) -> dict[str, int]:
-        return {path: row for row, path in enumerate(self.paths)}
+        return {nfc(path): row for row, path in enumerate(self.paths)}
 
     @cached_property
     def _rows_of_stem(self) -> dict[str, list[int]]:
         rows: dict[str, list[int]] = {}
         for row, stem in enumerate(self.stems):
-            rows.setdefault(stem, []).append(row)
+            rows.setdefault(nfc(stem), []).append(row)
         return rows
 
     def of(self, images: Sequence[str | Path]) -> np.ndarray:
@@ -75,12 +75,12 @@ class Features:
 
     def _row(self, image: str) -> int:
         for path in (os.path.abspath(image), os.path.realpath(image)):
-            parts = PurePosixPath(path).parts[1:]
+            parts = PurePosixPath(nfc(path)).parts[1:]
             for first in range(len(parts)):
                 row = self._row_of_path.get("/".join(parts[first:]))
                 if row is not None:
                     return row
-        rows = self._rows_of_stem.get(PurePosixPath(image).stem, [])
+        rows = self._rows_of_stem.get(nfc(PurePosixPath(image).stem), [])
         if len(rows) == 1:
             return rows[0]
         what = f"{len(rows)} rows" if rows else "no row"

@@ -6,6 +6,7 @@ patches nor of what the maps are used for, and writes nothing.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,22 @@ import cv2
 import numpy as np
 
 from ...files import by_stem
-from ...image_files import read_image, read_inst_mask
+from ...image_files import EXTENSIONS, read_image, read_inst_mask
 from ...slides import MANIFEST
 
 TRAIN_SPLIT = "MoNuSegTrainingData"
 TEST_SPLIT = "MoNuSegTestData"
 
-IMAGE_SUFFIXES = (".tif", ".tiff", ".png")
 XML_SUFFIXES = (".xml",)
-MASK_SUFFIXES = (".tif", ".tiff", ".png")
 
 _IMAGE_FOLDERS = ("images", "tissue images")
 _XML_FOLDERS = ("annotations",)
 _MASK_FOLDERS = ("inst_masks",)
+# The words of a folder's name that say which split it feeds; "testg" as the reference's MoNuSegTestgData has it.
+_SPLIT_WORDS = {
+    TRAIN_SPLIT: ("train", "training", "traindata", "trainingdata", "trainset", "trainingset"),
+    TEST_SPLIT: ("test", "tests", "testg", "testing", "testdata", "testingdata", "testset", "testingset"),
+}
 # What the reference's mask script writes beside the images; its masks and overlays are no slides.
 _DERIVED_FOLDERS = ("bin_masks", "overlay", "rgb_image")
 _MAX_DEPTH = 3
@@ -58,8 +62,9 @@ def find_slides(raw: Path) -> list[Slide]:
 
     A folder of slides holds `Tissue Images` or `images` beside `Annotations` or `inst_masks` (an .xml goes before
     a mask of the same stem), or .tif and .xml files side by side. It feeds the split that its name, or else that of
-    its nearest ancestor below `raw`, contains: "train" or "test". A folder with a manifest of prepared patches,
-    one named `patches_*` (the reference's output) and hidden ones are skipped.
+    its nearest ancestor below `raw`, has as a word: train or training, test or testing, as in MoNuSegTestData. A
+    folder with a manifest of prepared patches, one named `patches_*` (the reference's output) and hidden ones are
+    skipped.
 
     :param raw: the folder to search.
     :return: the slides, training before test, sorted by stem.
@@ -129,6 +134,28 @@ def read_polygons(path: Path) -> list[np.ndarray]:
     if not regions:
         raise ValueError(f"{path}: no Region in this XML; give the annotation of the nuclei, exported from ImageScope")
     return [_to_pixels(vertices, path, number) for number, vertices in enumerate(regions, start=1)]
+
+
+def frame_among(polygons: Sequence[np.ndarray]) -> tuple[int, int] | None:
+    """
+    Find a region that surrounds the field, as an outline of what was annotated does: filled, it swallows the nuclei
+    before it, or turns what lies between those after it into a nucleus.
+
+    :param polygons: as read_polygons gives them.
+    :return: the first one's number, from 1, that has more than half of the others' middles inside, and how many.
+    """
+    drawn = [number for number, polygon in enumerate(polygons, start=1) if len(polygon)]
+    low, high = (np.array([bound(polygons[n - 1], axis=0) for n in drawn]).reshape(-1, 2) for bound in (np.min, np.max))
+    middles = (low + high) / 2
+    for place, number in enumerate(drawn):
+        near = ((middles >= low[place]) & (middles <= high[place])).all(axis=1)
+        near[place] = False
+        if 2 * near.sum() >= len(drawn):
+            outline = polygons[number - 1].astype(np.float32)
+            count = sum(cv2.pointPolygonTest(outline, middle, False) >= 0 for middle in middles[near].tolist())
+            if 2 * count > len(drawn) - 1:
+                return number, count
+    return None
 
 
 def rasterise(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
@@ -211,14 +238,14 @@ def _walk(raw: Path) -> Iterator[Path]:
 def _slides_in(folder: Path, raw: Path) -> list[Slide]:
     """Pair the files of one folder by stem; empty if it holds no slides."""
     children = {child.name.lower(): child for child in sorted(folder.iterdir()) if child.is_dir()}
-    images = _by_stem([children[name] for name in _IMAGE_FOLDERS if name in children], IMAGE_SUFFIXES)
+    images = _by_stem([children[name] for name in _IMAGE_FOLDERS if name in children], EXTENSIONS)
     outlines = _by_stem([children[name] for name in _XML_FOLDERS if name in children], XML_SUFFIXES)
-    masks = _by_stem([children[name] for name in _MASK_FOLDERS if name in children], MASK_SUFFIXES)
+    masks = _by_stem([children[name] for name in _MASK_FOLDERS if name in children], EXTENSIONS)
     slides = _pair(images, masks | outlines, folder, raw)
     if any(
         path.suffix.lower() in (".xml", ".tif", ".tiff") for path in folder.iterdir() if not path.name.startswith(".")
     ):
-        slides += _pair(_by_stem([folder], IMAGE_SUFFIXES), _by_stem([folder], XML_SUFFIXES), folder, raw)
+        slides += _pair(_by_stem([folder], EXTENSIONS), _by_stem([folder], XML_SUFFIXES), folder, raw)
     return slides
 
 
@@ -248,14 +275,20 @@ def _pair(images: dict[str, Path], annotations: dict[str, Path], folder: Path, r
 def _split_of(folder: Path, raw: Path) -> str:
     names = folder.relative_to(raw).parts or (folder.resolve().name,)
     for name in reversed(names):
-        train, test = "train" in name.lower(), "test" in name.lower()
-        if train and test:
-            raise ValueError(f"{folder}: '{name}' contains both train and test; name the folder after one of them")
-        if train or test:
-            return TRAIN_SPLIT if train else TEST_SPLIT
+        splits = [split for split, words in _SPLIT_WORDS.items() if not _words(name).isdisjoint(words)]
+        if len(splits) > 1:
+            raise ValueError(f"{folder}: '{name}' has the words train and test; name the folder after one of them")
+        if splits:
+            return splits[0]
     if folder == raw:
         return TRAIN_SPLIT
     raise ValueError(
-        f"{folder} holds slides, but is it training or test data? Put 'train' or 'test' into the folder's name, "
+        f"{folder} holds slides, but is it training or test data? Name it 'train' or 'test', "
         f"or give that folder itself as RAW"
     )
+
+
+def _words(name: str) -> set[str]:
+    """The words of a name in lower case; they end at whatever is no letter, and where a capital begins another."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
+    return set(re.split(r"[\W\d_]+", parted.lower()))

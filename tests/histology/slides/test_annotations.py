@@ -6,6 +6,7 @@ from PIL import Image
 
 from guided_diffusion.histology.slides import annotations
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
+from guided_diffusion.image_files import EXTENSIONS
 
 SQUARE = [(3, 3), (8, 3), (8, 8), (3, 8)]
 
@@ -157,7 +158,7 @@ def add(root, image, annotation):
     if annotation and annotation.lower().endswith(".xml"):
         (root / annotation).write_text(xml(region([(1, 1)])))
     elif annotation:
-        Image.fromarray(np.ones((8, 8), np.uint16)).save(root / annotation)
+        Image.fromarray(np.ones((8, 8), np.uint8)).save(root / annotation)
 
 
 def found(root):
@@ -198,6 +199,46 @@ def test_raw_itself_may_hold_the_slides(tmp_path):
     assert found(tmp_path / "flat") == {(TRAIN_SPLIT, "a"): ".xml"}
 
 
+@pytest.mark.parametrize(
+    ("folder", "split"),
+    [
+        *((name, TEST_SPLIT) for name in ("test", "Test2", "MoNuSegTestData", "testset", "my-testing.x", "TESTData")),
+        *((name, TRAIN_SPLIT) for name in ("train_1", "MoNuSeg 2018 Training Data", "MoNuSegTrainingData", "TrainSet")),
+        ("train/latest", TRAIN_SPLIT),
+        ("test/Strain_B", TEST_SPLIT),
+        *((name, None) for name in ("latest", "contest", "Strain_B", "attestation", "retrain", "contestée")),
+    ],
+)
+def test_only_words_speak_of_a_split(tmp_path, folder, split):
+    add(tmp_path, f"{folder}/a.tif", f"{folder}/a.xml")
+    if split is None:
+        assert found(tmp_path / folder) == {(TRAIN_SPLIT, "a"): ".xml"}
+        with pytest.raises(ValueError, match="training or test data"):
+            found(tmp_path)
+    else:
+        assert found(tmp_path) == {(split, "a"): ".xml"}
+
+
+@pytest.mark.parametrize("suffix", EXTENSIONS)
+def test_images_and_masks_of_any_suffix_are_found(tmp_path, suffix):
+    add(tmp_path / "raw", f"images/a{suffix}", "annotations/a.xml")
+    add(tmp_path / "raw", f"images/b{suffix}", f"inst_masks/b{suffix}")
+    assert found(tmp_path / "raw") == {(TRAIN_SPLIT, "a"): ".xml", (TRAIN_SPLIT, "b"): suffix}
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_a_region_around_the_others_is_found(place):
+    nuclei = [np.array(SQUARE) + 10 * k for k in range(4)] + [np.zeros((0, 2), int)]
+    frame = np.array([(0, 0), (25, 0), (25, 25), (0, 25)])  # two of four lie inside: no more than half
+    around = [frame if k == 2 else 4 * frame if k == 1 else nuclei[0] for k in range(3)]
+    for number, region_around in enumerate(around):
+        polygons = [p.astype(np.int32) for p in (*nuclei[:place], region_around, *nuclei[place:])]
+        assert annotations.frame_among(polygons) == ((place + 1, 4) if number == 1 else None)
+    assert annotations.frame_among([]) is None
+    bent = np.array([(0, 0), (99, 0), (99, 99), (98, 99), (98, 1), (0, 1)], np.int32)  # its box alone holds them
+    assert annotations.frame_among([bent, *(n.astype(np.int32) for n in nuclei[:4])]) is None
+
+
 def test_the_nearest_name_decides_the_split(tmp_path):
     add(tmp_path, "contest/Training/a.tif", "contest/Training/a.xml")
     assert found(tmp_path) == {(TRAIN_SPLIT, "a"): ".xml"}
@@ -226,7 +267,7 @@ def test_prepared_patches_and_leftovers_are_no_slides(tmp_path):
         ([("train/a.tif", "train/a.xml"), ("train2/a.tif", "train2/a.xml")], "a.tif and .*a.tif are the same"),
         ([("train/a.tif", "train/a.xml"), ("train/a.png", None)], "a.png and .*a.tif share a stem"),
         ([("some/a.tif", "some/a.xml")], "training or test"),
-        ([("train_test/a.tif", "train_test/a.xml")], "both train and test"),
+        ([("train_test/a.tif", "train_test/a.xml")], "words train and test"),
         ([("a/b/c/train/images/a.tif", "a/b/c/train/annotations/a.xml")], "no slides"),
     ],
 )
