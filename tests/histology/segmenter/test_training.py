@@ -1,6 +1,7 @@
 """Loss, schedule, resuming, early stop, and that a small run learns."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,6 +126,18 @@ def test_without_held_out_slides_the_last_weights_are_kept(tmp_path):
     assert (result["steps"], result["stopped_early"], result["validation"]) == (6, False, None)
     assert equal(run.net.state_dict(), weights(tmp_path))
     assert load_segmenter(tmp_path, CPU).slides == {"toy-0", "toy-1"}
+
+
+def test_validation_pools_a_slides_patches(tmp_path):
+    """A slide of an empty patch, where all is found right, and one that is all missed is one that is all missed."""
+    model = training(tmp_path, steps=2)
+    model.run()
+    segmenter = load_segmenter(tmp_path, CPU)
+    (missed,) = drawn(3)
+    segmenter.segment = lambda image: np.zeros(image.shape[:2], np.int32)
+    empty = Example("a", missed.image, np.zeros_like(missed.inst_map), "A")
+    assert validate(segmenter, [empty, replace(missed, slide="A")])["score"] == 0
+    assert validate(segmenter, [empty, replace(missed, slide="B")])["score"] == 0.5
 
 
 def test_minutes_end_a_run(tmp_path):
