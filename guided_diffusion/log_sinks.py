@@ -39,6 +39,9 @@ class Sink:
         :param step: its place on the x-axis.
         """
 
+    def cut_back(self, step: int) -> None:
+        """Forget the values of later steps, which an earlier run into the folder left and this one writes again."""
+
     def close(self) -> None:
         """Let go of files and threads."""
 
@@ -82,6 +85,17 @@ class CsvSink(Sink):
             self._widen(columns)
         _append_line(self.path, _csv_line([kvs.get(key) for key in columns]))
 
+    def cut_back(self, step: int) -> None:
+        header = self._header()
+        if "step" not in header:
+            return
+        with open(self.path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))[1:]
+        place = header.index("step")
+        kept = [row for row in rows if not _is_later(row[place] if place < len(row) else None, step)]
+        if kept != rows:
+            self._write([header, *kept])
+
     def _header(self) -> list[str]:
         if not os.path.exists(self.path):
             return []
@@ -93,9 +107,11 @@ class CsvSink(Sink):
         if os.path.exists(self.path):
             with open(self.path, newline="", encoding="utf-8") as file:
                 rows = list(csv.reader(file))[1:]
+        self._write([columns, *(row + [""] * (len(columns) - len(row)) for row in rows)])
+
+    def _write(self, rows: Sequence[Sequence[str]]) -> None:
         with writing(self.path, "w") as file:
-            file.write(_csv_line(columns) + "\n")
-            file.writelines(_csv_line(row + [""] * (len(columns) - len(row))) + "\n" for row in rows)
+            file.writelines(_csv_line(row) + "\n" for row in rows)
 
 
 class JsonSink(Sink):
@@ -107,6 +123,15 @@ class JsonSink(Sink):
     def write_kvs(self, kvs: Mapping[str, Value], step: int) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in kvs.items()}
         _append_line(self.path, json.dumps(finite))
+
+    def cut_back(self, step: int) -> None:
+        if os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as file:
+                lines = file.readlines()
+            kept = [line for line in lines if not _is_later(_step_of(line), step)]
+            if kept != lines:
+                with writing(self.path, "w") as file:
+                    file.writelines(kept)
 
 
 class TensorBoardSink(Sink):
@@ -120,7 +145,12 @@ class TensorBoardSink(Sink):
         :param folder: where the event files go.
         :param writer_class: see `_summary_writer`; passed in, so that a missing package shows before anything is made.
         """
+        self.folder, self.writer_class = folder, writer_class
         self.writer = writer_class(folder)
+
+    def cut_back(self, step: int) -> None:
+        self.writer.close()
+        self.writer = self.writer_class(self.folder, purge_step=step + 1)
 
     def write_kvs(self, kvs: Mapping[str, Value], step: int) -> None:
         mode = f"{kvs['mode']}_" if kvs.get("mode") else ""
@@ -173,8 +203,23 @@ def _summary_writer() -> Callable:
 def _csv_line(cells: Sequence[object]) -> str:
     """One row without a final newline; floats as the shortest text that reads back the same, None as nothing."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(cells)
-    return text.getvalue()
+    csv.writer(text, lineterminator="\n").writerow(cells)  # which quotes a line's end only if it knows it
+    return text.getvalue().removesuffix("\n")
+
+
+def _step_of(line: str) -> object:
+    """The step in a line of JSON; None where it has none, as in half a line."""
+    try:
+        return json.loads(line).get("step")
+    except (ValueError, AttributeError):
+        return None
+
+
+def _is_later(found: object, step: int) -> bool:
+    try:
+        return float(found) > step
+    except (TypeError, ValueError):
+        return False
 
 
 def _append_line(path: str, line: str) -> None:

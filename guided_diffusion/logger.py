@@ -217,6 +217,15 @@ def prefix(name: str) -> Iterator[None]:
         prefixes.pop()
 
 
+def cut_back(step: int) -> None:
+    """
+    Forget the values of later steps in progress.csv, progress.json and TensorBoard: a run that goes on from a
+    checkpoint takes these steps once more. log.txt keeps its lines.
+    """
+    for sink in _current.sinks:
+        sink.cut_back(step)
+
+
 def log(*args: object, level: int = INFO) -> None:
     """Write the arguments, separated by spaces, as one line, unless level is below the logger's."""
     if level >= _current.level:

@@ -189,6 +189,7 @@ class TrainLoop:
                     logger.configure(rank=dist_util.rank())
                 self.checkpointer = stack.enter_context(Checkpointer(logger.get_dir(), self.options.kept_checkpoints))
                 self.checkpointer.begin()
+            logger.cut_back(self.step)
             if self.began:
                 logger.log(self.began)
             stop = stack.enter_context(StopRequest())

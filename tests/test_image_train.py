@@ -238,6 +238,9 @@ def test_a_checkpoint_given_by_hand_wins(data_dir, logdir):
     assert f"going on from {logdir / 'model000003.pt'}: weights" in log
     assert "going on with --lr 0.001, before it was 0.01" in log
     assert largest_difference(far, weights(logdir / "model000004.pt")) > 0
+    with open(logdir / "progress.csv") as file:
+        rows = [(row["step"], float(row["lr"])) for row in csv.DictReader(file) if row["mode"] == "train"]
+    assert rows == [("1", 1e-2), ("2", 1e-2), ("3", 1e-3), ("4", 1e-3)]
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model000007.pt"])

@@ -249,6 +249,25 @@ def test_a_restart_appends(tmp_path):
     assert (tmp_path / "log.txt").read_text().count("logging to") == 3
 
 
+def test_later_steps_are_cut_back(tmp_path):
+    """As where a run was killed at step 5, and goes on from its checkpoint of step 3."""
+    for first, last in ((1, 5), (4, 6)):
+        logger.configure(str(tmp_path), ["csv", "json", "tensorboard"])
+        logger.cut_back(first - 1)
+        for step in range(first, last + 1):
+            logger.logkvs({"step": step, "loss": 10 * first + step, "note": "a\nb"})
+            logger.dumpkvs()
+        with open(tmp_path / "progress.json", "a") as file:
+            file.write('{"st')
+    logger.close()
+    expected = [(step, 10 + step if step < 4 else 40 + step) for step in range(1, 7)]
+    assert [(int(row["step"]), int(row["loss"])) for row in read_csv(tmp_path / "progress.csv")] == expected
+    lines = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines() if line.endswith("}")]
+    assert [(line["step"], line["loss"]) for line in lines] == expected
+    seen = tensorboard_events(tmp_path / "tb").Scalars("loss")
+    assert [(event.step, event.value) for event in seen] == expected
+
+
 def test_a_half_written_line_is_ended_first(tmp_path):
     (tmp_path / "progress.csv").write_text("step,loss\n1,0.5\n2")
     (tmp_path / "progress.json").write_text('{"step": 1}\n{"st')
