@@ -41,6 +41,7 @@ from guided_diffusion.histology.evaluation.evaluator import (
 )
 from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
+from guided_diffusion.histology.segmenter.net import ADAPT
 from guided_diffusion.image_files import EXTENSIONS, read_image, read_inst_mask
 from guided_diffusion.images import Item, list_items
 from guided_diffusion.slides import slides_of, without_number
@@ -73,6 +74,7 @@ def create_argparser() -> argparse.ArgumentParser:
         type=Path,
         help="model of train_segmenter.py, for structure agreement",
     )
+    parser.add_argument("--adapt", type=float, default=ADAPT, help="of --model_path, as in segment.py")
     parser.add_argument("--limit", type=int, default=0, help="patches of each set to measure at most; 0: all")
     parser.add_argument("--batch_size", type=int, default=32, help="patches a forward pass")
     parser.add_argument("--precision", default="fp32", help="fp32 or bf16")
@@ -95,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     device = find_device(args.device)
     segmenter = None
     if "structure" in metrics:
-        segmenter = load_segmenter(args.model_path, device)
+        segmenter = load_segmenter(args.model_path, device, adapt=args.adapt)
         for item in held_out_items:
             if how := segmenter.knows(item.stem, item.slide):
                 raise ValueError(f"--model_path {how}, which is to set the floor: give another")
@@ -133,7 +135,7 @@ def check(args: argparse.Namespace) -> list[str]:
         raise ValueError("give --data_dir with --synthetic, or --predicted with --truth")
     if bool(args.real) == bool(args.truth):
         raise ValueError("give either --data_dir and --synthetic, or --predicted and --truth")
-    for name in ("backbone", "model_path", "limit", "metrics") if args.truth else ():
+    for name in ("backbone", "model_path", "adapt", "limit", "metrics") if args.truth else ():
         if getattr(args, name) != create_argparser().get_default(name):
             raise ValueError(f"--{name} {getattr(args, name)} is not for --predicted and --truth: leave it out")
     metrics = [metric.strip() for metric in args.metrics.split(",") if metric.strip()]
@@ -148,6 +150,8 @@ def check(args: argparse.Namespace) -> list[str]:
         raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(UNSCALED)}")
     if args.batch_size < 1 or args.limit < 0:
         raise ValueError(f"--batch_size {args.batch_size} must be at least 1, --limit {args.limit} at least 0")
+    if not 0 <= args.adapt <= 1:
+        raise ValueError(f"--adapt {args.adapt} must be between 0 and 1")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--results_path {args.out} is a file: give a folder")
     return metrics
@@ -335,6 +339,7 @@ def report(
                 "backbone": backbone.name if backbone else None,
                 "weight_hash": backbone.weight_hash if backbone else None,
                 "segmenter": str(args.model_path) if args.model_path else None,
+                "adapt": args.adapt,
                 "seed": args.seed,
                 "limit": args.limit,
             },
