@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         results_path=args.results_path,
         count=args.num_samples or len(dataset),
         keep_colour=args.null_condition == "keep_colour",
-        **args_to_dict(args, ["batch_size", "num_workers", "spade_cache"]),
+        **args_to_dict(args, ["batch_size", "num_workers", "spade_cache", "first", "same_noise"]),
     )
     if len(plan) == diffusion.original_num_steps > 25:
         times = len(plan) / 25

@@ -14,7 +14,7 @@ from . import dist_util, signals, streams
 
 PREFETCH = 2  # batches that each worker prepares ahead
 
-Key = tuple[int, int]  # (epoch, index)
+Key = tuple[int, ...]  # (epoch, index), and what else a data set knows
 
 
 class Source(Protocol):

@@ -1,14 +1,14 @@
 """How a sweep's work is cut into batches and dealt to the ranks. Knows sample numbers and data sets, no models."""
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch as th
 from torch.utils.data import Dataset
 
 from . import dist_util
-from .data_stream import read_batches
+from .data_stream import Key, read_batches
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class Batch:
     What one rank samples at a time.
 
     :param checkpoint: with which weights.
-    :param numbers: the sample numbers, which share what their conditions cost.
-    :param wanted: guidance scale -> those of the numbers that are left to sample with it.
+    :param numbers: the sample numbers.
+    :param wanted: guidance scale -> those of the numbers that are left to sample with it; the scales have one condition
+        a number, and share what it costs.
     :param before: how many samples the batches before this one make.
     """
 
@@ -31,18 +32,25 @@ class Batch:
         return sum(map(len, self.wanted.values()))
 
 
-def cut(pending: Mapping[tuple[str, Hashable], Set[int]], batch_size: int, ranks: int = 1) -> list[Batch]:
+def cut(
+    pending: Mapping[tuple[str, Hashable], Set[int]], batch_size: int, ranks: int = 1, alike: bool = True
+) -> list[Batch]:
     """
     Cut work into batches, small enough that no rank stays without.
 
     :param pending: (checkpoint, guidance scale) -> the samples that are left.
     :param batch_size: samples a batch, at most.
     :param ranks: how many share the work.
+    :param alike: a number stands for the same condition whatever the scale.
     :return: the batches, by checkpoint in the order given.
     """
+    groups: dict[tuple, dict[Hashable, Set[int]]] = {}
+    for path in dict.fromkeys(path for path, _ in pending):
+        for (other, scale), numbers in pending.items():
+            if other == path:
+                groups.setdefault((path,) if alike else (path, scale), {})[scale] = numbers
     batches: list[Batch] = []
-    for checkpoint in dict.fromkeys(path for path, _ in pending):
-        left = {scale: numbers for (path, scale), numbers in pending.items() if path == checkpoint}
+    for (checkpoint, *_), left in groups.items():
         numbers = sorted(set().union(*left.values()))
         size = max(1, min(batch_size, -(-len(numbers) // ranks)))
         for first in range(0, len(numbers), size):
@@ -53,31 +61,35 @@ def cut(pending: Mapping[tuple[str, Hashable], Set[int]], batch_size: int, ranks
     return batches
 
 
-def dealt(batches: Sequence[Batch], dataset: Dataset, num_workers: int) -> Iterator[tuple[Batch, th.Tensor, dict]]:
+def dealt(
+    batches: Sequence[Batch], dataset: Dataset, num_workers: int, key: Callable[[Batch, int], Key]
+) -> Iterator[tuple[Batch, th.Tensor, dict]]:
     """
     Take batches, with their data, as this rank gets free. Collective, but no rank waits for another.
 
     Processes that read ahead hold what they have read for this rank. So they only do where enough is left for all.
 
     :param batches: the same on every rank.
-    :param dataset: has keys (epoch, index); sample k has item k modulo its length.
     :param num_workers: processes that read ahead.
+    :param key: what the data set gives the condition of a batch's sample for.
     :return: an iterator over batches, in order, each with the data set's images and conditions.
     """
     ranks = dist_util.world_size()
     last = (num_workers + 1) * ranks if num_workers and ranks > 1 else 0
     shared = max(0, len(batches) - last)
-    yield from _loaded(batches[:shared], dataset, num_workers)
-    yield from _loaded(batches[shared:], dataset, 0)
+    yield from _loaded(batches[:shared], dataset, num_workers, key)
+    yield from _loaded(batches[shared:], dataset, 0, key)
 
 
-def _loaded(batches: Sequence[Batch], dataset: Dataset, num_workers: int) -> Iterator[tuple[Batch, th.Tensor, dict]]:
+def _loaded(
+    batches: Sequence[Batch], dataset: Dataset, num_workers: int, key: Callable[[Batch, int], Key]
+) -> Iterator[tuple[Batch, th.Tensor, dict]]:
     own: deque[Batch] = deque()
 
-    def keys() -> Iterator[list[tuple[int, int]]]:
+    def keys() -> Iterator[list[Key]]:
         for place in dist_util.deal(len(batches)):
             own.append(batches[place])
-            yield [divmod(k, len(dataset)) for k in batches[place].numbers]
+            yield [key(batches[place], k) for k in batches[place].numbers]
 
     if batches:
         for images, cond in read_batches(dataset, keys(), num_workers, ahead=1):

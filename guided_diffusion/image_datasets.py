@@ -1,6 +1,7 @@
 """From files to samples: the data set and load_data. Knows the condition only as a ConditionSpec, and nothing of
 models."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ class NucleiDataset(Dataset):
         self.spec = spec
         self.image_size = image_size
         self.appearance = np.arange(len(items)) if appearance is None else appearance
+        self.choose: Callable[[int], np.ndarray] | None = None
         self.augment = augment
         self.stain_jitter = stain_jitter
         self.preserve_nuclei_col = preserve_nuclei_col
@@ -125,9 +127,9 @@ class NucleiDataset(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def appearance_of(self, index: int) -> Item:
-        """:return: the source that gives an item its appearance."""
-        return self.sources[int(self.appearance[index])]
+    def pair(self, own_seed: int) -> np.ndarray:
+        """:return: an array such as `appearance`, as another seed chooses it."""
+        return self.appearance if self.choose is None else self.choose(own_seed)
 
     def read(self, index: int) -> Sample:
         """:return: a source's arrays, from memory where they are still there."""
@@ -172,13 +174,12 @@ class NucleiDataset(Dataset):
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray, dict]:
         """
-        :param key: (epoch, index).
+        :param key: (epoch, index), or (epoch, index, source) for another source of the appearance than the usual one.
         :return: the appearance, [C x H x W] uint8, and a dict: the parts that ConditionSpec.encode makes; "path" and
             "structure_path", the images that appearance and structure come from; "index".
         """
-        epoch, index = key
+        epoch, index, source = key if len(key) == 3 else (*key, int(self.appearance[key[1]]))
         rng = streams.rng("augmentation", self.seed, epoch, index) if self.augment or self.stain_jitter else None
-        source = int(self.appearance[index])
         structure = self.read(index)
         if source == index:
             image, class_map, inst_map = self._cut((structure.image, structure.class_map, structure.inst_map), rng)
@@ -191,7 +192,7 @@ class NucleiDataset(Dataset):
         colours = streams.generator("colour map", self.seed, epoch, index)
         hv_map = self._hv_map(index, inst_map)
         parts = self.spec.encode(image, class_map, inst_map, colours, self.preserve_nuclei_col, hv_map, self.ids)
-        paths = {"path": self.appearance_of(index).image, "structure_path": self.items[index].image}
+        paths = {"path": self.sources[source].image, "structure_path": self.items[index].image}
         return image, {**parts, **paths, "index": index}
 
     def _cut(self, arrays: tuple[np.ndarray, ...], rng: np.random.Generator | None) -> tuple[np.ndarray, ...]:
@@ -255,7 +256,8 @@ def load_dataset(
     dataset = NucleiDataset(items, spec, image_size, unmasked=unmasked, **looks, ids=ids, seed=seed)
     vectors = features([item.image for item in items]) if features is not None else None
     pairing = Pairing(items, unmasked, **choice, vectors=vectors, seed=seed)
-    dataset.appearance = pairing.choose(_read(dataset, pairing))
+    dataset.choose = functools.partial(pairing.choose, _read(dataset, pairing))
+    dataset.appearance = dataset.choose()
     return dataset
 
 

@@ -62,29 +62,32 @@ class Pairing:
             return np.mean(inst_map > 0) if self.unmasked else data_util.area_properties(inst_map)
         return data_util.stain_descriptor(image) if self.match_app and self.vectors is None else None
 
-    def choose(self, described: Sequence) -> np.ndarray:
+    def choose(self, described: Sequence, own_seed: int | None = None) -> np.ndarray:
         """
         :param described: what `describe` gave for each source, where looks_at_all.
+        :param own_seed: of another choice than that of `seed`, whose permutation is the reference's.
         :return: for each item the number of the source that gives its appearance.
         """
-        count = len(self.items)
+        count, seed = len(self.items), self.seed if own_seed is None else own_seed
         if not count:
             return np.arange(0)
         if self.unmasked:
-            return count + self._of_unmasked(described)
+            return count + self._of_unmasked(described, seed)
         slides = [item.slide for item in self.items] if self.match_other_slide else None
         if self.match_struct:
             total_area, med_area = np.array(described).T
-            return data_util.match_struct(total_area, med_area, self.seed, slides)
+            return data_util.match_struct(total_area, med_area, seed, slides)
         if self.match_app:
             vectors = np.array(described) if self.vectors is None else self.vectors
-            return data_util.match_app(vectors, self.seed, slides)
-        return data_util.shuffled(count) if self.shuffle_masks else np.arange(count)
+            return data_util.match_app(vectors, seed, slides)
+        if not self.shuffle_masks:
+            return np.arange(count)
+        return data_util.shuffled(count) if own_seed is None else streams.rng("shuffled", seed).permutation(count)
 
-    def _of_unmasked(self, described: Sequence) -> np.ndarray:
+    def _of_unmasked(self, described: Sequence, seed: int) -> np.ndarray:
         count = len(self.items)
         if not self.match_struct:
-            return streams.rng("appearances", self.seed).integers(len(self.unmasked), size=count)
+            return streams.rng("appearances", seed).integers(len(self.unmasked), size=count)
         histograms = np.array(described[count:])
         estimates = data_util.nuclear_shares(histograms, [item.slide for item in self.unmasked])
-        return data_util.match_shares(np.array(described[:count]), estimates, self.seed)
+        return data_util.match_shares(np.array(described[:count]), estimates, seed)

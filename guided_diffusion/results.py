@@ -18,10 +18,10 @@ from . import files
 from .pictures import draw_grid, is_whole, save_picture
 
 FOLDERS = ("images", "labels", "cond", "samples", "inst_masks")
-SLIDE_FIELDS = ("structure_slide", "appearance_slide")
+NEW_FIELDS = ("structure_slide", "appearance_slide", "noise")  # which earlier versions did not write
 MANIFEST_FIELDS = (
     *("index", "stem", "seed", "structure", "appearance", "s", "checkpoint", "sampler", "steps"),
-    *SLIDE_FIELDS,
+    *NEW_FIELDS,
 )
 # The run's flags have a name of their own: config.json is what lies beside checkpoints.
 MANIFEST, RUN = "manifest.csv", "run.json"
@@ -180,7 +180,7 @@ def _is_row(row: Any) -> bool:
     """Whether something that was read is a row of a manifest, and names files of its folder only."""
     return (
         isinstance(row, dict)
-        and {*row, *SLIDE_FIELDS} == {*MANIFEST_FIELDS}  # earlier versions did not name slides
+        and {*row, *NEW_FIELDS} == {*MANIFEST_FIELDS}
         and all(isinstance(value, str) for value in row.values())
         and row["index"].isdecimal()
         and row["stem"] == os.path.basename(row["stem"])

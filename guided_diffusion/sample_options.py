@@ -22,6 +22,10 @@ class SampleOptions(RunOptions):
     results_path: str = flag("", "folder to write to")
     num_samples: int = flag(10_000, "how many; 0: one for each structure", within="[0, inf)")
     s: str = flag("1.0", "guidance scales, comma-separated; up to 1 is no guidance")
+    first: bool = flag(False, "take structures by name, not spread evenly over slides and patches", ours=True)
+    same_noise: bool = flag(
+        False, "all checkpoints and scales share conditions and noise, to be compared in a picture", ours=True
+    )
     use_train: bool = flag(
         False, "take structures from the training set; False: from the test set", aliases=("--is_train",)
     )

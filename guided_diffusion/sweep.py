@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import blobfile as bf
+import numpy as np
 import torch as th
 
 from . import dealing, dist_util, files, logger
 from .background import BackgroundWriter
 from .checkpoint import BEST
 from .conditioning import ConditionSpec
+from .draws import Draw, own_draw, shared_draw
 from .image_datasets import NucleiDataset
 from .pictures import draw_grid
 from .results import ResultFolder, folder_name, unique_stems
@@ -98,13 +100,15 @@ class Sweep:
     """
     What to sample, from what, into where.
 
-    :param dataset: gives the conditions; sample k has item k modulo its length.
+    :param dataset: gives the conditions.
     :param checkpoints: paths of weights; scales: guidance scales. One of each fills results_path itself, several fill
         a folder MODEL_sS in it each.
     :param count: samples for each pair.
     :param plan: how to sample; s and null are filled in.
     :param spade_cache: on, off, or auto: on if memory allows.
     :param keep_colour: the null condition keeps the colour map.
+    :param first: take structures by name, not spread over slides.
+    :param same_noise: the pairs share conditions and noise; else each draws its own.
     """
 
     dataset: NucleiDataset
@@ -118,18 +122,31 @@ class Sweep:
     num_workers: int = 0
     spade_cache: str = "auto"
     keep_colour: bool = False
+    first: bool = False
+    same_noise: bool = False
 
     def __post_init__(self) -> None:
-        n = len(self.dataset)
-        appearances = [PurePath(self.dataset.appearance_of(k % n).stem).name for k in range(self.count)]
-        self.stems = unique_stems(appearances)
+        slides = [item.slide for item in self.dataset.items]
+        seed = self.plan.seed
+        pairs = [(path, scale) for path in self.checkpoints for scale in self.scales]
+        if self.same_noise:
+            self.draws = dict.fromkeys(pairs, shared_draw(slides, self.dataset.appearance, seed, self.first))
+        else:
+            own = functools.partial(own_draw, slides, self.dataset.pair, seed, first=self.first)
+            self.draws = {(path, scale): own(path, scale.s) for path, scale in pairs}
+        self.stems = {pair: self._stems(draw) for pair, draw in self.draws.items()}
         single = len(self.checkpoints) == len(self.scales) == 1
         root = Path(self.results_path)
         self.folders = {
             (path, scale): ResultFolder(root if single else root / folder_name(path, scale.text))
-            for path in self.checkpoints
-            for scale in self.scales
+            for path, scale in pairs
         }
+
+    def _stems(self, draw: Draw) -> list[str]:
+        return unique_stems([PurePath(self.dataset.sources[draw.source(k)].stem).name for k in range(self.count)])
+
+    def _key(self, batch: dealing.Batch, k: int) -> tuple[int, int, int]:
+        return self.draws[batch.checkpoint, next(iter(batch.wanted))].key(k)
 
     def run(self, load_model: Callable[[str], UNetModel]) -> None:
         """
@@ -145,8 +162,8 @@ class Sweep:
         total, left = self.count * len(pending), sum(map(len, pending.values()))
         if left < total:
             logger.log(f"{total - left} of {total} samples are finished already")
-        batches = dealing.cut(pending, self.batch_size, dist_util.world_size())
-        dealt = dealing.dealt(batches, self.dataset, self.num_workers)
+        batches = dealing.cut(pending, self.batch_size, dist_util.world_size(), alike=self.same_noise)
+        dealt = dealing.dealt(batches, self.dataset, self.num_workers, self._key)
         with dist_util.progress_bar(total=left, desc="sampling", unit="image") as bar, StopRequest() as stop:
             with BackgroundWriter() as writer:
                 for path, own in itertools.groupby(dealt, lambda item: item[0].checkpoint):
@@ -212,7 +229,7 @@ class Sweep:
             y = _kept(model, y, cache)
             for scale, wanted in batch.wanted.items():
                 with stop.raised():  # nowhere else, so that no worker process is left in the middle of a word
-                    samples = to_uint8(self._sample(model, y, null, scale, batch.numbers))
+                    samples = to_uint8(self._sample(model, y, null, batch, scale))
                 for i, k in enumerate(batch.numbers):
                     if k not in wanted:
                         continue
@@ -229,11 +246,11 @@ class Sweep:
                 yield made
             del y, null  # which frees their memory before the next batch's is taken
 
-    def _sample(
-        self, model: UNetModel, y: Condition, null: Condition, scale: Scale, indices: Sequence[int]
-    ) -> th.Tensor:
+    def _sample(self, model: UNetModel, y: Condition, null: Condition, batch: dealing.Batch, scale: Scale) -> th.Tensor:
         shown = dist_util.rank() == 0 and sys.stderr.isatty()
-        return dataclasses.replace(self.plan, s=scale.s, null=null).sample(model, y, indices, progress=shown)
+        seed = self.draws[batch.checkpoint, scale].seed
+        plan = dataclasses.replace(self.plan, s=scale.s, null=null, seed=seed)
+        return plan.sample(model, y, batch.numbers, progress=shown)
 
     def _null(self, model: UNetModel, y: th.Tensor, zeros: Condition, cache: bool) -> Condition:
         """What the weaker branch of guidance is shown for a batch with these conditions."""
@@ -256,11 +273,11 @@ class Sweep:
 
     def _row(self, path: str, scale: Scale, k: int) -> dict:
         """Where sample k came from, as a row of the manifest."""
-        index = k % len(self.dataset)
-        structure, appearance = self.dataset.items[index], self.dataset.appearance_of(index)
+        draw = self.draws[path, scale]
+        structure, appearance = self.dataset.items[draw.structure(k)], self.dataset.sources[draw.source(k)]
         return dict(
             index=k,
-            stem=self.stems[k],
+            stem=self.stems[path, scale][k],
             seed=self.plan.seed,
             structure=structure.image,
             appearance=appearance.image,
@@ -270,6 +287,7 @@ class Sweep:
             steps=len(self.plan),
             structure_slide=structure.slide,
             appearance_slide=appearance.slide,
+            noise=f"{draw.seed}/{k}",
         )
 
     def _draw(self) -> None:
@@ -277,19 +295,22 @@ class Sweep:
         what = f"{self.plan.sampler}, {len(self.plan)} steps"
         for (path, scale), folder in self.folders.items():
             title = f"{PurePath(path).name}, s = {scale.text}, {what}"
-            picture = folder.write_grid(self.stems[:GRID_ROWS], title)
+            picture = folder.write_grid(self.stems[path, scale][:GRID_ROWS], title)
         if len(self.folders) > 1:
-            first = next(iter(self.folders.values()))
-            rows = [
-                [first.picture("cond", stem), first.picture("images", stem)]
-                + [folder.picture("samples", stem) for folder in self.folders.values()]
-                for stem in self.stems[:SWEEP_ROWS]
-            ]
+            columns = [self._column("samples", pair) for pair in self.folders]
             captions = [f"{PurePath(path).stem} s{scale.text}" for path, scale in self.folders]
-            picture = draw_grid(
-                rows, ["condition", "appearance", *captions], what, Path(self.results_path) / "sweep.png"
-            )
+            if self.same_noise:
+                pair = next(iter(self.folders))
+                columns = [self._column("cond", pair), self._column("images", pair), *columns]
+                captions = ["condition", "appearance", *captions]
+            else:
+                what += "; each column has conditions of its own, --same_noise True shows the same ones"
+            picture = draw_grid(list(zip(*columns)), captions, what, Path(self.results_path) / "sweep.png")
         logger.log(f"{self.count * len(self.folders)} samples; look at {picture}")
+
+    def _column(self, part: str, pair: tuple[str, Scale]) -> list[np.ndarray]:
+        """The first samples' pictures in one of a folder's folders."""
+        return [self.folders[pair].picture(part, stem) for stem in self.stems[pair][:SWEEP_ROWS]]
 
 
 @th.inference_mode()

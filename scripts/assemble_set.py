@@ -5,8 +5,10 @@ Make a training set of real and synthetic patches.
         [--weighted True] [--copy True]
 
 OUT becomes a data folder: MoNuSegTrainingData/{images,bin_masks,inst_masks} with all of DATA's training patches and
-R times as many synthetic ones (--ratio all: all there are), MoNuSegTestData as it is in DATA, and manifest.csv, which
-says of every patch where it came from. KEPT is the kept/ of filter_ood.py, any other results folder, or a sweep.
+R times as many synthetic ones (--ratio all, or more than there are: all there are), MoNuSegTestData as it is in DATA,
+slides.csv, and manifest.csv, which says of every patch where it came from. KEPT is the kept/ of filter_ood.py, another
+results folder, or a sweep. Of samples that share structure, appearance and noise, as a sweep with --same_noise True
+makes them, one is taken.
 
 A synthetic patch is named SLIDE_NUMBER after the slide of its appearance, which slides.csv says, too, so that it is
 held out with that slide. Its structure may come from another one: the manifest's columns slide and structure_slide name
@@ -17,6 +19,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,15 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.files import replace_folder, write_text
+from guided_diffusion.files import list_files, replace_folder, write_text
 from guided_diffusion.histology.assembly import (
     check_apart,
     check_sizes,
     draw,
+    is_kept,
     name_synthetic,
+    triple,
     write_set,
 )
-from guided_diffusion.histology.evaluation.runs import find_runs
+from guided_diffusion.histology.evaluation.runs import Sample, find_runs
 from guided_diffusion.histology.features.cluster_folders import list_patches
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 from guided_diffusion.script_util import str2bool
@@ -55,22 +60,31 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"--data_dir {args.real} has no {TRAIN_SPLIT}/inst_masks: give a folder of prepare_monuseg.py"
             )
+    for folder in args.synthetic:
+        check_kept(folder)
     samples = [sample for run in find_runs(args.synthetic) for sample in run.samples]
-    count = len(samples) if ratio is None else round(ratio * len(real))
+    count = None if ratio is None else round(ratio * len(real))
     chosen = draw(samples, count, args.weighted, args.seed)
+    if not chosen:
+        raise ValueError(f"--ratio {args.ratio} takes none of the {len(samples)} samples in --synthetic: give more")
     synthetic = name_synthetic(chosen, patches)
     check_sizes(real[0], synthetic)
 
+    distinct = count_distinct(chosen)
     settings = {name: getattr(args, name) for name in ("ratio", "weighted", "seed", "copy")}
     with tqdm(desc="writing", total=len(real) + len(synthetic), unit="patch", leave=False, disable=None) as bar:
 
         def fill(folder: Path) -> None:
             write_set(folder, args.real, patches, synthetic, args.copy, bar.update)
-            made = {"settings": settings, "real": len(real), "synthetic": len(synthetic)}
+            made = {"settings": settings, "real": len(real), "synthetic": len(synthetic), "distinct": distinct}
             write_text(folder / RECORD, json.dumps(made, indent=1) + "\n")
 
         replace_folder(args.out, fill, "--results_path")
     print(f"{args.out}: {len(real)} real and {len(synthetic)} synthetic training patches")
+    print("of " + ", ".join(f"{number} {what}" for what, number in distinct.items()))
+    if count is not None and len(chosen) < count:
+        others = "" if len(chosen) == len(samples) else f"; the others of {len(samples)} repeat one, or weigh 0"
+        print(f"--ratio {args.ratio} asks for {count} synthetic patches; there are {len(chosen)}{others}")
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -95,6 +109,22 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--copy", type=str2bool, default=False, help="copy files instead of linking them")
     return parser
+
+
+def check_kept(folder: Path) -> None:
+    """:raises ValueError: where a folder is what a filter has kept, and it has kept nothing."""
+    if is_kept(folder) and not list_files(folder / "samples", (".png",)):
+        raise ValueError(
+            f"--synthetic {folder} is empty: the filter kept no sample, see {folder.parent / 'report.json'}; "
+            "raise its --tau, or sample from a better model"
+        )
+
+
+def count_distinct(samples: Sequence[Sample]) -> dict[str, int]:
+    """:return: how many structures, appearances, and triples of these and noise the samples come from."""
+    triples = [triple(sample) for sample in samples]
+    structures, appearances, _ = (len(set(part)) for part in zip(*triples))
+    return {"structures": structures, "appearances": appearances, "triples": len(set(triples))}
 
 
 def parse_ratio(text: str) -> float | None:

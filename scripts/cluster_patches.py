@@ -1,7 +1,7 @@
 """
 Sort a data folder's patches into clusters, each of them a data folder of its own.
 
-    python scripts/cluster_patches.py DATA --features FILE.npz [--reduce umap|pca|none] [--cluster hdbscan|kmeans|gmm]
+    python scripts/cluster_patches.py DATA --features FILE.npz [--reduce pca|umap|none] [--cluster kmeans|hdbscan|gmm]
     python scripts/cluster_patches.py DATA --cluster slide
 
 DATA/NAME gets LABEL/{MoNuSegTrainingData,MoNuSegTestData}/{images,bin_masks,inst_masks}, relative links or, with
@@ -51,6 +51,7 @@ from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLI
 from guided_diffusion.image_files import read_image
 from guided_diffusion.script_util import str2bool
 
+LARGE = 0.4  # of the training patches
 OWN_FILES = ("clusters.csv", "scores.json", "clusters.png")
 
 
@@ -93,16 +94,17 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=len(entries), desc="writing", unit="file", leave=False) as bar:
         write_clusters(folder, entries, dict(zip(OWN_FILES, contents)), args.copy, bar.update)
     report(folder, labels, scores, subsets, percents)
+    warn_of_lopsided(labels, patches)
 
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = cli.FlagParser(description=__doc__)
     parser.add_argument("data", metavar="DATA", type=Path, help="folder that prepare_monuseg.py made")
     parser.add_argument("--features", type=Path, help="file of extract_features.py; --cluster slide needs none")
-    parser.add_argument("--reduce", default="umap", help="umap, pca or none")
-    parser.add_argument("--cluster", default="hdbscan", help="hdbscan, kmeans, gmm or slide")
+    parser.add_argument("--reduce", default="pca", help="pca, umap or none")
+    parser.add_argument("--cluster", default="kmeans", help="kmeans, hdbscan, gmm or slide")
     parser.add_argument("--n_components", type=int, default=3, help="dimensions to reduce to")
-    parser.add_argument("--n_clusters", type=int, default=10, help="of kmeans and gmm")
+    parser.add_argument("--n_clusters", type=int, default=6, help="of kmeans and gmm")
     parser.add_argument("--min_samples", type=int, default=10, help="of hdbscan")
     parser.add_argument("--min_cluster_size", type=int, default=50, help="of hdbscan, in patches")
     parser.add_argument("--trials", type=int, default=1, help="seeds to try, from --seed on")
@@ -190,8 +192,10 @@ def noise_share(labels: Sequence[str]) -> float | None:
 
 
 def size_of(labels: Sequence[str], patches: Sequence[Patch], name: str) -> dict[str, int]:
-    splits = Counter(patch.split for label, patch in zip(labels, patches) if label == name)
-    return {"train": splits[TRAIN_SPLIT], "test": splits[TEST_SPLIT]}
+    """A cluster's patches by split, and of how many slides the training ones are."""
+    own = [patch for label, patch in zip(labels, patches) if label == name]
+    train = [patch.slide for patch in own if patch.split == TRAIN_SPLIT]
+    return {"train": len(train), "test": len(own) - len(train), "slides": len(set(train))}
 
 
 def table(patches: Sequence[Patch], labels: Sequence[str], data: Path) -> str:
@@ -212,6 +216,20 @@ def report(folder: Path, labels: Sequence[str], scores: dict, subsets: dict, per
     for label, shares in sorted(subsets.items()):
         if len(shares) < len(percents):
             print(f"{label} is too small for {', '.join(f'{percent:02d}ss' for percent in percents[len(shares) :])}")
+
+
+def warn_of_lopsided(labels: Sequence[str], patches: Sequence[Patch]) -> None:
+    """Say where fine-tuning on a cluster would repeat pretraining, or learn one slide."""
+    train = [(label, patch.slide) for label, patch in zip(labels, patches) if patch.split == TRAIN_SPLIT]
+    sizes = Counter(label for label, _ in train if label != NOISE)
+    for label, size in sizes.most_common():
+        slides = {slide for other, slide in train if other == label}
+        if size > LARGE * len(train):
+            print(
+                f"{label} holds {size / len(train):.0%} of the training patches: fine-tuning on it repeats pretraining"
+            )
+        if len(slides) == 1 and len(sizes) < len({slide for _, slide in train}):
+            print(f"{label} is of slide {min(slides)} alone")
 
 
 if __name__ == "__main__":

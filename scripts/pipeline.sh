@@ -51,7 +51,7 @@ for iteration in $ITERATIONS; do
 done
 
 export CLUSTERS=${CLUSTERS:-} BACKBONE=${BACKBONE:-efficientnet_lite0} RATIO=${RATIO:-1} EMA_RATE=${EMA_RATE:-0.9999}
-export SDM_PATCH_FLAGS="--patch_size 128 --stride 128" SDM_CLUSTER_FLAGS="--reduce umap --cluster hdbscan"
+export SDM_PATCH_FLAGS="--patch_size 128 --stride 128" SDM_CLUSTER_FLAGS="--reduce pca --cluster kmeans"
 export SDM_FILTER_FLAGS='' SDM_MODEL_FLAGS='' SDM_TRAIN_FLAGS=''
 if [[ -n $toy ]]; then
     EMA_RATE=0.9

@@ -19,6 +19,7 @@ RANKS = {
     "stains": -1,
     "signals": -2,
     "streams": -2,
+    "draws": 1,
     # What dist_util stands on:
     "environment": -2,
     "mpi": -1,

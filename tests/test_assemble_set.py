@@ -1,6 +1,8 @@
 """assemble_set.py: a data folder that training reads, where every patch came from, and what is refused."""
 
 import csv
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -36,7 +38,9 @@ def snapshot(folder):
 def test_the_set_is_a_data_dir(data_dir, synthetic, tmp_path, capsys):
     out = tmp_path / "set"
     rows = assemble(data_dir, synthetic, out)
-    assert capsys.readouterr().out == f"{out}: 8 real and 4 synthetic training patches\n"
+    made, of = capsys.readouterr().out.splitlines()
+    assert made == f"{out}: 8 real and 4 synthetic training patches"
+    assert re.fullmatch("of [1-4] structures, [1-4] appearances, 4 triples", of)
     spec = ConditionSpec(num_classes=6, use_hv_map=True, use_col_map=True)
     arguments = dict(data_dir=str(out), dataset_mode="monuseg", image_size=32, spec=spec)
     loaded = load_dataset(**arguments)
@@ -62,10 +66,39 @@ def test_the_real_files_are_the_real_files(data_dir, synthetic, tmp_path):
     assert (tmp_path / "set" / "MoNuSegTestData").resolve() == (data_dir / "MoNuSegTestData").resolve()
 
 
-@pytest.mark.parametrize(("ratio", "count"), [("1", 8), ("0.2", 2), ("all", 8)])
-def test_ratios(data_dir, synthetic, tmp_path, ratio, count):
+@pytest.mark.parametrize(("ratio", "count"), [("1", 8), ("0.2", 2), ("all", 8), ("1.2", 8)])
+def test_ratios(data_dir, synthetic, tmp_path, capsys, ratio, count):
     rows = assemble(data_dir, synthetic, tmp_path / "set", "--ratio", ratio)
     assert sum(row["source"] == "synthetic" for row in rows) == count
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert lines == ["--ratio 1.2 asks for 10 synthetic patches; there are 8"] * (ratio == "1.2")
+    record = json.loads((tmp_path / "set" / "assemble.json").read_text())
+    assert record["distinct"]["triples"] == count
+
+
+def test_what_a_sweep_repeats_is_taken_once(data_dir, tmp_path, capsys):
+    """Two folders of equal conditions and noise, as --same_noise True makes them."""
+    for s in ("1", "1.5"):
+        write_run(tmp_path / "sweep" / f"s{s}", count=8, s=s)
+    rows = assemble(data_dir, tmp_path / "sweep", tmp_path / "set", "--ratio", "2")
+    assert sum(row["source"] == "synthetic" for row in rows) == 8
+    assert {row["s"] for row in rows if row["source"] == "synthetic"} == {"1", "1.5"}
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "of 4 structures, 4 appearances, 8 triples",
+        "--ratio 2 asks for 16 synthetic patches; there are 8; the others of 16 repeat one, or weigh 0",
+    ]
+
+
+def test_a_filter_that_kept_nothing_is_named(data_dir, synthetic, tmp_path):
+    kept = tmp_path / "filtered" / "kept"
+    for name in ("samples", "inst_masks"):
+        (kept / name).mkdir(parents=True)
+    (kept / "manifest.csv").write_text("index,stem,run,sample,score,weight\n")
+    with pytest.raises(
+        ValueError, match="filtered/kept is empty: the filter kept no sample, see .*filtered/report.json"
+    ):
+        assemble(data_dir, kept, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_copy_stands_alone_and_runs_repeat(data_dir, synthetic, tmp_path):
@@ -127,7 +160,7 @@ CASES = [
     (None, "--ratio -1", "--ratio -1"),
     (None, "--ratio nan", "--ratio nan"),
     (None, "--ratio some", "--ratio some"),
-    (None, "--ratio 1.2", "asks for 10 synthetic patches, there are 8"),
+    (None, "--ratio 0.01", "--ratio 0.01 takes none of the 8 samples in --synthetic: give more"),
     (None, "--ratio 1 --weighted True", "has no weight"),
     (None, "--ratio 1 --seed -1", "--seed -1"),
     (None, "--ratio 1 --synthetic missing", "missing is not a folder"),

@@ -65,7 +65,7 @@ def test_every_folder_is_a_data_set(data, features):
         for name, part in (("50ss", train // 2), ("25ss", train // 2 // 2)):
             assert (len(load(folder / label / name)), len(load(folder / label / name, is_train=False))) == (part, test)
     scores = json.loads((folder / "scores.json").read_text())
-    assert {tuple(size.values()) for size in scores["sizes"].values()} == set(sizes.values())
+    assert {(size["train"], size["test"]) for size in scores["sizes"].values()} == set(sizes.values())
     assert scores["silhouette"] > 0.8 and scores["noise_share"] == {"train": 0.0, "test": 0.0}
     rows = list(csv.DictReader((folder / "clusters.csv").open()))
     assert len(rows) == 28 and {row["label"] for row in rows if row["path"].endswith("_000.png")} != set(labels)
@@ -122,7 +122,7 @@ def test_copies(data, features):
 
 
 def test_hdbscan_and_trials(data, features):
-    flags = "--reduce pca --n_components 2 --min_samples 2 --min_cluster_size 4 --trials 3 --seed 7".split()
+    flags = "--cluster hdbscan --n_components 2 --min_samples 2 --min_cluster_size 4 --trials 3 --seed 7".split()
     cluster_patches.main([str(data), "--features", str(features), *flags])
     (folder,) = data.glob("__stain*")
     assert folder.name == "__stain_pca_n_components_2_random_state_7_hdbscan_min_samples_2_min_cluster_size_4_v1.0"
@@ -135,10 +135,10 @@ def test_hdbscan_and_trials(data, features):
     "flags, name",
     [
         (
-            [],
+            ["--reduce", "umap", "--cluster", "hdbscan"],
             "__efficientnet_lite0_umap_n_components_3_random_state_42_hdbscan_min_samples_10_min_cluster_size_50_v1.0",
         ),
-        (["--reduce", "none", "--cluster", "gmm"], "__efficientnet_lite0_none_gmm_n_clusters_10_random_state_42_v1.0"),
+        (["--reduce", "none", "--cluster", "gmm"], "__efficientnet_lite0_none_gmm_n_clusters_6_random_state_42_v1.0"),
     ],
 )
 def test_default_name_is_the_references(flags, name):
@@ -154,14 +154,14 @@ def test_default_name_is_the_references(flags, name):
 def test_default_name_has_no_path_in_it(backbone, name):
     args = cluster_patches.create_argparser().parse_args(["DATA", "--features", "f.npz"])
     made = Features(np.zeros((0, 1), np.float32), [], [], backbone, "0")
-    assert cluster_patches.default_name(args, cluster_patches.check(args)[0], made, []).startswith(f"__{name}_umap_")
+    assert cluster_patches.default_name(args, cluster_patches.check(args)[0], made, []).startswith(f"__{name}_pca_")
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--cluster", "kmeans", "--n_clusters", "25"], "--n_clusters 25 needs 25 training patches, there are 24"),
-        ([], "--min_cluster_size 50 needs 50 training patches, there are 24"),
+        (["--cluster", "hdbscan"], "--min_cluster_size 50 needs 50 training patches, there are 24"),
         (["--reduce", "tsne"], "unknown --reduce 'tsne'"),
         (["--cluster", "birch"], "unknown --cluster 'birch'"),
         (["--features", "none.npz"], "--features none.npz is not a file"),
@@ -171,7 +171,10 @@ def test_default_name_has_no_path_in_it(backbone, name):
         (["--subset", "0"], "--subset 0 does not parse"),
         (["--out_name", "../C"], "--out_name ../C is no name"),
         (["--out_name", TEST], "--out_name MoNuSegTestData is no name"),
-        (["--n_clusters", "5"], "--cluster hdbscan makes no use of --n_clusters 5: leave it out"),
+        (
+            ["--cluster", "hdbscan", "--n_clusters", "5"],
+            "--cluster hdbscan makes no use of --n_clusters 5: leave it out",
+        ),
         (["--cluster", "gmm", "--min_samples", "5"], "--cluster gmm makes no use of --min_samples 5"),
         (["--reduce", "none", "--n_components", "2"], "--reduce none makes no use of --n_components 2"),
         (["--cluster", "slide"], "--cluster slide makes no use of --features .*f.npz: leave it out"),
@@ -191,8 +194,8 @@ def test_a_folder_that_was_not_prepared_to_the_end_is_refused(data):
 
 
 def test_a_reduction_is_not_for_slides(data):
-    with pytest.raises(ValueError, match="--cluster slide makes no use of --reduce pca: leave it out"):
-        cluster_patches.main([str(data), "--cluster", "slide", "--reduce", "pca"])
+    with pytest.raises(ValueError, match="--cluster slide makes no use of --reduce none: leave it out"):
+        cluster_patches.main([str(data), "--cluster", "slide", "--reduce", "none"])
 
 
 def test_features_of_other_images_name_the_first(data, features, tmp_path):

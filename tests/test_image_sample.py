@@ -113,7 +113,10 @@ def test_a_sample_depends_on_seed_and_number_alone(data_dir, model_path, tmp_pat
 
 
 def test_guidance_acts(data_dir, model_path, tmp_path):
-    outs = [run(data_dir, model_path, tmp_path / s, "--num_samples", "2", "--s", s) for s in ("0.5", "1", "3")]
+    outs = [
+        run(data_dir, model_path, tmp_path / s, "--num_samples", "2", "--same_noise", "True", "--s", s)
+        for s in ("0.5", "1", "3")
+    ]
     stem = manifest(outs[0])[0]["stem"]
     assert (pixels(outs[0], stem) == pixels(outs[1], stem)).all()
     assert (pixels(outs[1], stem) != pixels(outs[2], stem)).any()
@@ -202,7 +205,32 @@ def test_checkpoints_by_scales(data_dir, two_models, tmp_path):
         run(data_dir, rows[0]["checkpoint"], alone, "--s", rows[0]["s"], "--num_samples", "4")
         for row in rows:
             assert np.abs(pixels(out / name, row["stem"]) - pixels(alone, row["stem"])).max() <= 1
-    assert np.asarray(Image.open(out / "sweep.png")).shape[1] == 8 * 16 * (4 + 1 + 4) + 7 * 6
+    assert np.asarray(Image.open(out / "sweep.png")).shape[1] == 8 * 16 * 4 + 5 * 6
+    drawn = [[(row["structure"], row["noise"]) for row in manifest(out / name)] for name in names]
+    assert len(set(map(str, drawn))) == len({noise for rows in drawn for _, noise in rows}) / 4 == 4
+
+
+def test_the_same_noise_compares_scales(data_dir, model_path, tmp_path):
+    options = ["--same_noise", "True", "--first", "True", "--match_struct", "True", "--num_samples", "10"]
+    out = run(data_dir, model_path, tmp_path / "out", "--s", "1,1.5", *options)
+    assert np.asarray(Image.open(out / "sweep.png")).shape[1] == 8 * 16 * (4 + 1 + 2) + 5 * 6
+    one, two = (
+        [{**row, "s": "", "noise": row["noise"]} for row in manifest(out / f"model000007_s{s}")] for s in ("1", "1.5")
+    )
+    assert one == two and [row["noise"] for row in one] == [f"0/{k}" for k in range(10)]
+    assert [Path(row["structure"]).stem for row in one] == [f"slide-{k // 4 % 2}_{k % 4:03d}" for k in range(10)]
+
+
+@pytest.mark.parametrize("pairing", ["match_struct", "match_app", "shuffle_masks"])
+def test_a_few_samples_are_spread_over_slides_and_paired_anew(data_dir, model_path, tmp_path, pairing):
+    out = run(data_dir, model_path, tmp_path / "out", "--num_samples", "4", "--s", "1,2", f"--{pairing}", "True")
+    folders = [manifest(out / f"model000007_s{s}") for s in "12"]
+    for rows in folders:
+        slides = [row["structure_slide"] for row in rows]
+        assert sorted(slides) == ["slide-0"] * 2 + ["slide-1"] * 2 and len({row["structure"] for row in rows}) == 4
+        assert all(Path(row["appearance"]).stem.startswith(row["appearance_slide"]) for row in rows)
+    pairs = [{(row["structure"], row["appearance"]) for row in rows} for rows in folders]
+    assert pairs[0] != pairs[1]
 
 
 def snapshot(out):
@@ -396,12 +424,12 @@ def test_two_runs_at_once(data_dir, model_path, tmp_path):
 
 def test_samples_of_data_that_have_changed_are_refused(data_dir, model_path, tmp_path):
     """An image more, and sample k has another structure."""
-    out = run(data_dir, model_path, tmp_path / "out", "--num_samples", "6")
+    out = run(data_dir, model_path, tmp_path / "out", "--num_samples", "6", "--first", "True")
     before = snapshot(out)
     for path in list((data_dir / "MoNuSegTrainingData").rglob("slide-0_002.*")):
         path.with_stem("slide-0_001a").write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match=r"sample 2 was made of structure .*slide-0_002.png, and the data now give "):
-        run(data_dir, model_path, out, "--num_samples", "6")
+        run(data_dir, model_path, out, "--num_samples", "6", "--first", "True")
     assert snapshot(out) == before
     run(data_dir, model_path, out, "--num_samples", "2", "--overwrite", "True")
 
@@ -417,7 +445,7 @@ def test_samples_that_are_lost_are_an_error(data_dir, two_models, tmp_path, monk
         load(model, path, **options)
 
     monkeypatch.setattr(checkpoint, "load_weights", lose)
-    arguments = (data_dir, ",".join(two_models), out, "--num_samples", "4", "--batch_size", "4")
+    arguments = (data_dir, ",".join(two_models), out, "--num_samples", "4", "--batch_size", "4", "--first", "True")
     with pytest.raises(OSError, match=r"model000007_s1.0 holds 3 of 4 samples: run the same again to go on"):
         run(*arguments)
     monkeypatch.undo()
@@ -522,7 +550,7 @@ def test_null_condition_comes_from_training(data_dir, model_path, tmp_path):
     folder.mkdir()
     checkpoint.save(th.load(model_path, weights_only=True), str(folder), "m.pt")
     files.write_json(folder / "config.json", {"drop_hvb_only": True, "use_col_map": True})
-    options = ["--num_samples", "2", "--s", "3"]
+    options = ["--num_samples", "2", "--s", "3", "--same_noise", "True"]
     taken = run(data_dir, str(folder / "m.pt"), tmp_path / "taken", *options)
     given = run(data_dir, model_path, tmp_path / "given", *options, "--null_condition", "keep_colour")
     assert not differs(taken, given)
@@ -606,7 +634,7 @@ def test_appearance_of_images_without_masks(data_dir, model_path, tmp_path):
         out = run(data_dir, model_path, tmp_path / jitter, *extra)
         rows = manifest(out)
         assert {row["appearance"] for row in rows} == {str(folder / "other_000.png")}
-        assert [Path(row["structure"]).stem for row in rows] == ["slide-0_000", "slide-0_001"]
+        assert {row["structure_slide"] for row in rows} == {"slide-0", "slide-1"}
         image = np.asarray(Image.open(out / "images" / f"{rows[0]['stem']}.png"))
         assert np.array_equal(image, draw_patch(50)[0][8:24, 8:24]) == (jitter == "0")
 

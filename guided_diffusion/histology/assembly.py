@@ -149,24 +149,40 @@ class Synthetic:
         }
 
 
-def draw(samples: Sequence[Sample], count: int, weighted: bool, seed: int) -> list[Sample]:
+def triple(sample: Sample) -> tuple[str, str, str]:
     """
-    Draw samples without replacement.
+    :return: what tells a sample from those that are all but the same: structure, appearance, and which noise it was
+        made of, which the folders of a sweep may share. A sample of unknown origin is told by its path.
+    """
+    row = sample.row
+    if not row.get("structure") or not row.get("appearance"):
+        return "", "", str(sample.sample)
+    return (
+        row["structure"],
+        row["appearance"],
+        row.get("noise") or f"{row.get('seed')} {row.get('sample', sample.stem)}",
+    )
 
-    :param weighted: by the weights in their rows, which a filter left there; else uniformly.
-    :return: `count` samples, in their order.
-    :raises ValueError: where there are fewer, or weights are missing.
+
+def draw(samples: Sequence[Sample], count: int | None, weighted: bool, seed: int) -> list[Sample]:
+    """
+    Draw samples without replacement, each triple at most once.
+
+    :param count: how many; None, or more than there are: all.
+    :param weighted: by the weights in their rows, which a filter left there; else uniformly. None of weight 0 is drawn.
+    :return: samples, in their order.
+    :raises ValueError: where weights are missing.
     """
     chances, there = None, len(samples)
     if weighted:
         weights = np.array([_weight(sample) for sample in samples])
         there = int((weights > 0).sum())
         chances = weights / (weights.sum() or 1)
-    if count > there:
-        kind = f"{there} of a weight above 0 " if weighted else f"{there} "
-        raise ValueError(f"--ratio asks for {count} synthetic patches, there are {kind}in --synthetic: give less")
-    chosen = np.random.default_rng([seed, len(samples)]).choice(len(samples), count, replace=False, p=chances)
-    return [samples[i] for i in sorted(chosen)]
+    order = np.random.default_rng([seed, len(samples)]).choice(len(samples), there, replace=False, p=chances)
+    first: dict[tuple[str, str, str], int] = {}
+    for i in order:
+        first.setdefault(triple(samples[i]), i)
+    return [samples[i] for i in sorted(list(first.values())[:count])]
 
 
 def _weight(sample: Sample) -> float:

@@ -42,13 +42,6 @@ def tests_of_filtered(wildcards):
     return [path.format(**wildcards) for path in tests("filtered", "filtered-colour")] if kept else []
 
 
-def subsample(wildcards):
-    """Fewer samples than structures: some of every slide, where --num_samples alone would take the first slides'."""
-    images = Path(f"f{wildcards.fraction}-s{wildcards.seed}", "slides/MoNuSegTrainingData/images")
-    count = sum(1 for _ in images.iterdir()) if images.is_dir() else 0
-    return f"--subsample 0.{(2 * SAMPLES + 1) * 500000 // count:06d}" if 0 < SAMPLES < count else ""
-
-
 wildcard_constraints:
     fraction=r"[\d.]+",
     seed=r"\d+",
@@ -154,7 +147,6 @@ rule samples:
         f"logs/{NAME}-samples.log",
     params:
         settings=f"{STEPS} {FLAGS['MODEL']} {SCALE} {FLAGS['SAMPLE']}",
-        subsample=subsample,
         amount=SAMPLES,
     resources:
         gpu=GPUS,
@@ -164,7 +156,7 @@ rule samples:
             f"{CELL}-samples",
             f"{CELL}/samples",
             f"{LAUNCH} {script('image_sample.py')} --model_path {MODEL} --data_dir {CELL}/slides --use_train True"
-            f" --results_path {CELL}/samples --num_samples {SAMPLES} {{params.subsample}} --s {SCALE}"
+            f" --results_path {CELL}/samples --num_samples {SAMPLES} --s {SCALE}"
             f" --seed {{wildcards.seed}} {FLAGS['SAMPLE']}",
             seals=[f"{CELL}/samples/grid.png", f"{CELL}/samples"],
             resumes=True,

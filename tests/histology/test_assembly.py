@@ -40,13 +40,26 @@ def test_a_weighted_draw_follows_the_weights(samples):
 
 
 def test_more_than_there_are(samples, tmp_path):
-    with pytest.raises(ValueError, match="asks for 6 synthetic patches, there are 5 in"):
-        assembly.draw(samples, 6, False, 0)
-    with pytest.raises(ValueError, match="asks for 4 synthetic patches, there are 3 of a weight above 0"):
-        assembly.draw(samples, 4, True, 0)
+    assert assembly.draw(samples, 6, False, 0) == assembly.draw(samples, None, False, 1) == samples
+    assert assembly.draw(samples, 4, True, 0) == assembly.draw(samples, None, True, 0) == samples[1:4]
     for weight in ("", "nan", "-1", "inf", "x"):
         with pytest.raises(ValueError, match="b_000.png has no weight"):
             assembly.draw([*samples, sample("b_000", tmp_path, weight=weight)], 1, True, 0)
+
+
+def test_a_triple_is_drawn_once(tmp_path):
+    given = [
+        sample("a", tmp_path / s, structure="x", appearance=appearance, noise=noise, s=s)
+        for s in ("1", "1.5")
+        for appearance, noise in (("p", "0/1"), ("q", "0/1"), ("p", f"{s}/1"))
+    ]
+    drawn = assembly.draw(given, 6, False, 0)
+    assert len(drawn) == 4 and len({assembly.triple(item) for item in drawn}) == 4
+    taken = {item.row["s"] for seed in range(9) for item in assembly.draw(given, 1, False, seed)}
+    assert taken == {"1", "1.5"}
+    # Before the noise was noted, a sample's own name and the run's seed told it.
+    old = [sample(f"{s}__a", tmp_path, structure="x", appearance="p", seed="0", sample="a") for s in "12"]
+    assert len(assembly.draw(old, 2, False, 0)) == 1
 
 
 def test_names_carry_the_slide_of_the_appearance_and_never_come_twice(tmp_path):

@@ -17,8 +17,8 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 from sklearn.mixture import GaussianMixture
 
-REDUCERS = ("umap", "pca", "none")
-CLUSTERERS = ("hdbscan", "kmeans", "gmm")
+REDUCERS = ("pca", "umap", "none")
+CLUSTERERS = ("kmeans", "hdbscan", "gmm")
 NOISE = "-1"
 KMEANS_STARTS = 10
 
@@ -33,10 +33,10 @@ class Options:
     :param min_samples, min_cluster_size: of hdbscan.
     """
 
-    reduce: str = "umap"
-    cluster: str = "hdbscan"
+    reduce: str = "pca"
+    cluster: str = "kmeans"
     n_components: int = 3
-    n_clusters: int = 10
+    n_clusters: int = 6
     min_samples: int = 10
     min_cluster_size: int = 50
 

@@ -53,7 +53,12 @@ def test_umap_is_seeded_and_assigns_test_points():
 def test_missing_packages_are_named(package, message, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=message):
-        fit(blobs()[0], blobs()[0][:0], Options("umap" if package == "umap" else "none", min_cluster_size=10), 0)
+        fit(
+            blobs()[0],
+            blobs()[0][:0],
+            Options("umap" if package == "umap" else "none", "hdbscan", min_cluster_size=10),
+            0,
+        )
 
 
 def test_numba_without_a_folder_to_cache_in(tmp_path, monkeypatch):
@@ -95,9 +100,11 @@ def test_new_points_get_the_labels_of_where_they_fall():
 @pytest.mark.filterwarnings("error")
 def test_without_clusters_all_is_noise_and_without_points_there_are_no_labels():
     train = np.random.default_rng(0).uniform(size=(40, 3))
-    found = fit(train, train[:2], Options("none", min_samples=10, min_cluster_size=39), 0)
+    found = fit(train, train[:2], Options("none", "hdbscan", min_samples=10, min_cluster_size=39), 0)
     assert found.train_labels == [NOISE] * 40 and found.test_labels == [NOISE] * 2
-    assert fit(blobs()[0], train[:0], Options("none", min_samples=3, min_cluster_size=20), 0).test_labels == []
+    assert (
+        fit(blobs()[0], train[:0], Options("none", "hdbscan", min_samples=3, min_cluster_size=20), 0).test_labels == []
+    )
 
 
 def test_best_of_takes_the_best_silhouette():
@@ -134,13 +141,13 @@ def test_silhouette_leaves_noise_out():
 def test_too_few_points(options, n, message):
     train = np.random.default_rng(0).normal(size=(n, 3))
     with pytest.raises(ValueError, match=message):
-        best_of(train, train[:0], Options(**options), [0])
+        best_of(train, train[:0], Options(**{"cluster": "hdbscan", **options}), [0])
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(reduce="tsne"), "unknown --reduce 'tsne': choose one of umap, pca, none"),
+        (dict(reduce="tsne"), "unknown --reduce 'tsne': choose one of pca, umap, none"),
         (dict(cluster="dbscan"), "unknown --cluster 'dbscan'"),
         (dict(n_clusters=1), "--n_clusters 1 must be at least 2"),
         (dict(n_components=0), "--n_components 0"),
