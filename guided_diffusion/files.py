@@ -24,6 +24,8 @@ LOCK = ".lock"  # in a folder that a run writes to
 # What a name may hold on a disk and a line of UTF-8 may not: control characters, line separators, lone surrogates.
 _UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
+_FORMULA = re.compile(r"(?:^|/)[=+\-@]")  # names go into manifests
+
 
 def is_remote(path: str | Path) -> bool:
     """:return: whether a path is a URL, which blobfile reads and writes."""
@@ -41,12 +43,16 @@ def list_files(folder: str | Path, suffixes: Sequence[str], deep: bool = False) 
     :param suffixes: in lower case, with their dots; files may have them in upper case.
     :param deep: those in sub-folders, too.
     :return: paths that begin with the folder as it was given, sorted.
-    :raises ValueError: where a path is not UTF-8 or holds control characters, which no manifest could keep.
+    :raises ValueError: where a path is not UTF-8 or holds control characters, which no manifest could keep, or a name
+        begins as a spreadsheet's formula does.
     """
     paths = sorted(path for path in _walk(str(folder), deep) if os.path.splitext(path)[1].lower() in suffixes)
     above = "" if is_remote(folder) else os.getcwd()  # features.npz and links hold absolute paths
     for path in (above, *paths):
         check_path(path)
+    for path in paths:
+        if _FORMULA.search(path[len(str(folder)) :]):
+            raise ValueError(f"{path}: a name that begins with =, +, - or @ is a formula to spreadsheets: rename it")
     return paths
 
 

@@ -76,13 +76,11 @@ def find_checkpoints(text: str) -> list[str]:
     if not text:
         raise ValueError("--model_path is empty: give the checkpoint to sample from")
     paths: dict[str, None] = {}
-    for part in [text] if os.path.isfile(text) else text.split(","):
-        pattern = any(sign in part for sign in "*?[") and not os.path.isfile(part)
-        find = bf.glob if "://" in part else glob.glob
+    for part in [text] if _matches(text) else text.split(","):
         matches = [part]
-        if pattern:
+        if any(sign in part for sign in "*?[") and not os.path.isfile(part):
             every = BEST in PurePath(part).name
-            matches = [path for path in sorted(find(part)) if every or BEST not in PurePath(path).name]
+            matches = [path for path in _matches(part) if every or BEST not in PurePath(path).name]
         if not matches:
             raise ValueError(f"--model_path {part} matches no file: check the path")
         paths.update(dict.fromkeys(matches))
@@ -93,6 +91,15 @@ def find_checkpoints(text: str) -> list[str]:
         if stems.count(stem) > 1:
             raise ValueError(f"--model_path names two files {stem}.pt, whose results would mix: sample them apart")
     return list(paths)
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files of a name or pattern; where none fits, its brackets are meant as they stand, as in run[1]/ema_*.pt."""
+    if "://" in pattern:
+        return sorted(bf.glob(pattern)) if any(sign in pattern for sign in "*?[") else []
+    if os.path.isfile(pattern):
+        return [pattern]
+    return sorted(glob.glob(pattern) or glob.glob(pattern.replace("[", "[[]")))
 
 
 @dataclass

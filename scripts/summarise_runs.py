@@ -24,10 +24,18 @@ def row(name: str, folder: str) -> dict[str, object]:
     return dict(zip(FIELDS, (name, result["images"], result["step"], best, result["checkpoint"])))
 
 
+def parted(run: str) -> tuple[str, str]:
+    """:return: NAME and FOLDER of NAME=FOLDER, either of which may hold another "="."""
+    pairs = [(run[:place], run[place + 1 :]) for place, sign in enumerate(run) if sign == "="]
+    if not pairs:
+        raise ValueError(f"{run}: give NAME=FOLDER")
+    return next((pair for pair in pairs if Path(pair[1]).is_dir()), pairs[0])
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write the table, whole or not at all."""
     out, *runs = sys.argv[1:] if argv is None else argv
-    rows = [row(*run.split("=", 1)) for run in runs]
+    rows = [row(*parted(run)) for run in runs]
     with writing(out, "w") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()

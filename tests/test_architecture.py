@@ -11,6 +11,7 @@ PACKAGE = ROOT / "guided_diffusion"
 RANKS = {
     # Shared by the core and histology:
     "files": -3,
+    "figures": -2,
     "image_decoding": -3,
     "image_files": -2,
     "slides": -2,
@@ -106,7 +107,7 @@ ROOMS = {
     "assembly": {"evaluation", "features", "slides"},
     "bridge": {"", "features"},
 }
-SHARED = {"files", "image_files", "slides", "images", "stains", "devices", "signals"}
+SHARED = {"figures", "files", "image_files", "slides", "images", "stains", "devices", "signals"}
 
 
 def module_files() -> dict[str, Path]:

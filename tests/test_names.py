@@ -2,6 +2,7 @@
 
 import csv
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from test_evaluate import write_run
 import image_sample
 import image_train
 from guided_diffusion import checkpoint, cli, logger
+from guided_diffusion.files import nfc
 from guided_diffusion.histology.features.embeddings import load_features
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.decoding import as_content
@@ -19,6 +21,7 @@ from guided_diffusion.histology.segmenter.net import seeded_net
 from guided_diffusion.histology.slides.toy import write_toy_monuseg
 from guided_diffusion.images import list_items
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.sweep import find_checkpoints
 from scripts import (
     assemble_set,
     cluster_patches,
@@ -27,9 +30,11 @@ from scripts import (
     filter_ood,
     prepare_monuseg,
     segment,
+    summarise_runs,
     train_segmenter,
 )
 from scripts.experiment import subset_slides
+from scripts.workflow import stage
 
 TRAIN = "MoNuSegTrainingData"
 DATA = ("data/MoNuSegTrainingData/images", "data/MoNuSegTrainingData/inst_masks")
@@ -105,7 +110,8 @@ def everything(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
-    ("name", "shown"), [(b"Pr\xe4parat_000", "Pr\\xe4parat_000."), (b"two\nlines", "two\\u000alines.")]
+    ("name", "shown"),
+    [(b"Pr\xe4parat_000", "Pr\\xe4parat_000."), (b"two\nlines", "two\\u000alines."), (b"=1+1_000", "=1+1_000.")],
 )
 def test_a_name_that_no_line_can_hold_is_refused_at_once(inputs, capsys, call, name, shown):
     program, arguments, folders = CALLS[call]
@@ -129,18 +135,24 @@ def read_csv(path: str) -> list[dict[str, str]]:
 def test_names_that_a_line_can_hold_work(inputs):
     """Commas, quotes, blanks and letters of any alphabet, from the patch to the set that is made of its samples."""
     write_patches(inputs / "data" / TRAIN, count=12, size=16, bin_masks=False)
-    names = [f"{odd}_000" for odd in ("a, b", 'c "d"', "é ü", "組織", "# 'e' ; $f")]
+    odd = ("a, b", 'c "d"', "é ü", "組織", "# 'e' ; $f_{$", "[x]*?", "<b>&amp;", "`id` $(id) | \\", "{f} %d ~")
+    names = [f"{name}_000" for name in odd]
     for folder in DATA:
         for path, name in zip(sorted(Path(folder).iterdir()), names):
             path.rename(path.with_name(name + path.suffix))
+    for path in Path(DATA[0]).iterdir():  # as macOS spells é and ü
+        path.rename(path.with_name(unicodedata.normalize("NFD", path.name)))
     image_sample.main([*SAMPLE, "--num_samples", "0"])
     stems = {row["stem"] for row in read_csv("out/manifest.csv")}
     assert set(names) < stems and {path.stem for path in Path("out/samples").iterdir()} == stems
     assemble_set.main("--real data --synthetic out --out set --ratio 1".split())
     rows = read_csv("set/manifest.csv")
-    assert len(rows) == 24 and {Path(row["structure"]).stem for row in rows} == stems
+    assert len(rows) == 24 and {nfc(Path(row["structure"]).stem) for row in rows} == stems
     cluster_patches.main(["data", "--cluster", "slide", "--out_name", "clusters"])
     extract_features.main("data --backbone stain --out f.npz".split())
+    odd_run = Path("$x_{$ [1], <b>")
+    Path("out").rename(odd_run)
+    evaluate.main([*"--real data --out figures --metrics colour --synthetic".split(), str(odd_run)])
 
 
 def test_sub_folders_from_end_to_end(inputs):
@@ -173,3 +185,20 @@ def test_sub_folders_from_end_to_end(inputs):
         assert found[:8] == [f"{name}/slide-0_00{k}.png" for name in "ab" for k in range(4)] and len(found) == 16
         assert len(list_items(str(inputs / made), "monuseg")) == 16
     assert len(segmenter_data.training_pairs(inputs / "set")) == 16
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a, b", "a,b[2]", "$x *", "c=d"])
+def test_brackets_commas_and_equals_signs_of_a_folder_are_its_own(tmp_path, monkeypatch, name):
+    """For patterns of checkpoints, for the engine's stages, and in the summary of runs."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    paths = [f"{name}/ema_0.9_{step:06d}.pt" for step in (1, 2)]
+    for path in paths:
+        Path(path).touch()
+    assert find_checkpoints(f"{name}/ema_*.pt") == paths and find_checkpoints(paths[0]) == paths[:1]
+    assert stage.find(name) == [Path(name)]
+    if "," not in name:
+        assert find_checkpoints(",".join(paths)) == paths
+    Path(name, "result.json").write_text('{"images": 3, "step": 2, "best": {}, "checkpoint": "m.pt"}')
+    summarise_runs.main(["out.csv", f"{name}={name}"])
+    assert [row["cluster"] for row in read_csv("out.csv")] == [name]

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
             log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(args.command)}\n")
             log.flush()
             code, stopped = processes.run(args.command, log, environment)
-        found = {pattern: sorted(Path().glob(pattern)) for pattern in args.seals or [args.makes.as_posix()]}
+        found = {pattern: find(pattern) for pattern in args.seals or [args.makes.as_posix()]}
         missing = [pattern for pattern, paths in found.items() if not paths]
         if code == 0 and missing and not stopped:
             raise FileNotFoundError(f"{args.name} ended without {missing[0]}: remove {args.makes} to have it made anew")
@@ -129,6 +129,11 @@ def gpus(count: int) -> Iterator[dict[str, str]]:
             if len(held) < min(count, len(known)):
                 time.sleep(1)
         yield {"CUDA_VISIBLE_DEVICES": ",".join(held)}
+
+
+def find(pattern: str) -> list[Path]:
+    """The paths that a pattern names; a path that is there is no pattern, whatever brackets it has."""
+    return [Path(pattern)] if os.path.lexists(pattern) else sorted(Path().glob(pattern))
 
 
 def listing(paths: Iterable[Path]) -> dict[str, list]:

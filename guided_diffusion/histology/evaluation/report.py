@@ -11,6 +11,7 @@ from typing import IO
 
 import numpy as np
 
+from ...figures import save_png
 from .image_metrics import Estimate
 
 # Figure -> its name for people, and which way is better ("" where neither is).
@@ -102,7 +103,7 @@ def draw_figures(
                 axes.axhline(_middle(value), label=kind, **style)
         if number == 0 and (swept or known):
             axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110, format="png")
+    save_png(figure, path)
 
 
 def _middle(value: Value) -> float:
@@ -151,4 +152,4 @@ def draw_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]], path: Path |
         axes.imshow(np.concatenate([sample, np.full((len(sample), 4, 3), 255, np.uint8), patch], axis=1))
         axes.set_title(caption, fontsize=6)
         axes.axis("off")
-    figure.savefig(path, dpi=110, format="png")
+    save_png(figure, path)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from sklearn.decomposition import PCA
 
+from ...figures import save_png
 from .clustering import NOISE
 
 ROWS, MEMBERS, THUMB = 16, 8, 64  # clusters that get a strip, patches in it, their side in px
@@ -63,7 +64,7 @@ def draw_clusters(
     if len(names) > len(shown):
         axes[-1].set_xlabel(f"and {len(names) - len(shown)} more", fontsize=7)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
+    save_png(figure, file)
     return file.getvalue()
 
 

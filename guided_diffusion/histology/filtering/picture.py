@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...figures import save_png
+
 SHOWN = 6  # patches at either end
 
 
@@ -59,7 +61,7 @@ def draw_scores(
             axis.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
     bottom.colorbar(shown, ax=axes.ravel().tolist(), shrink=0.5, pad=0.01).ax.tick_params(labelsize=7)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    save_png(figure, buffer)
     return buffer.getvalue()
 
 
