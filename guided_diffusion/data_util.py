@@ -6,6 +6,7 @@ image and answers with indices. Randomness comes from seeds in the arguments; Nu
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -86,16 +87,24 @@ def match_struct(
     """
     Choose for each structure the image that lends it its appearance, by likeness of the nuclei's areas.
 
+    :param seed: of the draw among the 19 best matches; other parameters and errors as near_struct's.
+    :return: an [N] int64 array of indices, never a mask's own.
+    """
+    return near_struct(total_area, med_area, slides).draw(seed)
+
+
+def near_struct(total_area: np.ndarray, med_area: np.ndarray, slides: Sequence[str] | None = None) -> "Neighbours":
+    """
+    Find for each structure those that are most alike, by the nuclei's areas.
+
     :param total_area: an [N] array, pixels of nuclei in each mask.
     :param med_area: an [N] array, median area of the nuclei in each mask.
-    :param seed: of the draw among the 19 best matches.
-    :param slides: the slide of each mask, to choose from other slides only.
-    :return: an [N] int64 array of indices, never a mask's own.
+    :param slides: the slide of each mask, to look at other slides only.
     :raises ValueError: if there are fewer than two masks, or slides.
     """
     _require_others(len(total_area), "--match_struct")
     properties = np.stack([np.asarray(med_area), np.asarray(total_area)], axis=1)
-    return _draw_near(len(properties), lambda rows: -match_scores(properties, rows), seed, slides)
+    return _neighbours(len(properties), lambda rows: -match_scores(properties, rows), slides)
 
 
 def stain_descriptor(image: np.ndarray) -> np.ndarray:
@@ -128,18 +137,26 @@ def match_app(descriptors: np.ndarray, seed: int, slides: Sequence[str] | None =
     """
     Choose for each structure the image that lends it its appearance, by likeness to the structure's own image.
 
+    :param seed: of the draw among the 19 nearest; other parameters and errors as near_app's.
+    :return: an [N] int64 array of indices, never an image's own.
+    """
+    return near_app(descriptors, slides).draw(seed)
+
+
+def near_app(descriptors: np.ndarray, slides: Sequence[str] | None = None) -> "Neighbours":
+    """
+    Find for each image those that are most alike.
+
     :param descriptors: an [N x D] array, one appearance vector per image; each of the D values is scaled to zero
         mean and unit deviation over the set, then distance is Euclidean.
-    :param seed: of the draw among the 19 nearest.
-    :param slides: the slide of each image, to choose from other slides only.
-    :return: an [N] int64 array of indices, never an image's own.
+    :param slides: the slide of each image, to look at other slides only.
     :raises ValueError: if there are fewer than two images, or slides.
     """
     _require_others(len(descriptors), "--match_app")
     descriptors = np.asarray(descriptors, np.float64)
     deviation = descriptors.std(axis=0)
     z = (descriptors - descriptors.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
-    return _draw_near(len(z), lambda rows: cdist(z[rows], z), seed, slides)
+    return _neighbours(len(z), lambda rows: cdist(z[rows], z), slides)
 
 
 def haematoxylin_histogram(image: np.ndarray) -> np.ndarray:
@@ -274,20 +291,36 @@ def _require_others(n: int, flag: str) -> None:
         raise ValueError(f"{flag} has {n} image(s) to choose from; give --data_dir with at least 2, or drop {flag}")
 
 
-def _draw_near(
-    n: int, distance: Callable[[np.ndarray], np.ndarray], seed: int, slides: Sequence[str] | None = None
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Neighbours:
     """
-    Draw for each of n items one of its 19 nearest others (all others if they are fewer).
+    What an appearance is drawn from, found once for any number of draws.
+
+    :param near: an [N x up to 19] int64 array: for each item the indices of its nearest others, the nearest first.
+    :param choices: how many of them count: one number for all, or one for each.
+    """
+
+    near: np.ndarray
+    choices: int | np.ndarray
+
+    def draw(self, seed: int) -> np.ndarray:
+        """:return: an [N] int64 array: one of the nearest of each."""
+        rank = streams.rng("appearance", seed).integers(self.choices, size=len(self.near))
+        return self.near[np.arange(len(self.near)), rank]
+
+
+def _neighbours(
+    n: int, distance: Callable[[np.ndarray], np.ndarray], slides: Sequence[str] | None = None
+) -> Neighbours:
+    """
+    Find for each of n items its 19 nearest others (all others if they are fewer).
 
     An item, or all of its slide, is taken out of its own ranking first; equal distances rank by index. So neither the
     platform's sort nor the way the rows are cut into chunks changes the answer.
 
     :param n: the number of items.
     :param distance: maps [R] indices to an [R x n] float array.
-    :param seed: of the draw.
     :param slides: the slide of each item, or None to take the item alone out.
-    :return: an [n] int64 array of indices.
     """
     n_near = min(NEAREST, n - 1)
     codes, choices = np.arange(n), n_near
@@ -299,16 +332,15 @@ def _draw_near(
                 "or leave it out"
             )
         choices = np.minimum(NEAREST, n - sizes[codes])
-    rank = streams.rng("appearance", seed).integers(choices, size=n)
-    chosen = np.empty(n, np.int64)
+    found = np.empty((n, n_near), np.int64)
     for rows in _chunks(n):
         far = distance(rows)
         far[codes[rows, None] == codes] = np.inf
         reach = np.partition(far, n_near - 1, axis=1)[:, n_near - 1]
         for i, row, limit in zip(rows, far, reach):
             near = np.flatnonzero(row <= limit)
-            chosen[i] = near[np.argsort(row[near], kind="stable")[rank[i]]]
-    return chosen
+            found[i] = near[np.argsort(row[near], kind="stable")[:n_near]]
+    return Neighbours(found, choices)
 
 
 def _chunks(n: int) -> Iterator[np.ndarray]:

@@ -256,7 +256,7 @@ def load_dataset(
     dataset = NucleiDataset(items, spec, image_size, unmasked=unmasked, **looks, ids=ids, seed=seed)
     vectors = features([item.image for item in items]) if features is not None else None
     pairing = Pairing(items, unmasked, **choice, vectors=vectors, seed=seed)
-    dataset.choose = functools.partial(pairing.choose, _read(dataset, pairing))
+    dataset.choose = functools.partial(pairing.choose, pairing.look(_read(dataset, pairing)))
     dataset.appearance = dataset.choose()
     return dataset
 

@@ -62,32 +62,35 @@ class Pairing:
             return np.mean(inst_map > 0) if self.unmasked else data_util.area_properties(inst_map)
         return data_util.stain_descriptor(image) if self.match_app and self.vectors is None else None
 
-    def choose(self, described: Sequence, own_seed: int | None = None) -> np.ndarray:
+    def look(self, described: Sequence) -> object:
         """
         :param described: what `describe` gave for each source, where looks_at_all.
+        :return: what `choose` draws from, for any number of seeds.
+        """
+        count = len(self.items)
+        if self.unmasked and self.match_struct:
+            estimates = data_util.nuclear_shares(np.array(described[count:]), [item.slide for item in self.unmasked])
+            return np.array(described[:count]), estimates
+        if self.unmasked or not count or not (self.match_struct or self.match_app):
+            return None
+        slides = [item.slide for item in self.items] if self.match_other_slide else None
+        if self.match_struct:
+            return data_util.near_struct(*np.array(described).T, slides)
+        return data_util.near_app(np.array(described) if self.vectors is None else self.vectors, slides)
+
+    def choose(self, seen: object, own_seed: int | None = None) -> np.ndarray:
+        """
+        :param seen: what `look` gave.
         :param own_seed: of another choice than that of `seed`, whose permutation is the reference's.
         :return: for each item the number of the source that gives its appearance.
         """
         count, seed = len(self.items), self.seed if own_seed is None else own_seed
-        if not count:
-            return np.arange(0)
+        if isinstance(seen, data_util.Neighbours):
+            return seen.draw(seed)
+        if self.unmasked and seen is not None:
+            return count + data_util.match_shares(*seen, seed)
         if self.unmasked:
-            return count + self._of_unmasked(described, seed)
-        slides = [item.slide for item in self.items] if self.match_other_slide else None
-        if self.match_struct:
-            total_area, med_area = np.array(described).T
-            return data_util.match_struct(total_area, med_area, seed, slides)
-        if self.match_app:
-            vectors = np.array(described) if self.vectors is None else self.vectors
-            return data_util.match_app(vectors, seed, slides)
+            return count + streams.rng("appearances", seed).integers(len(self.unmasked), size=count)
         if not self.shuffle_masks:
             return np.arange(count)
         return data_util.shuffled(count) if own_seed is None else streams.rng("shuffled", seed).permutation(count)
-
-    def _of_unmasked(self, described: Sequence, seed: int) -> np.ndarray:
-        count = len(self.items)
-        if not self.match_struct:
-            return streams.rng("appearances", seed).integers(len(self.unmasked), size=count)
-        histograms = np.array(described[count:])
-        estimates = data_util.nuclear_shares(histograms, [item.slide for item in self.unmasked])
-        return data_util.match_shares(np.array(described[:count]), estimates, seed)

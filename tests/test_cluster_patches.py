@@ -50,12 +50,21 @@ def tree(folder):
     }
 
 
+def test_clusters_of_one_slide_are_named(capsys):
+    patches = [cluster_patches.Patch(TRAIN, str(k), "abc"[k % 3], {}) for k in range(9)]
+    cluster_patches.warn_of_lopsided(["0" if patch.slide == "a" else "1" for patch in patches], patches)
+    assert capsys.readouterr().out.splitlines()[1:] == ["0 is of slide a alone"]
+    cluster_patches.warn_of_lopsided([patch.slide for patch in patches], patches)
+    assert not capsys.readouterr().out
+
+
 def load(folder, is_train=True):
     return load_dataset(data_dir=str(folder), dataset_mode="monuseg", image_size=16, spec=SPEC, is_train=is_train)
 
 
-def test_every_folder_is_a_data_set(data, features):
+def test_every_folder_is_a_data_set(data, features, capsys):
     cluster_patches.main([str(data), "--features", str(features), *KMEANS, "--subset", "50,25"])
+    assert "holds 75% of the training patches: fine-tuning on it repeats pretraining" in capsys.readouterr().out
     folder = data / "C"
     labels = sorted(path.name for path in folder.iterdir() if path.is_dir())
     assert labels == ["0", "1"]
