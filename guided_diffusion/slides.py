@@ -14,13 +14,12 @@ import json
 import logging
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import blobfile as bf
 
-from .files import is_remote, write_text
+from .files import is_remote, nfc, write_text
 
 MANIFEST = "prepare.json"  # of a data folder, which scripts/prepare_monuseg.py writes first and last
 TABLE = "slides.csv"
@@ -94,6 +93,8 @@ def _of_table(path: str) -> dict[str, str]:
         file, slide = ((row[name] or "").strip() for name in FIELDS)
         if not file or not slide:
             raise ValueError(f"{path}, line {rows.line_num} lacks a file or a slide: give both")
+        if slide[0] in "=+-@":
+            raise ValueError(f"{path}: slide {slide} is a formula to spreadsheets, which read manifests: rename it")
         if found.setdefault(_stem(file), slide) != slide:
             raise ValueError(f"{path} names two slides of {file}, {found[_stem(file)]} and {slide}: give one")
     return found
@@ -152,7 +153,7 @@ def _read(path: str) -> str:
 
 def _stem(path: str | Path) -> str:
     """A path without suffix, however its letters are composed; masks go by the images whose names they share."""
-    stem = unicodedata.normalize("NFC", _SUFFIX.sub("", Path(path).as_posix()))
+    stem = nfc(_SUFFIX.sub("", Path(path).as_posix()))
     return re.sub(r"/(?:inst_|bin_)?masks/", "/images/", stem)
 
 

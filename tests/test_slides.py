@@ -81,6 +81,7 @@ def test_a_table_that_was_written_is_read(tmp_path):
         ("image,slide\na.png,S\n", "slides.csv has no columns file and slide: begin it with the line file,slide"),
         ("", "slides.csv has no columns"),
         ("file,slide\na.png,\n", "slides.csv, line 2 lacks a file or a slide"),
+        ("file,slide\na.png,=1+1\n", "slides.csv: slide =1.1 is a formula to spreadsheets"),
         ("file,slide\na.png\n", "slides.csv, line 2 lacks a file or a slide"),
         ("file,slide\na.png,S\na.tif,T\n", "slides.csv names two slides of a.tif, S and T: give one"),
         (b"file,slide\na.png,\xff\n", "slides.csv is not UTF-8"),
