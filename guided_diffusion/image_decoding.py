@@ -48,11 +48,13 @@ class Decoded:
 
     :param pixels: a Pillow image of at most 8 bits a channel; of more bits, or signed, an array, [H x W (x C)].
     :param doubt: why its numbers are no labels, as Refused has it; "" where they may be.
+    :param cut: whether Pillow has kept the upper 8 of a channel's 16 bits alone.
     :param step: what Pillow has multiplied the numbers by, as it does with grey of 2 and 4 bits.
     """
 
     pixels: Image.Image | np.ndarray
     doubt: str = ""
+    cut: bool = False
     step: int = 1
 
 
@@ -81,17 +83,18 @@ def opened(data: bytes) -> Image.Image:
     _check_size(image.width, image.height)
     if image.format != "MPO":  # a photo, and what a camera hides behind it
         _check_pages(getattr(image, "n_frames", 1))
-    _check_bits(image)
     return image
 
 
 def _by_pillow(image: Image.Image, doubt: str) -> Decoded:
     """Let Pillow decode an image that it has opened."""
-    rawmode = _rawmode(image)
+    rawmode, cut = _rawmode(image), is_cut(image)
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     pixels = np.asarray(image) if image.mode.startswith(("I", "F")) else image
-    return Decoded(pixels, doubt, {"L;2": 85, "L;4": 17}.get(rawmode[:3], 1))
+    if cut and not doubt:
+        doubt = "has channels of 16 bits, not 8: save the mask with one channel of integers"
+    return Decoded(pixels, doubt, cut, {"L;2": 85, "L;4": 17}.get(rawmode[:3], 1))
 
 
 def _rawmode(image: Image.Image) -> str:
@@ -112,10 +115,9 @@ def _check_pages(count: int) -> None:
         )
 
 
-def _check_bits(image: Image.Image) -> None:
-    """Pillow cuts several channels of 16 bits down to the upper 8, so that 12-bit images turn black, and ids to 0."""
-    if ";16" in _rawmode(image) and not image.mode.startswith("I"):
-        raise Refused("has channels of 16 bits, not 8: convert it to 8-bit RGB, or a mask to one channel")
+def is_cut(image: Image.Image) -> bool:
+    """:return: whether Pillow, when it decodes an image, will cut 16 bits a channel down to the upper 8."""
+    return ";16" in _rawmode(image) and not image.mode.startswith("I")
 
 
 # ---- TIFF ----
@@ -142,7 +144,6 @@ def _decode_tiff(file: TiffFile, data: bytes) -> Decoded:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise Refused(f"is a TIFF of {_described(page)}, which is not read: {_REMEDY}") from None
-    _check_bits(image)
     signed = page.sampleformat != 1 or page.bitspersample > 16
     if signed and (page.bitspersample == 8 or file.byteorder == ">"):
         raise Refused(f"is a big-endian TIFF of {_described(page)} compressed by {page.compression.name}: {_REMEDY}")

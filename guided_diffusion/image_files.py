@@ -14,7 +14,7 @@ import blobfile as bf
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .image_decoding import Decoded, Refused, decode, opened
+from .image_decoding import Decoded, Refused, decode, is_cut, opened
 
 EXTENSIONS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of Pillow, that all programs show alike
@@ -32,8 +32,7 @@ def read_image(path: str | Path, in_channels: int = 3) -> np.ndarray:
     :raises FileNotFoundError: where it is gone.
     """
     with _naming(path):
-        image = _decoded(path).pixels
-        _check_kind(image)
+        image = _in_8_bits(_decoded(path))
         if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
             raise Refused("is partly transparent, so that its colours depend on what is behind it: save it as RGB")
         # Through RGB, so that a palette becomes grey by its colours.
@@ -76,19 +75,34 @@ def check_image(path: str | Path) -> tuple[int, int]:
         data = _content(path)
         if data.startswith(b"\x89PNG") and not any(mark in data for mark in _TURNED):
             with opened(data) as image:
-                _check_kind(image)
-                if not image.has_transparency_data:
+                wide = is_cut(image) or image.mode.startswith("I")
+                if not wide and not image.has_transparency_data:
                     image.verify()
                     return image.size
     height, width, _ = read_image(path).shape
     return width, height
 
 
+def _in_8_bits(decoded: Decoded) -> Image.Image:
+    """
+    An image of 8 bits a channel; of 16 the upper ones, as viewers show them.
+
+    :raises Refused: where the numbers are others, or stay in the lower half of 16 bits: those of 12 would be black.
+    """
+    image, cut = decoded.pixels, decoded.cut
+    wide = isinstance(image, np.ndarray) and (image.dtype.kind, image.dtype.itemsize) == ("u", 2)
+    if wide and not decoded.doubt and image.shape[2:] in ((), (3,)):
+        image, cut = Image.fromarray((image >> 8).astype(np.uint8)), True
+    _check_kind(image)
+    if cut and np.max(image.convert("RGB").getextrema()) < 128:
+        raise Refused("has uint16 pixels of less than 16 bits, not 8 bits a channel: convert it to 8-bit RGB")
+    return image
+
+
 def _check_kind(image: Image.Image | np.ndarray) -> None:
     """:raises Refused: where an image has more than 8 bits a channel, or colours that programs show unlike."""
-    if isinstance(image, np.ndarray) or image.mode.startswith(("I", "F")):
-        kind = image.dtype if isinstance(image, np.ndarray) else "uint16"
-        raise Refused(f"has pixels of {kind}, not 8 bits a channel: convert it to 8-bit RGB")
+    if isinstance(image, np.ndarray):
+        raise Refused(f"has pixels of {image.dtype}, not 8 bits a channel: convert it to 8-bit RGB")
     if image.mode not in _MODES:
         raise Refused(f"has colours in {image.mode}, which programs show in several ways: convert it to 8-bit RGB")
 
