@@ -117,7 +117,8 @@ def _connections_of_workers_may_end(owner: int) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.excepthook = before
+        if sys.excepthook is hook:  # else it is in use: by mpi, whose own watches for the end of a rank that fails
+            sys.excepthook = before
 
 
 def leave_to_parent(worker: int = 0) -> None:

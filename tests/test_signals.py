@@ -37,6 +37,18 @@ def test_is_raised(number):
     assert signal.getsignal(number) == before
 
 
+def test_what_watches_for_errors_meanwhile_stays(monkeypatch):
+    """As mpi does, in a program that cli.run runs."""
+    before = sys.excepthook
+    with signals.raised():
+        pass
+    assert sys.excepthook is before
+    watch = lambda kind, error, trace: None  # noqa: E731
+    with signals.raised():
+        monkeypatch.setattr(sys, "excepthook", watch)
+    assert sys.excepthook is watch
+
+
 def test_a_stop_that_is_remembered_is_not_raised():
     with signals.raised(), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
