@@ -120,6 +120,7 @@ def read_batches(
         prefetch_factor=ahead if num_workers else None,
         collate_fn=_collate,
         worker_init_fn=_prepare_worker,
+        multiprocessing_context="fork" if num_workers else None,  # whatever Python's default: see signals
         pin_memory=dist_util.dev().type == "cuda",
         generator=th.Generator(),  # else the loader draws from the global one
     )

@@ -23,7 +23,6 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from sklearn.neighbors import NearestNeighbors
 
 from ...files import list_files, nfc, writing
 from ...image_files import EXTENSIONS, check_image, read_image
@@ -297,6 +296,8 @@ def same_slide_share(features: np.ndarray, slides: Sequence[str]) -> float:
     :param slides: N names.
     :return: in [0, 1].
     """
+    from sklearn.neighbors import NearestNeighbors  # takes as long as torch, and sampling only reads features
+
     search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(np.asarray(features, np.float64))
     nearest = search.kneighbors(return_distance=False)[:, 0]
     names = np.asarray(slides)
