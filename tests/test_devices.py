@@ -1,15 +1,11 @@
 """The choice of a device, on a machine without GPUs; an nvidia-smi of the test's own lists some."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch as th
 
-from guided_diffusion import devices
-
-ROOT = Path(__file__).resolve().parents[1]
+import image_sample
+import image_train
+from guided_diffusion import cli, devices
 
 pytestmark = pytest.mark.skipif(th.cuda.is_available(), reason="torch can use the GPUs of this machine")
 
@@ -70,13 +66,16 @@ def test_unknown_device(text):
 
 
 @pytest.mark.parametrize(
-    "program, flag, missing",
-    [("image_train.py", "--data_dir", "--data_dir 'nowhere'"), ("image_sample.py", "--model_path", "--results_path")],
+    "main, flag, missing",
+    [
+        (image_train.main, "--data_dir", "--data_dir 'nowhere'"),
+        (image_sample.main, "--model_path", "--results_path"),
+    ],
 )
-def test_programs_compute_where_they_are_told(driver, program, flag, missing):
+def test_programs_compute_where_they_are_told(driver, capsys, main, flag, missing):
     driver(THREE)
     for device, said in (("auto", "--device auto: nvidia-smi lists 3 GPUs"), ("cpu", missing)):
-        words = [sys.executable, ROOT / program, flag, "nowhere", "--device", device]
-        done = subprocess.run(words, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
-        assert done.stderr.startswith(f"error: {said}"), done.stderr
+        with pytest.raises(SystemExit) as stop:
+            cli.run(lambda: main([flag, "nowhere", "--device", device]))  # noqa: B023
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith(f"error: {said}"), err

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import textwrap
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch as th
+from forked import Child
 
 from guided_diffusion import dist_util
 
@@ -97,6 +97,10 @@ def test_without_any_network_a_process_is_alone(tmp_path):
     assert run_alone(tmp_path, GROUP_OF_ONE, ["unshare", "--net"]) == (0, ["False", "False"], [])
 
 
+def meet(argv):
+    dist_util.setup_dist()
+
+
 @pytest.mark.parametrize(
     "env",
     [
@@ -106,21 +110,22 @@ def test_without_any_network_a_process_is_alone(tmp_path):
 )
 def test_a_launcher_that_mpi_does_not_know(tmp_path, env):
     """Each process would take itself for rank 0 of 1, and all would write to one folder."""
-    body = "cli.run(dist_util.setup_dist, dist_util.launched_rank, dist_util.leave)"
-    code, out, err = run_alone(tmp_path, body, **env)
-    assert (code, out, len(err)) == (2, [], 1), err
-    assert err[0].startswith("error: ") and "each would train alone" in err[0]
+    assert Child(meet, [], tmp_path / "log", **env).wait() == 2
+    error = (tmp_path / "log.err").read_text()
+    assert error.startswith("error: ") and "each would train alone" in error and error.count("\n") == 1, error
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("n", [1, 3])
 def test_collectives(tmp_path, launcher, n):
+    """Of pieces of work, each goes to one rank; one that is slow holds up nobody. Every deal begins at 0."""
     run = launch(
         tmp_path,
         launcher,
         n,
         """
+        import time
         dist_util.setup_dist()
         rank, size = dist_util.rank(), dist_util.world_size()
         assert dist_util.launched_rank() == dist_util.local_rank() == rank
@@ -150,27 +155,6 @@ def test_collectives(tmp_path, launcher, n):
         else:
             raise AssertionError
         dist_util.barrier()
-        open(f"done{rank}", "w").close()
-        dist_util.shutdown()
-        """,
-    )
-    assert run.returncode == 0, run.stderr
-    assert sorted(path.name for path in tmp_path.glob("done*")) == [f"done{i}" for i in range(n)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("n", [1, 3])
-def test_work_is_dealt_out_as_ranks_get_free(tmp_path, launcher, n):
-    """Each piece goes to one rank; one that is slow holds up nobody. Every deal begins at 0."""
-    run = launch(
-        tmp_path,
-        launcher,
-        n,
-        """
-        import time
-        dist_util.setup_dist()
-        rank, size = dist_util.rank(), dist_util.world_size()
         for count in (40, 0, 1, 40):
             taken = []
             for k in dist_util.deal(count):
@@ -185,7 +169,7 @@ def test_work_is_dealt_out_as_ranks_get_free(tmp_path, launcher, n):
         """,
     )
     assert run.returncode == 0, run.stderr
-    assert len(list(tmp_path.glob("done*"))) == n
+    assert sorted(path.name for path in tmp_path.glob("done*")) == [f"done{i}" for i in range(n)]
 
 
 def test_work_is_dealt_out_alone():
@@ -194,7 +178,8 @@ def test_work_is_dealt_out_alone():
 
 @pytest.mark.slow
 def test_no_wait_has_a_limit(tmp_path):
-    """Where groups have one second by default, a rank may keep the others waiting for longer."""
+    """Where groups have a moment by default, a rank may keep the others waiting for longer. And a script need not say
+    goodbye: those written against guided-diffusion never leave the group."""
     run = launch(
         tmp_path,
         "mpiexec",
@@ -203,7 +188,7 @@ def test_no_wait_has_a_limit(tmp_path):
         import datetime, time
         import torch.distributed as dist
         import torch.distributed.distributed_c10d as c10d
-        c10d.default_pg_timeout = datetime.timedelta(seconds=1)
+        c10d.default_pg_timeout = datetime.timedelta(seconds=0.2)
         dist_util.setup_dist()
         for wait in (
             dist_util.barrier,
@@ -211,20 +196,11 @@ def test_no_wait_has_a_limit(tmp_path):
             lambda: dist_util.any_rank(False),
             lambda: dist_util.broadcast_bytes(b"x"),
             lambda: dist_util.sync_params([th.ones(2)]),
-            dist_util.shutdown,
         ):
-            time.sleep(2 if dist_util.rank() == 1 else 0)
+            time.sleep(0.5 if dist_util.rank() == 1 else 0)
             wait()
         """,
     )
-    assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.slow
-def test_a_script_need_not_say_goodbye(tmp_path):
-    """As those written against guided-diffusion, which never leave the group."""
-    body = "dist_util.setup_dist()\nassert dist_util.all_gather(dist_util.rank()) == [0, 1]"
-    run = launch(tmp_path, "mpiexec", 2, body)
     assert (run.returncode, run.stderr) == (0, "")
 
 
@@ -251,10 +227,12 @@ def test_a_rank_that_dies_ends_the_job(tmp_path):
         "mpiexec",
         2,
         """
-        dist_util.setup_dist()
-        if dist_util.rank() == 1:
-            raise ZeroDivisionError("rank 1 has a bug")
-        dist_util.barrier()
+        def main():
+            dist_util.setup_dist()
+            if dist_util.rank() == 1:
+                raise ZeroDivisionError("rank 1 has a bug")
+            dist_util.barrier()
+        cli.run(main, dist_util.launched_rank, dist_util.leave)
         """,
         timeout=60,
     )
@@ -269,7 +247,7 @@ def test_a_mistake_of_one_rank_is_told_and_ends_the_job(tmp_path, launcher, rank
     run = launch(
         tmp_path,
         launcher,
-        3,
+        2,
         f"""
         def main():
             dist_util.setup_dist()
@@ -286,39 +264,14 @@ def test_a_mistake_of_one_rank_is_told_and_ends_the_job(tmp_path, launcher, rank
 
 
 @pytest.mark.slow
-def test_two_nodes(tmp_path):
-    """Two agents of torchrun, as on two hosts, agree on a rendezvous and train as one job of four ranks."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from pathlib import Path\n"
-        "from guided_diffusion import dist_util\n"
-        "dist_util.setup_dist()\n"
-        "ranks = sorted(dist_util.all_gather((dist_util.rank(), dist_util.local_rank())))\n"
-        "Path(f'ranks{dist_util.rank()}').write_text(str(ranks))\n"  # what four print to one pipe may mix
-        "dist_util.shutdown()\n"
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2"]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    nodes = [
-        subprocess.Popen([*command, "--node_rank", str(node), str(script)], env=env, cwd=tmp_path) for node in range(2)
-    ]
-    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
-    told = [(tmp_path / f"ranks{rank}").read_text() for rank in range(4)]
-    assert told == ["[(0, 0), (1, 1), (2, 0), (3, 1)]"] * 4
-
-
-@pytest.mark.slow
 def test_two_nodes_by_mpi(tmp_path, monkeypatch):
-    """MPICH can take one host for two: ranks then meet at the first one's address, and count within their own."""
+    """MPICH can take one host for two: ranks then meet at the first one's address, and count within their own. The same
+    with torchrun, and with two networks: test_two_hosts."""
     monkeypatch.setenv("MPIR_CVAR_NUM_CLIQUES", "2")
     run = launch(
         tmp_path,
         "mpiexec",
-        4,
+        3,
         """
         dist_util.setup_dist()
         ranks = sorted(dist_util.all_gather((dist_util.rank(), dist_util.local_rank())))
@@ -327,5 +280,5 @@ def test_two_nodes_by_mpi(tmp_path, monkeypatch):
         """,
     )
     assert run.returncode == 0, run.stderr
-    told = {(tmp_path / f"ranks{rank}").read_text() for rank in range(4)}
-    assert told == {"[(0, 0), (1, 0), (2, 1), (3, 1)]"}
+    told = {(tmp_path / f"ranks{rank}").read_text() for rank in range(3)}
+    assert told == {"[(0, 0), (1, 0), (2, 1)]"}

@@ -1,7 +1,7 @@
 """Sampling from the command line: files, numbers, seeds, ranks, and mistakes."""
 
-import contextlib
 import csv
+import glob
 import io
 import json
 import os
@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
-from conftest import TINY, draw_patch
+from conftest import TINY, draw_patch, write_patches
+from forked import Child, start_ranks
 from PIL import Image
 
 import image_sample
-from guided_diffusion import checkpoint, cli, files
+from guided_diffusion import checkpoint, cli, dist_util, files
 from guided_diffusion.histology.features.embeddings import Features, save_features
 from guided_diffusion.results import FOLDERS, ResultFolder
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
@@ -49,12 +50,6 @@ def flags(data_dir, model_path, out, *extra):
 def run(data_dir, model_path, out, *extra):
     image_sample.main(flags(data_dir, model_path, out, *extra))
     return out
-
-
-def launched(n, *arguments):
-    """A command that samples on n ranks."""
-    mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", str(n)] if n > 1 else []
-    return [*mpiexec, sys.executable, str(ROOT / "image_sample.py"), *arguments]
 
 
 def pixels(out, stem):
@@ -148,7 +143,8 @@ def test_dry_run(data_dir, model_path, tmp_path, capsys):
 @pytest.mark.slow
 def test_two_ranks_write_what_one_writes(data_dir, model_path, tmp_path):
     one = run(data_dir, model_path, tmp_path / "one", "--num_samples", "5")
-    command = launched(2, *flags(data_dir, model_path, tmp_path / "two", "--num_samples", "5"))
+    command = [Path(sys.executable).with_name("mpiexec"), "-n", "2", sys.executable, ROOT / "image_sample.py"]
+    command += flags(data_dir, model_path, tmp_path / "two", "--num_samples", "5")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     two = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert two.returncode == 0, two.stderr
@@ -158,25 +154,20 @@ def test_two_ranks_write_what_one_writes(data_dir, model_path, tmp_path):
         assert np.abs(pixels(one, row["stem"]) - pixels(tmp_path / "two", row["stem"])).max() <= 1
 
 
-LISTS_ON_RANK_0 = """
-import glob, sys
-from guided_diffusion import dist_util
-if dist_util.launched_rank():
-    glob.glob = None
-import image_sample
-image_sample.main(sys.argv[1:])
-"""
+def list_on_rank_0(argv):
+    """Sample, in a process where another rank that looks for checkpoints fails."""
+    if dist_util.launched_rank():
+        glob.glob = None
+    image_sample.main(argv)
 
 
 def test_ranks_without_work(data_dir, model_path, tmp_path):
     """Two of three samples are there, so one of the ranks has nothing to do. Rank 0 alone lists the checkpoints."""
     pattern = str(Path(model_path).with_name("model00000[7]*.pt"))
     out = run(data_dir, pattern, tmp_path / "out", "--num_samples", "2")
-    mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable, "-c", LISTS_ON_RANK_0]
-    command = [*mpiexec, *flags(data_dir, pattern, out, "--num_samples", "3")]
-    two = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert two.returncode == 0, two.stderr
-    assert "2 of 3 samples are finished already" in two.stdout and len(manifest(out)) == 3
+    two = start_ranks(2, list_on_rank_0, flags(data_dir, pattern, out, "--num_samples", "3"), tmp_path / "two")
+    assert [rank.wait() for rank in two] == [0, 0], (tmp_path / "two.err").read_text()
+    assert "2 of 3 samples are finished already" in (tmp_path / "two.out").read_text() and len(manifest(out)) == 3
 
 
 # ---- sweeps ----
@@ -201,6 +192,8 @@ def test_checkpoints_by_scales(data_dir, two_models, tmp_path):
         assert len(rows) == 4 and {row["s"] for row in rows} == {name.rpartition("_s")[2]}
         assert all(Path(row["checkpoint"]).stem == name.rpartition("_s")[0] for row in rows)
         assert rows == manifest(again / name)
+        if name != names[2]:
+            continue
         alone = tmp_path / "alone" / name
         run(data_dir, rows[0]["checkpoint"], alone, "--s", rows[0]["s"], "--num_samples", "4")
         for row in rows:
@@ -321,32 +314,10 @@ def test_another_run_in_the_same_folder_is_refused(data_dir, model_path, tmp_pat
     assert len(manifest(out)) == 2 and snapshot(out) != before
 
 
-def running(out):
-    """The process numbers of the ranks that write to a folder, and of their launcher."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if str(out).encode() in (folder / "cmdline").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return sorted(found)
-
-
-def kill(process, out, rng):
-    """Kill all of a run at once, or its last process, whereupon the others are to end."""
-    for pid in running(out) if rng.random() < 0.5 else running(out)[-1:]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait(60)
-    deadline = time.monotonic() + 30
-    while running(out):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_killed_at_random_moments(data_dir, two_models, tmp_path):
     """SIGKILL, again and again, each time on another number of ranks; what is there afterwards is what an undisturbed
-    run writes."""
+    run writes. Where one rank dies, the others end, too."""
 
     def images():
         return [path for path in (tmp_path / "out").rglob("samples/*.png") if not path.name.startswith(".")]
@@ -354,72 +325,69 @@ def test_killed_at_random_moments(data_dir, two_models, tmp_path):
     options = ["--s", "1,1.5", "--num_samples", "8", "--batch_size", "2"]
     calm = run(data_dir, ",".join(two_models), tmp_path / "calm", *options)
     arguments = flags(data_dir, ",".join(two_models), tmp_path / "out", *options)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     rng = np.random.default_rng(0)
-    written = 0
-    for kills in range(1, 21):
-        command = launched(1 + kills % 3, *arguments)
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    written = kills = 0
+    for kills in range(10):
+        ranks = start_ranks(1 + kills % 3, image_sample.main, arguments, tmp_path / "log")
         # Alternately once another sample is there, and at any moment of the start.
-        deadline = time.monotonic() + (60 if kills % 2 else 6 * rng.random())
-        while process.poll() is None and time.monotonic() < deadline:
-            if kills % 2 and len(images()) > written:
-                time.sleep(0.02 * rng.random())
-                break
-            time.sleep(0.001)
-        if process.poll() is not None:
-            assert process.returncode == 0
+        if kills % 2:
+            ranks[0].until(lambda: len(images()) > written)  # noqa: B023
+            time.sleep(0.02 * rng.random())
+        else:
+            time.sleep(rng.random())
+        if not ranks[0].process.is_alive():
             break
-        kill(process, tmp_path / "out", rng)
+        for rank in ranks if rng.random() < 0.5 else ranks[-1:]:
+            rank.kill()
+        assert 0 not in [rank.wait() for rank in ranks]
         written = len(images())
         for path in images():
             Image.open(path).load()
-    else:
-        subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
-    assert kills > 1
+    for rank in ranks:
+        rank.wait()
+    assert kills > 3
+    assert Child(image_sample.main, arguments, tmp_path / "log").wait() == 0
     assert_same(snapshot(tmp_path / "out"), snapshot(calm))
 
 
+@pytest.fixture(scope="module")
+def sixteen(model_path, tmp_path_factory) -> tuple[list[str], dict[str, bytes]]:
+    """The flags of a run that writes one sample after the other, but for --results_path, and what it writes."""
+    folder = tmp_path_factory.mktemp("sixteen")
+    write_patches(folder / "data" / "MoNuSegTrainingData")
+    argv = flags(folder / "data", model_path, folder / "calm", "--num_samples", "16", "--batch_size", "1")
+    image_sample.main(argv)
+    return argv, snapshot(folder / "calm")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_goes_on_later(data_dir, model_path, tmp_path, number):
-    options = ["--num_samples", "16", "--batch_size", "1", "--num_workers", "1"]
-    calm = run(data_dir, model_path, tmp_path / "calm", *options)
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        launched(1, *flags(data_dir, model_path, out, *options)),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while not list(out.glob("samples/*.png")):
-        time.sleep(0.01)
-    os.killpg(process.pid, number)  # as a terminal and a batch system do, its workers, too
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 75 and "the same command goes on" in printed
+def test_asked_to_stop_it_goes_on_later(sixteen, tmp_path, number):
+    argv, whole = sixteen
+    argv, out = [*argv, "--results_path", str(tmp_path / "out")], tmp_path / "out"
+    child = Child(image_sample.main, [*argv, "--num_workers", "1"], tmp_path / "log")
+    assert child.until(lambda: any(out.glob("samples/*.png")))
+    child.kill(number)  # its workers, too
+    assert child.wait() == 75 and "the same command goes on" in (tmp_path / "log.out").read_text()
+    errors = (tmp_path / "log.err").read_text()
     assert errors.endswith(f"stopped by {number.name}\n") and "Traceback" not in errors
     assert 0 < len(ResultFolder(out).finished()) < 16
-    run(data_dir, model_path, out, *options)
-    assert_same(snapshot(out), snapshot(calm))
+    image_sample.main(argv)
+    assert_same(snapshot(out), whole)
 
 
-def test_two_runs_at_once(data_dir, model_path, tmp_path):
+def test_two_runs_at_once(sixteen, tmp_path):
     """The second is told who uses the folder, before it changes anything, and the first goes on undisturbed."""
-    options = ["--num_samples", "16", "--batch_size", "1"]
-    calm = run(data_dir, model_path, tmp_path / "calm", *options)
-    out = tmp_path / "out"
-    command = launched(1, *flags(data_dir, model_path, out, *options))
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not list(out.glob("samples/*.png")):
-        assert first.poll() is None, first.stderr.read()
-        time.sleep(0.01)
+    argv, whole = sixteen
+    argv, out = [*argv, "--results_path", str(tmp_path / "out")], tmp_path / "out"
+    first = Child(image_sample.main, argv, tmp_path / "log")
+    assert first.until(lambda: any(out.glob("samples/*.png")))
+    first.kill(signal.SIGSTOP)
     for extra in ([], ["--overwrite", "True"]):
         with pytest.raises(ValueError, match=rf"--results_path .*out is in use by process {first.pid} on "):
-            run(data_dir, model_path, out, *options, *extra)
-    assert first.poll() is None
-    assert first.wait(60) == 0
-    assert_same(snapshot(out), snapshot(calm))
+            image_sample.main([*argv, *extra])
+    first.kill(signal.SIGCONT)
+    assert first.wait() == 0
+    assert_same(snapshot(out), whole)
 
 
 def test_samples_of_data_that_have_changed_are_refused(data_dir, model_path, tmp_path):
@@ -668,14 +636,12 @@ def test_results_in_the_data_are_refused(data_dir, model_path):
     assert len(manifest(run(data_dir, model_path, data_dir / "results", "--num_samples", "1"))) == 1
 
 
-@pytest.mark.slow
-def test_a_mistake_in_a_real_process(data_dir, model_path, tmp_path):
+def test_a_mistake_in_a_process_of_its_own(data_dir, model_path, tmp_path):
     image = data_dir / "MoNuSegTrainingData" / "images" / "slide-0_002.png"
     image.write_bytes(image.read_bytes()[:300])
-    command = [sys.executable, str(ROOT / "image_sample.py"), *flags(data_dir, model_path, tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert result.returncode == 2 and result.stdout == ""
-    guessed, error = result.stderr.splitlines()
+    child = Child(image_sample.main, flags(data_dir, model_path, tmp_path / "out"), tmp_path / "log")
+    assert child.wait() == 2 and (tmp_path / "log.out").read_text() == ""
+    guessed, error = (tmp_path / "log.err").read_text().splitlines()
     assert "NAME_000 is taken for a patch of slide NAME" in guessed
     assert re.fullmatch(r"error: .*slide-0_002\.png cannot be decoded .*", error), error
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,7 @@ class Host:
     address: str
     folder: Path
     process: subprocess.Popen
+    jobs: list[subprocess.Popen] = field(default_factory=list)
 
     def command(self, *words: str) -> list[str]:
         names = ["--net", "--uts", "--mount", f"--wd={self.folder}"]
@@ -52,7 +53,8 @@ class Host:
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("MASTER_", "GLOO_"))}
         env = {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return subprocess.Popen(self.command(*words), env=env, **pipes)
+        self.jobs.append(subprocess.Popen(self.command(*words), env=env, **pipes))
+        return self.jobs[-1]
 
     def ip(self, *lines: str) -> None:
         for line in lines:
@@ -94,28 +96,35 @@ def hosts(tmp_path):
         yield found
     finally:
         for host in found:
-            host.process.kill()
-            host.process.wait()
+            for process in (*host.jobs, host.process):
+                process.kill()  # of mpiexec, whose ranks end with it
+                process.wait()
 
 
 def told(folder: Path, count: int) -> set[str]:
     return {(folder / f"ranks{rank}").read_text() for rank in range(count)}
 
 
-def by_mpi(hosts: list[Host], **env: str) -> subprocess.Popen:
+def by_mpi(hosts: list[Host], ranks: int, **env: str) -> subprocess.Popen:
     ssh = hosts[0].folder / "ssh"
     ssh.write_text(SSH.format(process=hosts[1].process.pid, folder=hosts[0].folder))
     ssh.chmod(0o755)
     mpiexec = [Path(sys.executable).with_name("mpiexec"), "-launcher", "ssh", "-launcher-exec", ssh]
-    addresses = ",".join(host.address for host in hosts)
-    return hosts[0].start(*mpiexec, "-hosts", addresses, "-ppn", "2", "-n", "4", sys.executable, "script.py", **env)
+    mpiexec += ["-hosts", ",".join(host.address for host in hosts), "-ppn", ranks // 2, "-n", ranks]
+    return hosts[0].start(*mpiexec, sys.executable, "script.py", **env)
 
 
-@pytest.mark.parametrize("env", [{}, {"MASTER_ADDR": "node1", "MASTER_PORT": "29617"}, {"GLOO_SOCKET_IFNAME": "cable"}])
-def test_mpiexec(hosts, env):
-    job = by_mpi(hosts, **env)
+def test_mpiexec(hosts):
+    job = by_mpi(hosts, 4)
     assert job.wait(120) == 0, job.stdout.read()
     assert told(hosts[0].folder, 4) == {"[(0, 0), (1, 1), (2, 0), (3, 1)]"}
+
+
+@pytest.mark.parametrize("env", [{"MASTER_ADDR": "node1", "MASTER_PORT": "29617"}, {"GLOO_SOCKET_IFNAME": "cable"}])
+def test_mpiexec_where_the_user_says_how_to_meet(hosts, env):
+    job = by_mpi(hosts, 2, **env)
+    assert job.wait(120) == 0, job.stdout.read()
+    assert told(hosts[0].folder, 2) == {"[(0, 0), (1, 0)]"}
 
 
 ALONE_WITH_IT = """
@@ -124,9 +133,9 @@ from guided_diffusion import cli, dist_util, mpi
 
 def main():
     world, node = mpi.start()
-    if world.Get_rank() == 3:
-        raise {error}("rank 3 has no disk")
-    world.bcast(None, root=3)
+    if world.Get_rank() == 1:
+        raise {error}("rank 1 has no disk")
+    world.bcast(None, root=1)
 
 cli.run(main, dist_util.launched_rank, dist_util.leave)
 """
@@ -136,9 +145,9 @@ cli.run(main, dist_util.launched_rank, dist_util.leave)
 def test_a_rank_that_fails_alone_ends_the_job(hosts, error, code):
     """The others wait for it by MPI, which they would do without end."""
     (hosts[0].folder / "script.py").write_text(ALONE_WITH_IT.format(error=error))
-    job = by_mpi(hosts)
+    job = by_mpi(hosts, 2)
     assert job.wait(60) == code
-    assert job.stdout.read().count("rank 3 has no disk\n") == 1
+    assert job.stdout.read().count("rank 1 has no disk\n") == 1
 
 
 def test_torchrun(hosts):
