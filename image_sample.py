@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 
-from guided_diffusion import checkpoint, cli, dist_util, logger, signals
+from guided_diffusion import checkpoint, cli, dist_util, logger, magnification, signals
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.histology.features.embeddings import load_features
@@ -61,9 +61,9 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if args.dry_run and not args.model_path:
         return args, []
     paths = dist_util.from_rank_0(lambda: find_checkpoints(args.model_path))
-    config = dist_util.from_rank_0(lambda: checkpoint.load_config(paths[0])) or {}
-    # How colours were shuffled in training is part of what the condition means, though no weight depends on it.
-    fields = (*checkpoint.MODEL_FIELDS, "preserve_nuclei_col")
+    config = dist_util.from_rank_0(lambda: checkpoint.load_config(paths[0])) or {"mpp": magnification.REFERENCE_MPP}
+    # What areas went by, and how colours were shuffled, is part of what the condition means to the model.
+    fields = (*checkpoint.MODEL_FIELDS, "preserve_nuclei_col", "mpp")
     known = {name: config[name] for name in fields if name in config and name in vars(args)}
     for name, value in known.items():
         if type(value) is not type(parser.get_default(name)):

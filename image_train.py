@@ -10,7 +10,7 @@ from typing import Any
 
 import torch as th
 
-from guided_diffusion import checkpoint, cli, dist_util, logger
+from guided_diffusion import checkpoint, cli, dist_util, logger, magnification
 from guided_diffusion.checkpointer import Checkpointer
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
@@ -103,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = create_argparser().parse_args(argv)
     check(args)
+    known_mpp = args.mpp or magnification.of_data(args.data_dir)
+    args.mpp = known_mpp or magnification.REFERENCE_MPP
     spec = condition_spec(vars(args))
     options = TrainOptions.read(vars(args))
     th.manual_seed(args.seed)  # the initial weights; all later draws have generators of their own
@@ -125,6 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     model.convert_to(dtype)
     with Checkpointer(logger.environment_dir(), options.kept_checkpoints) as checkpointer:
         seen, held_out = load_parts(args, spec)
+        if args.use_hv_map and not known_mpp:
+            logger.log(magnification.assumption(args.data_dir))
         facts = {"data": identity(seen), "held_out": identity(held_out)}
         resumed = checkpointer.find(args.resume_checkpoint, vars(args), changeable(FLAGS), facts)
         check_last_step(options, resumed)

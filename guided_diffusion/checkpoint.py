@@ -17,8 +17,9 @@ import blobfile as bf
 import torch as th
 from torch import nn
 
-from . import dist_util
+from . import dist_util, logger
 from .files import is_remote, writing
+from .magnification import REFERENCE_MPP, check, mismatch
 
 BEST = "best"  # the sub-folder of the best set; and what links to its files have in place of the step
 CONFIG_NAME, RESULT_NAME = "config.json", "result.json"
@@ -266,7 +267,10 @@ def check_fit(model: nn.Module, state: dict[str, Any], path: str) -> None:
 
 
 def load_config(checkpoint_path: str) -> dict[str, Any] | None:
-    """:return: the flags that a checkpoint was trained with, or None where there is no config.json beside it."""
+    """
+    :return: the flags that a checkpoint was trained with, or None where there is no config.json beside it. A model that
+        does not say its micrometres a pixel was trained as at 40x.
+    """
     path = bf.join(bf.dirname(checkpoint_path) or ".", CONFIG_NAME)
     if not is_file(path):
         return None
@@ -277,7 +281,7 @@ def load_config(checkpoint_path: str) -> dict[str, Any] | None:
         config = None
     if not isinstance(config, dict):
         raise ValueError(f"{path} does not parse: restore it, or remove it to go without its check")
-    return config
+    return {**config, "mpp": config.get("mpp") or REFERENCE_MPP}
 
 
 def meaning(value: Any) -> Any:
@@ -290,7 +294,8 @@ def meaning(value: Any) -> Any:
 
 def check_config(checkpoint_path: str, flags: dict[str, Any]) -> None:
     """
-    Compare flags with those a checkpoint was trained with, as far as these are known.
+    Compare flags with those a checkpoint was trained with, as far as these are known; and warn where it was trained at
+    another magnification than that of --data_dir.
 
     :param flags: flag -> value of this run.
     :raises ValueError: naming the first of MODEL_FIELDS that differs.
@@ -302,3 +307,6 @@ def check_config(checkpoint_path: str, flags: dict[str, Any]) -> None:
                 f"checkpoint {checkpoint_path} was trained with --{field} {config[field]}, "
                 f"this run has --{field} {flags[field]}: give the same"
             )
+    mpp = check(config.get("mpp") or REFERENCE_MPP, f"config.json beside {checkpoint_path}: mpp")
+    if line := mismatch(checkpoint_path, mpp, flags.get("data_dir", "")):
+        logger.warn(line)

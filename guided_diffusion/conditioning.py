@@ -9,6 +9,7 @@ import torch as th
 import torch.nn.functional as F
 
 from .hv_maps import gen_instance_hv_map, vis_hv_map
+from .magnification import REFERENCE_MPP
 from .options import Options, flag
 
 Ids = TypeVar("Ids", th.Tensor, np.ndarray)
@@ -37,6 +38,13 @@ class ConditionSpec(Options):
         within="[1, inf)",
     )
     in_channels: int = flag(3, "channels of the images: 1 (grey) or 3 (RGB)")
+    mpp: float = flag(
+        0.0,
+        "micrometres a pixel of the data, which areas in HV maps go by; 0: as prepare.json says, else 0.25 (40x); in "
+        "sampling, as the model was trained",
+        within="[0, 100]",
+        ours=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +133,11 @@ class ConditionSpec(Options):
                 "ids count from 0; raise --num_classes or fix the mask"
             )
 
+    def hv_planes(self, inst_map: np.ndarray) -> np.ndarray:
+        """:return: the HV map of an [H x W] instance map, channels first: a contiguous [2 x H x W] fp32 array."""
+        hv_map = gen_instance_hv_map(inst_map, mpp=self.mpp or REFERENCE_MPP)
+        return np.ascontiguousarray(hv_map.transpose(2, 0, 1))
+
     def encode(
         self,
         image: np.ndarray,
@@ -150,7 +163,7 @@ class ConditionSpec(Options):
             "label_ori": the class map, [H x W] int32; without them and no_instance "edge": [1 x H x W] boolean.
         """
         if self.use_hv_map:
-            label = hv_planes(inst_map) if hv_map is None else hv_map
+            label = self.hv_planes(inst_map) if hv_map is None else hv_map
         else:
             label = class_map[None].astype(np.int32) if self.class_cond else (class_map != 0)[None].astype(np.uint8)
         parts = {"label": label}
@@ -252,11 +265,6 @@ def as_signed(values: th.Tensor) -> th.Tensor:
         return values
     # By a tensor: by a number, GPUs multiply with its reciprocal, which rounds otherwise.
     return values.float().div_(th.full((), 127.5, device=values.device)).sub_(1)
-
-
-def hv_planes(inst_map: np.ndarray) -> np.ndarray:
-    """:return: the HV map of an [H x W] instance map, channels first: a contiguous [2 x H x W] fp32 array."""
-    return np.ascontiguousarray(gen_instance_hv_map(inst_map).transpose(2, 0, 1))
 
 
 def shuffled_order(shape: tuple[int, int], mask: np.ndarray | None, generator: th.Generator) -> np.ndarray:

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-MIN_AREA = 30  # px inside the crop; smaller pieces of a nucleus get no HV values
+from .magnification import REFERENCE_MPP, area
+
+MIN_AREA = 30  # px of 40x inside the crop; smaller pieces of a nucleus get no HV values
 
 
 class _Runs(NamedTuple):
@@ -26,7 +28,9 @@ class _Runs(NamedTuple):
     instance: np.ndarray  # 0 .. number of instances - 1
 
 
-def gen_instance_hv_map(inst_map: np.ndarray, crop_shape: tuple[int, int] | None = None) -> np.ndarray:
+def gen_instance_hv_map(
+    inst_map: np.ndarray, crop_shape: tuple[int, int] | None = None, mpp: float = REFERENCE_MPP
+) -> np.ndarray:
     """
     Compute the HV map of an instance map.
 
@@ -36,8 +40,9 @@ def gen_instance_hv_map(inst_map: np.ndarray, crop_shape: tuple[int, int] | None
 
     :param inst_map: an [H x W] array of integer or boolean type with 0 as background and ids above it.
     :param crop_shape: (h, w) of the central crop that is returned; None for the whole map.
+    :param mpp: micrometres a pixel.
     :return: an [h x w x 2] float32 array in [-1, 1], x first; 0 on background and on nuclei with fewer than 30
-             pixels inside the crop.
+             pixels of 40x inside the crop.
     :raises ValueError: if inst_map is not 2-D, not of integer type or has negative ids, or is smaller than the crop.
     """
     inst_map = _checked(inst_map)
@@ -48,14 +53,14 @@ def gen_instance_hv_map(inst_map: np.ndarray, crop_shape: tuple[int, int] | None
         return hv_map
 
     length = runs.stop - runs.start
-    area = np.bincount(runs.instance, length)
-    x_centre, x_scale = _centre_and_scale(runs.instance, runs.start, runs.stop - 1, length, area)
-    y_centre, y_scale = _centre_and_scale(runs.instance, runs.row, runs.row, length, area)
+    size = np.bincount(runs.instance, length)
+    x_centre, x_scale = _centre_and_scale(runs.instance, runs.start, runs.stop - 1, length, size)
+    y_centre, y_scale = _centre_and_scale(runs.instance, runs.row, runs.row, length, size)
 
     row = runs.row - top
     start = np.clip(runs.start - left, 0, width)
     shown = np.where((row >= 0) & (row < height), np.clip(runs.stop - left, 0, width) - start, 0)
-    drawn = (shown > 0) & (np.bincount(runs.instance, shown) >= MIN_AREA)[runs.instance]
+    drawn = (shown > 0) & (np.bincount(runs.instance, shown) >= area(MIN_AREA, mpp))[runs.instance]
     row, start, shown, instance = row[drawn], start[drawn], shown[drawn], runs.instance[drawn]
 
     # HoVer-Net counts pixels from 1 and the centre from 0, so the centre pixel is at +1: hence the 1 in both axes.
@@ -195,7 +200,7 @@ def _split_with_wrap_around(inst_map: np.ndarray) -> np.ndarray:
 
 
 def _centre_and_scale(
-    instance: np.ndarray, low: np.ndarray, high: np.ndarray, length: np.ndarray, area: np.ndarray
+    instance: np.ndarray, low: np.ndarray, high: np.ndarray, length: np.ndarray, size: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     Centre and scale of every instance along one axis.
@@ -204,11 +209,11 @@ def _centre_and_scale(
     :param low: the smallest coordinate of each run.
     :param high: the largest coordinate of each run.
     :param length: the pixels of each run.
-    :param area: the pixels of each instance, as exact float64.
+    :param size: the pixels of each instance, as exact float64.
     :return: the centres, floor(mean + 0.5), int64 [n]; and what divides negative (row 0) and positive (row 1) offsets
              from them, float32 [2 x n].
     """
-    centre = (np.bincount(instance, (low + high) * length) + area) // (2 * area)  # (2 * sum + n) // (2 * n), exact
+    centre = (np.bincount(instance, (low + high) * length) + size) // (2 * size)  # (2 * sum + n) // (2 * n), exact
     centre = centre.astype(np.int64)
     smallest, largest = centre.copy(), centre.copy()
     np.minimum.at(smallest, instance, low)

@@ -4,15 +4,15 @@ models."""
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch as th
 from scipy import ndimage
 from torch.utils.data import Dataset
 
-from . import data_util, dist_util, streams
-from .conditioning import ConditionSpec, as_rgb, as_signed, hv_planes
+from . import data_util, dist_util, magnification, streams
+from .conditioning import ConditionSpec, as_rgb, as_signed
 from .data_stream import Key, stream
 from .image_files import read_image, read_inst_mask, read_mask
 from .image_transforms import center_crop, random_crop, random_flip_turn
@@ -162,7 +162,7 @@ class NucleiDataset(Dataset):
         if self.augment or not self.spec.use_hv_map:
             return None
         if index not in self._hv_maps:
-            hv_map = hv_planes(inst_map)
+            hv_map = self.spec.hv_planes(inst_map)
             if not self._takes(hv_map.nbytes):
                 return hv_map
             self._hv_maps[index] = hv_map
@@ -229,7 +229,7 @@ def load_dataset(
     As many files are read as memory keeps, shared out over the ranks, so that what is wrong shows now; the others are
     checked when they are read. Where images are matched, every file is.
 
-    :param data_dir: see list_items; so are dataset_mode and is_train.
+    :param data_dir: see list_items; so are dataset_mode and is_train. Where the spec has no mpp, it is the folder's.
     :param subsample: use only this share of the items.
     :param shuffle_masks: give each structure the image of another item, by a fixed permutation.
     :param match_struct: give it that of an item with similar nuclei.
@@ -247,6 +247,8 @@ def load_dataset(
     )
     check_pairing(**choice, appearance_dir=appearance_dir)
     items = list_items(data_dir, dataset_mode, is_train)
+    if not spec.mpp:
+        spec = replace(spec, mpp=magnification.of_data(data_dir) or magnification.REFERENCE_MPP)
     if subsample != 1:
         items = [items[i] for i in sorted(data_util.subsample_indices(len(items), subsample))]
     if part:

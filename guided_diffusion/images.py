@@ -10,9 +10,9 @@ from pathlib import Path
 
 import blobfile as bf
 
-from .files import by_stem, is_remote, list_files
+from .files import by_stem, list_files
 from .image_files import EXTENSIONS
-from .slides import MANIFEST, hold_out, slides_of
+from .slides import MANIFEST, hold_out, owners, slides_of
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,16 @@ def check_complete(folder: str | Path, flag: str) -> None:
     """
     Refuse what an interrupted scripts/prepare_monuseg.py left, by the manifest that it begins with.
 
-    :param folder: a data folder, or a folder up to two below it: a split, or its images. :param flag: that names it.
+    :param folder: a data folder, or a folder in it, see slides.owners. :param flag: that names it.
     :raises ValueError: if it is not whole.
     """
-    place = str(folder) if is_remote(folder) else os.path.abspath(folder)
-    for _ in range(1 if is_remote(folder) else 3):
+    for place in owners(folder):
         manifest = bf.join(place, MANIFEST)
         if bf.exists(manifest):
             with bf.BlobFile(manifest, "r") as file:
                 text = file.read()
             if '"complete": false' in text:
                 raise ValueError(f"{flag} {folder} is not prepared to the end: run prepare_monuseg.py again")
-        place = bf.dirname(place)
 
 
 def _masks(folder: str, name: str | None, images: dict[str, str]) -> dict[str, str]:

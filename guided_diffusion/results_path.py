@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import files
+from .magnification import REFERENCE_MPP
 from .results import FOLDERS, MANIFEST, RUN, ResultFolder, folder_name
 
 
@@ -54,9 +55,11 @@ def check_same_run(path: str, config: dict[str, Any]) -> None:
             raise ValueError(f"--results_path {path} holds samples of an unknown run: give another folder")
         return
     try:
-        before = json.loads(file.read_text())
-    except ValueError:
+        before = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
         raise ValueError(f"{file} does not parse: give another --results_path, or --overwrite True") from None
+    if "mpp" in config:
+        before.setdefault("mpp", REFERENCE_MPP)  # earlier versions knew 40x alone
     for name in sorted({*before, *config}):
         # A flag that came after the run began was at its default, which changes nothing.
         if before.get(name) != config.get(name) and (name in before or config[name]):

@@ -41,7 +41,8 @@ def diffusion_defaults() -> dict[str, Any]:
 def model_and_diffusion_defaults() -> dict[str, Any]:
     """:return: the flags that make a model and a diffusion process, with their defaults."""
     condition = ConditionSpec.flags()
-    del condition["use_hv_map"]  # which of its channels are what is no business of the model
+    for name in ("use_hv_map", "mpp"):  # what its channels mean is no business of the model
+        del condition[name]
     return {**ModelOptions.flags(), **condition, **DiffusionOptions.flags()}
 
 

@@ -29,6 +29,17 @@ _SUFFIX = re.compile(r"\.[A-Za-z]{3,4}$")
 _NUMBERED = re.compile(r"(.+)_(\d{3,})")  # as prepare_monuseg.py numbers patches: NAME_000, NAME_001, ...
 
 
+def owners(folder: str | Path) -> Iterator[str]:
+    """
+    :param folder: a data folder, or any folder in it, local or a blobfile URL.
+    :return: the folders whose files may state facts of it, the nearest first: itself and, of a local one, those above.
+    """
+    place = str(folder) if is_remote(folder) else os.path.abspath(folder)
+    for _ in range(1 if is_remote(folder) else 1 + _ABOVE):
+        yield place
+        place = bf.dirname(place)
+
+
 # ---- which slide ----
 
 
@@ -44,9 +55,8 @@ def slides_of(
     :return: the slide of each.
     :raises ValueError: where slides.csv or prepare.json cannot be read, or the former lacks an image.
     """
-    place = str(folder) if is_remote(folder) else os.path.abspath(folder)
     stems = [_stem(image) for image in images]
-    for _ in range(1 if is_remote(folder) else 1 + _ABOVE):
+    for place in owners(folder):
         table, manifest = bf.join(place, TABLE), bf.join(place, MANIFEST)
         if bf.exists(table):
             recorded = _of_table(table)
@@ -60,7 +70,6 @@ def slides_of(
             if all(found):
                 return found
             return _guessed(found, stems, beside(), f"{manifest} does not name all images of {folder}")
-        place = bf.dirname(place)
     return _guessed([""] * len(stems), stems, beside(), f"{folder} has neither {TABLE} nor {MANIFEST}")
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from guided_diffusion import cli
+from guided_diffusion import cli, magnification
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
 from guided_diffusion.files import by_stem, nfc, write_json, writing
@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
         for item in held_out_items:
             if how := segmenter.knows(item.stem, item.slide):
                 raise ValueError(f"--model_path {how}, which is to set the floor: give another")
+        if line := magnification.mismatch(f"--model_path {args.model_path}", segmenter.mpp, args.real):
+            print(line)
     backbone = None
     if set(metrics) & set(BY_FEATURES):
         backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision])

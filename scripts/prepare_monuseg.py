@@ -2,11 +2,13 @@
 Cut the raw MoNuSeg archives into the patches that training reads.
 
     python scripts/prepare_monuseg.py RAW OUT [--patch_size 128] [--stride 128] [--mode valid|mirror] [--resize N]
+        [--mpp 0.5] [--slide_mpp NAME=0.5,...]
 
 RAW is the folder the archives were unpacked in: `Tissue Images` (or `images`) beside `Annotations` (or `inst_masks`
 where there is no XML), or .tif and .xml side by side, at most three folders deep and in any mixture.
-OUT becomes {MoNuSegTrainingData,MoNuSegTestData}/{images,bin_masks,inst_masks}/STEM_###.png|tif. All input is checked
-before anything is written. Running it again writes the same bytes; nothing it did not write is touched.
+OUT becomes {MoNuSegTrainingData,MoNuSegTestData}/{images,bin_masks,inst_masks}/STEM_###.png|tif, and prepare.json says
+their micrometres a pixel. All input is checked before anything is written. Running it again writes the same bytes;
+nothing it did not write is touched.
 """
 
 import argparse
@@ -22,11 +24,12 @@ from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 from tqdm import tqdm
 
 from guided_diffusion import cli, signals
 from guided_diffusion.files import write_text
-from guided_diffusion.histology.slides import annotations, patches
+from guided_diffusion.histology.slides import annotations, patches, scales
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, Slide
 from guided_diffusion.slides import MANIFEST
 
@@ -40,13 +43,21 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--num_workers is {args.num_workers}; give at least 1")
     if args.resize is not None and args.resize < 1:
         raise ValueError(f"--resize is {args.resize}; give a side of at least 1 px, or leave it out")
+    if args.mpp is not None and not 0 < args.mpp <= 100:
+        raise ValueError(f"--mpp is {args.mpp}; give micrometres a pixel above 0, e.g. 0.5, or leave it out")
     patches.mirror_margins(args.patch_size, args.stride, args.mode)
     slides = annotations.find_slides(args.raw)
     check_out(args.raw, args.out, slides)
-    settings = {name: getattr(args, name) for name in ("patch_size", "stride", "mode", "resize")}
+    known = scales.read_scales(slides, args.slide_mpp)
+    mpp_of = scales.nominal_scales(known)
+    cut = {name: getattr(args, name) for name in ("patch_size", "stride", "mode")}
+    settings = {**cut, "resize": args.resize, "mpp": args.mpp, "slide_mpp": args.slide_mpp or None}
     check_manifest(args.out, settings)
+    for line in scales.in_words(known, args.mpp):
+        print(line)
 
-    check = partial(count_patches, patch_size=args.patch_size, stride=args.stride, mode=args.mode)
+    zooms = {stem: mpp / (args.mpp or mpp) for stem, mpp in mpp_of.items()}
+    check = partial(count_patches, zooms=zooms, **cut)
     counts: Counts = {TRAIN_SPLIT: {}, TEST_SPLIT: {}}
     checks = each(check, slides, args.num_workers)
     remarks = []
@@ -59,11 +70,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"warning: {remark}", file=sys.stderr)
     make_folders(args.out, counts)
     # The manifest goes first, so that what an interrupted run leaves is not taken for a finished set of other settings.
-    write_manifest(args.out, settings, counts, complete=False)
-    write = partial(write_patches, out=args.out, **settings)
+    zoom = args.patch_size / (args.resize or args.patch_size)
+    facts = {"settings": settings, "mpp": (args.mpp or scales.common(mpp_of)) * zoom, "slides_mpp": known}
+    write_manifest(args.out, facts, counts, complete=False)
+    write = partial(write_patches, out=args.out, zooms=zooms, resize=args.resize, **cut)
     for _ in tqdm(each(write, slides, args.num_workers), "slides", len(slides), mininterval=1):
         pass
-    write_manifest(args.out, settings, counts, complete=True)
+    write_manifest(args.out, facts, counts, complete=True)
     summary = "; ".join(f"{split}: {len(c)} slides, {sum(c.values())} patches" for split, c in counts.items())
     print(f"{args.out}: {summary}")
 
@@ -84,6 +97,15 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resize", type=int, metavar="N", help="resize patches to N px (images bicubic, masks nearest)"
     )
+    parser.add_argument(
+        "--mpp", type=float, metavar="X", help="bring all slides to X micrometres a pixel first, e.g. 0.5 (20x)"
+    )
+    parser.add_argument(
+        "--slide_mpp",
+        default="",
+        metavar="NAME=X,...",
+        help="micrometres a pixel of slides whose XML does not say them; NAME may be a pattern: TCGA-HE-*=0.5",
+    )
     parser.add_argument("--num_workers", "--workers", type=int, default=2, help="processes")
     return parser
 
@@ -103,9 +125,16 @@ def each(task: Callable[[Slide], Result], slides: list[Slide], workers: int) -> 
             raise
 
 
-def count_patches(slide: Slide, patch_size: int, stride: int, mode: str) -> tuple[int, str]:
+def read_at(slide: Slide, zoom: float) -> tuple[np.ndarray, np.ndarray]:
+    """A slide's image and instance map, at `zoom` times its size."""
+    image, inst_map = annotations.read_slide(slide)
+    height, width = (max(1, round(side * zoom)) for side in inst_map.shape)
+    return (image, inst_map) if inst_map.shape == (height, width) else patches.resized(image, inst_map, width, height)
+
+
+def count_patches(slide: Slide, patch_size: int, stride: int, mode: str, zooms: dict[str, float]) -> tuple[int, str]:
     """Read a slide for no other purpose than to meet all its errors; its number of patches, and what is odd in it."""
-    image, _ = annotations.read_slide(slide)
+    image, _ = read_at(slide, zooms[slide.stem])
     try:
         return patches.patch_count(*image.shape[:2], patch_size, stride, mode), remark_on(slide)
     except ValueError as error:
@@ -126,13 +155,18 @@ def remark_on(slide: Slide) -> str:
     )
 
 
-def write_patches(slide: Slide, out: Path, patch_size: int, stride: int, mode: str, resize: int | None) -> int:
+def write_patches(
+    slide: Slide, out: Path, patch_size: int, stride: int, mode: str, zooms: dict[str, float], resize: int | None
+) -> int:
     """Write all patches of a slide; their number."""
     index = -1
-    for index, (image, inst_map) in enumerate(
-        patches.extract_patches(*annotations.read_slide(slide), patch_size, stride, mode)
-    ):
-        patches.save_patch(patches.patch_files(out / slide.split, slide.stem, index), image, inst_map, resize)
+    pieces = patches.extract_patches(*read_at(slide, zooms[slide.stem]), patch_size, stride, mode)
+    for index, (image, inst_map) in enumerate(pieces):
+        if resize:
+            image, inst_map = patches.resized(image, inst_map, resize, resize)
+        if mode == "mirror":
+            inst_map = patches.parted(inst_map)
+        patches.save_patch(patches.patch_files(out / slide.split, slide.stem, index), image, inst_map)
     return index + 1
 
 
@@ -199,8 +233,8 @@ def make_folders(out: Path, counts: Counts) -> None:
             (out / split / name).mkdir(parents=True, exist_ok=True)
 
 
-def write_manifest(out: Path, settings: dict, counts: Counts, complete: bool) -> None:
-    content = {"settings": settings, "complete": complete, "patches": counts}
+def write_manifest(out: Path, facts: dict, counts: Counts, complete: bool) -> None:
+    content = {**facts, "complete": complete, "patches": counts}
     write_text(out / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 

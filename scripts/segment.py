@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from guided_diffusion import cli
+from guided_diffusion import cli, magnification
 from guided_diffusion.devices import find_device
 from guided_diffusion.files import write_json, writing
 from guided_diffusion.histology.evaluation import instance_metrics
@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     for stem in tqdm(images, "checking", leave=False, mininterval=1, disable=None):
         read(stem, images, masks)
 
+    if line := magnification.mismatch(f"MODEL {args.model}", segmenter.mpp, args.images):
+        print(line)
     tallies = {}
     for stem in tqdm(images, "segmenting", mininterval=1):
         image, truth = (array if array is None else centre(array, args.centre) for array in read(stem, images, masks))

@@ -13,7 +13,7 @@ command resumes. By steps, and on a CPU, equal seeds give equal weights; by minu
 import argparse
 import json
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from guided_diffusion import cli
+from guided_diffusion import cli, magnification
 from guided_diffusion.devices import UNSCALED, find_device
 from guided_diffusion.files import write_json
 from guided_diffusion.histology.segmenter import data as segmenter_data
@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = settings_of(args)
     device = find_device(args.device)
     pairs = segmenter_data.training_pairs(args.data)
+    known_mpp = settings.mpp or magnification.of_data(args.data)
+    settings = replace(settings, mpp=known_mpp or magnification.REFERENCE_MPP)
     test_images = args.data / TEST_SPLIT / "images"
     if test_images.is_dir():
         tests = list(segmenter_data.files_in(test_images, deep=True).values())
@@ -62,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     slides = config["slides_trained_on"]
     training = Training(settings, examples[: len(train)], validation, args.out, device, slides)
 
+    if not known_mpp:
+        print(magnification.assumption(f"DATA {args.data}"))
     if not held:
         print("no slide is held out (--val_share 0, or fewer than three): no early stop, the last weights are kept")
     if left_out:
@@ -104,6 +108,9 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--num_workers", type=int, default=0, help="processes that make crops")
     parser.add_argument("--colour_augment", type=str2bool, default=True, help="jitter the stains")
     parser.add_argument("--pretrained", type=str2bool, default=True, help="begin with ImageNet weights")
+    parser.add_argument(
+        "--mpp", type=float, default=0.0, help="micrometres a pixel; 0: as DATA/prepare.json says, else 0.25 (40x)"
+    )
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     return parser
 
@@ -117,6 +124,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     for name in ("minutes", "lr"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name} {getattr(args, name)} must be above 0")
+    if args.mpp:
+        magnification.check(args.mpp, "--mpp")
     if args.crop % STRIDE:
         raise ValueError(f"--crop {args.crop} must be a multiple of {STRIDE}")
     if not 0 <= args.val_share < 1:
@@ -160,7 +169,8 @@ def check_out(out: Path, config: dict[str, Any]) -> None:
                 raise ValueError(f"--results_path {out} holds {name} of an unknown run: give another folder")
         return
     try:
-        before = dict(json.loads(path.read_text()))
+        # Earlier versions knew 40x alone.
+        before = {"mpp": magnification.REFERENCE_MPP, **json.loads(path.read_text())}
     except (ValueError, TypeError):
         raise ValueError(f"{path} does not parse: give another --results_path") from None
     for name, value in config.items():

@@ -17,6 +17,7 @@ RANKS = {
     "slides": -2,
     "images": -1,
     "devices": -2,
+    "magnification": -1,
     "stains": -1,
     "signals": -2,
     "streams": -2,
@@ -74,6 +75,7 @@ RANKS = {
     "bridge": 7,
     "histology.slides.annotations": 0,
     "histology.slides.patches": 0,
+    "histology.slides.scales": 1,
     "histology.slides.toy": 0,
     "histology.evaluation.image_metrics": 0,
     "histology.evaluation.instance_metrics": 0,
@@ -107,7 +109,7 @@ ROOMS = {
     "assembly": {"evaluation", "features", "slides"},
     "bridge": {"", "features"},
 }
-SHARED = {"figures", "files", "image_files", "slides", "images", "stains", "devices", "signals"}
+SHARED = {"figures", "files", "image_files", "slides", "images", "stains", "devices", "magnification", "signals"}
 
 
 def module_files() -> dict[str, Path]:

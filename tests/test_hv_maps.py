@@ -124,6 +124,14 @@ def test_smallest_area(area, drawn):
     assert assert_as_defined(inst_map).any() == drawn
 
 
+@pytest.mark.parametrize(("mpp", "smallest"), [(0.125, 120), (0.25, 30), (0.5, 8), (1.0, 2)])
+def test_the_smallest_area_goes_by_the_magnification(mpp, smallest):
+    for size in (smallest - 1, smallest):
+        inst_map = np.zeros((20, 20), np.int32)
+        inst_map.reshape(-1)[105 : 105 + size] = 5
+        assert gen_instance_hv_map(inst_map, mpp=mpp).any() == (size == smallest)
+
+
 def test_area_counts_inside_the_crop_but_the_centre_is_of_the_whole_nucleus():
     inst_map = np.zeros((40, 40), np.int32)
     inst_map[10:20, 5:13] = 1  # 10 x 8, of which the crop has three columns

@@ -1,7 +1,8 @@
 """Pairing, reading, appearances, and what a batch holds."""
 
 import itertools
-from dataclasses import asdict
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -130,13 +131,24 @@ def test_jittered_stains(data_dir, appearance):
     assert th.equal(images[0], images[2]) and not th.equal(images[0], images[1])
 
 
+def test_areas_go_by_the_magnification_of_the_data(tmp_path):
+    write_patches(tmp_path / "MoNuSegTrainingData", count=1, size=32)
+    for mpp in (0.25, 1.0, 0.05):
+        (tmp_path / "prepare.json").write_text(json.dumps({"mpp": mpp}))
+        own = dataset(tmp_path)
+        assert own.spec.mpp == mpp
+        expected = gen_instance_hv_map(own.read(0).inst_map, mpp=mpp).transpose(2, 0, 1)
+        assert np.array_equal(own[0, 0][1]["label"], expected) and expected.any() == (mpp > 0.1)
+    assert dataset(tmp_path, spec=replace(SPEC, mpp=0.5)).spec.mpp == 0.5
+
+
 # ---- what is kept in memory ----
 
 
 def count_hv_maps(monkeypatch):
     made = []
-    hv_planes = image_datasets.hv_planes
-    monkeypatch.setattr(image_datasets, "hv_planes", lambda inst: made.append(inst) or hv_planes(inst))
+    hv_planes = ConditionSpec.hv_planes
+    monkeypatch.setattr(ConditionSpec, "hv_planes", lambda spec, inst: made.append(inst) or hv_planes(spec, inst))
     return made
 
 

@@ -485,6 +485,10 @@ def test_the_checkpoint_brings_its_flags(data_dir, model_path, tmp_path):
     files.write_json(folder / "config.json", {**vars(args), "preserve_nuclei_col": True})
     assert image_sample.resolve(["--model_path", path])[0].preserve_nuclei_col
     assert not image_sample.resolve(["--model_path", path, "--preserve_nuclei_col", "False"])[0].preserve_nuclei_col
+    for known, mpp in (({"mpp": 0.5}, 0.5), ({}, 0.25)):
+        files.write_json(folder / "config.json", {"image_size": 32, **known})
+        assert image_sample.resolve(["--model_path", path])[0].mpp == mpp
+    assert image_sample.resolve(["--model_path", path, "--mpp", "1"])[0].mpp == 1
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "unipc", "ddim", "ddpm"])

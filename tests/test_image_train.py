@@ -123,9 +123,16 @@ def test_whole_images_are_cropped_at_random(tmp_path, logdir):
 def test_dry_run_prints_the_configuration_and_writes_nothing(data_dir, logdir, capsys):
     train(data_dir, "--dry_run", "True")
     config = json.loads(capsys.readouterr().out)
-    assert config["batch_size"] == 4
+    assert config["batch_size"] == 4 and config["mpp"] == 0.25
     assert config["condition_channels"] == ["hv_x", "hv_y", "colour_r", "colour_g", "colour_b", "edge"]
     assert not logdir.exists()
+
+
+@pytest.mark.parametrize(("flags", "mpp"), [((), 0.5), (("--mpp", "0.3"), 0.3)])
+def test_the_magnification_is_that_of_the_data(tmp_path, logdir, capsys, flags, mpp):
+    (tmp_path / "prepare.json").write_text('{"mpp": 0.5}')
+    train(tmp_path, "--dry_run", "True", *flags)
+    assert json.loads(capsys.readouterr().out)["mpp"] == mpp
 
 
 def test_fp16_on_a_cpu_is_told_of_once(data_dir, logdir, capsys):

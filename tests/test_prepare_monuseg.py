@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from skimage import measure
 
 from guided_diffusion import cli
 from guided_diffusion.histology.slides import annotations, patches, toy
@@ -47,7 +48,7 @@ def raw(tmp_path):
     for path in (images / "a.tif", more / "images/b.tif", test / "t.tif"):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
     for path in (outlines / "a.xml", test / "t.xml"):
-        path.write_text(SQUARE)
+        path.write_text(SQUARE.replace("<A>", '<A MicronsPerPixel="0.2456">'))
     Image.fromarray(rng.integers(0, 60_000, (40, 40), dtype=np.uint16)).save(more / "inst_masks/b.tif")
     return root
 
@@ -59,7 +60,9 @@ def test_patches_hold_the_pixels_of_their_slide(raw, tmp_path, capsys):
     out = tmp_path / "out"
     prepare(raw, out, *SIZE)
     assert capsys.readouterr().out.splitlines() == [
-        f"{out}: {TRAIN}: 2 slides, 18 patches; {TEST}: 1 slides, 9 patches"
+        "1 of 3 slides do not say their micrometres a pixel: 0.25 (40x) is assumed; "
+        "--slide_mpp NAME=0.5 says otherwise",
+        f"{out}: {TRAIN}: 2 slides, 18 patches; {TEST}: 1 slides, 9 patches",
     ]
     slides = annotations.find_slides(raw)
     assert len(list(out.rglob("*.png"))) == 2 * 27 and len(list(out.rglob("*.tif"))) == 27
@@ -83,6 +86,65 @@ def test_modes_and_sizes(raw, tmp_path):
     files = sorted((tmp_path / "m" / TRAIN / "images").iterdir())
     assert len(files) == 2 * count
     assert Image.open(files[0]).size == (8, 8)
+    assert mpp_of(tmp_path / "m") == 0.75
+
+
+def mpp_of(out):
+    return json.loads((out / "prepare.json").read_text())["mpp"]
+
+
+def test_slides_of_several_magnifications_are_brought_to_one(raw, tmp_path, capsys):
+    prepare(raw, tmp_path / "apart", *SIZE, "--slide_mpp", "b*=0.49")
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "slides have 0.25, 0.5 um a pixel: areas go by 0.25, as most have; --mpp 0.5 would bring all to one"
+    )
+    assert mpp_of(tmp_path / "apart") == 0.25
+    prepare(raw, tmp_path / "one", *SIZE, "--slide_mpp", "b*=0.49", "--mpp", 0.5, "--resize", 8)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    manifest = json.loads((tmp_path / "one" / "prepare.json").read_text())
+    assert manifest["mpp"] == 1 and manifest["slides_mpp"] == {"a": 0.2456, "b": 0.49, "t": 0.2456}
+    assert manifest["patches"] == {TRAIN: {"a": 4, "b": 9}, TEST: {"t": 4}}
+    prepare(raw, tmp_path / "half", *SIZE, "--slide_mpp", "b*=0.49", "--mpp", 0.5)
+    image, inst_map = annotations.read_slide(annotations.find_slides(raw)[0])
+    read = [
+        np.asarray(Image.open(tmp_path / "half" / TRAIN / name))
+        for name in ("images/a_000.png", "inst_masks/a_000.tif")
+    ]
+    assert np.array_equal(
+        read[0], np.asarray(Image.fromarray(image).resize((20, 20), Image.Resampling.BICUBIC))[:16, :16]
+    )
+    assert np.array_equal(read[1], inst_map[1::2, 1::2][:16, :16])
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--slide_mpp", "c=0.5"), "no slide is named c"),
+        (("--slide_mpp", "a"), "'' is no number"),
+        (("--slide_mpp", "a=0"), "'0' is no number"),
+        (("--mpp", "0"), "--mpp is 0"),
+    ],
+)
+def test_magnifications_that_are_none(raw, tmp_path, capsys, flags, what):
+    assert what in refusal(capsys, raw, tmp_path / "out", *SIZE, *flags)
+
+
+@pytest.mark.parametrize("resize", [None, 11])
+def test_an_id_of_a_mirrored_patch_stands_for_one_part(raw, tmp_path, resize):
+    prepare(
+        raw,
+        tmp_path / "m",
+        "--patch_size",
+        16,
+        "--stride",
+        8,
+        "--mode",
+        "mirror",
+        *(["--resize", resize] if resize else []),
+    )
+    maps = [np.asarray(Image.open(path)) for path in (tmp_path / "m").rglob("inst_masks/[at]*.tif")]
+    parts = [measure.label(inst_map, connectivity=1).max() for inst_map in maps]
+    assert parts == [len(np.unique(inst_map[inst_map > 0])) for inst_map in maps] and max(parts) > 1
 
 
 def test_a_second_run_writes_the_same_bytes_and_leaves_other_files_alone(raw, tmp_path):

@@ -42,7 +42,9 @@ def test_a_run_writes_a_segmenter_and_its_story(data, tmp_path, capsys):
     segmenter = load_segmenter(out, th.device("cpu"))
     assert segmenter.slides == set(config["slides_trained_on"])
     assert segmenter.held_slides == set(config["slides_held_out"])
-    assert "4 steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "4 steps" in printed and printed.count("0.25 (40x) is assumed") == 1
+    assert config["mpp"] == segmenter.mpp == 0.25
 
 
 def test_the_same_command_again_does_nothing(data, tmp_path, capsys):

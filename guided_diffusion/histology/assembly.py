@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..files import write_text
 from ..image_files import check_image, read_inst_mask
+from ..magnification import pass_on
 from ..slides import write_table
 from .evaluation.runs import MANIFEST, Run, Sample, slides_of_sample
 from .features.cluster_folders import Patch
@@ -266,6 +267,7 @@ def write_set(
         shutil.copytree(data / TEST_SPLIT, folder / TEST_SPLIT)
     elif (data / TEST_SPLIT).is_dir():
         put(data / TEST_SPLIT, folder / TEST_SPLIT)
+    pass_on(data, folder)
     write_table(folder, ((patch.file, patch.slide) for patch in (*real, *synthetic)))
     write_text(folder / MANIFEST, table(SET_FIELDS, rows))
 

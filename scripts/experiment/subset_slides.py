@@ -3,8 +3,8 @@ Make a data folder of a share of the training slides.
 
     python scripts/experiment/subset_slides.py DATA OUT --subsample 0.2 [--seed 0]
 
-OUT gets the patches of the chosen slides, at least one, as relative links, and slides.csv, which says their slides; the
-test data are one link to DATA's.
+OUT gets the patches of the chosen slides, at least one, as relative links, slides.csv, which says their slides, and
+prepare.json, which says their magnification; the test data are one link to DATA's.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from guided_diffusion import cli
 from guided_diffusion.files import LOCK, replace_folder
 from guided_diffusion.histology.features.cluster_folders import list_patches
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
-from guided_diffusion.slides import TABLE, keep, write_table
+from guided_diffusion.magnification import pass_on
+from guided_diffusion.slides import MANIFEST, TABLE, keep, write_table
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         wanted[TEST_SPLIT] = args.data / TEST_SPLIT
     tests = [patch for patch in patches if patch.split == TEST_SPLIT]
     present = {p.relative_to(args.out).as_posix() for p in args.out.rglob("*") if p.is_symlink() or p.is_file()}
-    foreign = sorted(present - {*wanted, LOCK, TABLE})
+    foreign = sorted(present - {*wanted, LOCK, TABLE, MANIFEST})
     if foreign or args.out.resolve() == args.data.resolve():
         named = f"holds {foreign[0]}, which is not of this choice" if foreign else "is DATA itself"
         raise ValueError(f"OUT {args.out} {named}: give a new folder")
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(os.path.relpath(target.resolve(), place.parent.resolve()))
+        pass_on(args.data, folder)
         write_table(folder, ((patch.file, patch.slide) for patch in [*kept, *tests]))
 
     replace_folder(args.out, fill, "OUT")

@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import write_patches
 
-from guided_diffusion import cli
+from guided_diffusion import cli, magnification
 from guided_diffusion.images import list_items
 from scripts.experiment import subset_slides
 
@@ -28,6 +28,13 @@ def test_shares_are_nested_whole_slides(data, tmp_path):
     assert len(list_items(str(tmp_path / "p60"), "monuseg")) == 12
     assert len(list_items(str(tmp_path / "p60"), "monuseg", is_train=False)) == 4
     assert len({frozenset(subset(data, tmp_path / f"s{seed}", 40, seed)) for seed in range(6)}) > 1
+
+
+def test_a_share_says_the_magnification(data, tmp_path):
+    (data / "prepare.json").write_text('{"mpp": 0.5}')
+    for _ in range(2):
+        subset(data, tmp_path / "out", 40)
+        assert magnification.of_data(tmp_path / "out") == 0.5
 
 
 def test_links_are_relative_and_a_second_run_changes_nothing(data, tmp_path):

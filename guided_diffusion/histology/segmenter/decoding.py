@@ -19,6 +19,7 @@ from skimage.measure import label, regionprops
 from skimage.morphology import remove_small_objects
 from skimage.segmentation import find_boundaries, relabel_sequential, watershed
 
+from ...magnification import REFERENCE_MPP, area, length, odd_length
 from ...slides import without_number
 from .net import ADAPT, STRIDE, AdaptiveNorm, SegmenterNet, seeded_net
 
@@ -28,10 +29,14 @@ FILE = "segmenter.pt"
 _TILE = 512  # px of an image's side that pass through the network at a time, and what is added on each side
 _MARGIN = 64
 _NUCLEUS = 0.4  # probability from which a pixel is nucleus
-_DERIVATIVE = 13  # px, the kernel that differentiates the maps
+_MAX_KERNEL = 31  # px, of OpenCV's derivatives
 _STEEP = 0.0  # above it, a pixel is no seed: one of its positions falls
-_MIN_SEED = 20  # px
+# In px of 40x:
+_DERIVATIVE = 13  # the kernel that differentiates the maps
+_OPENING = 1  # the radius of what seeds are opened by
+_MIN_SEED = 20
 _MIN_AREA = 50
+_MIN_CUT = 20  # of what the border of the image cuts
 
 
 class Segmenter:
@@ -44,6 +49,7 @@ class Segmenter:
     :param slides: that the network was trained on.
     :param held_slides: that its weights were chosen by, as the best among those of the run.
     :param adapt: what AdaptiveNorm takes of the image at hand, a share in [0, 1].
+    :param mpp: micrometres a pixel of the images that it was trained on, and that it is given.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class Segmenter:
         slides: Iterable[str] = (),
         held_slides: Iterable[str] = (),
         adapt: float = ADAPT,
+        mpp: float = REFERENCE_MPP,
     ) -> None:
         self.net = net.to(device, memory_format=th.channels_last).eval()
         for module in net.modules():
@@ -61,6 +68,7 @@ class Segmenter:
                 module.adapt = adapt
         self.device = device
         self.flips = flips
+        self.mpp = mpp
         self.slides, self.held_slides = frozenset(slides), frozenset(held_slides)
 
     def knows(self, stem: str, slide: str) -> str:
@@ -80,7 +88,7 @@ class Segmenter:
         :param image: an [H x W x 3] uint8 array of any size.
         :return: an [H x W] int32 map, 0 = background, nuclei numbered from 1.
         """
-        return instances(*self.predict(image))
+        return instances(*self.predict(image), self.mpp)
 
     def predict(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -127,7 +135,7 @@ def as_input(images: np.ndarray, device: th.device) -> th.Tensor:
     return (x.float() - 127) / 128
 
 
-def instances(probability: np.ndarray, position: np.ndarray) -> np.ndarray:
+def instances(probability: np.ndarray, position: np.ndarray, mpp: float = REFERENCE_MPP) -> np.ndarray:
     """
     Turn a segmenter's maps into nuclei.
 
@@ -136,16 +144,20 @@ def instances(probability: np.ndarray, position: np.ndarray) -> np.ndarray:
 
     :param probability: an [H x W] float32 array in [0, 1].
     :param position: an [H x W x 2] float32 array, x first.
-    :return: an [H x W] int32 map of 4-connected nuclei of at least 50 px, numbered from 1.
+    :param mpp: micrometres a pixel.
+    :return: an [H x W] int32 map of 4-connected nuclei, numbered from 1, of at least 50 px of 40x; of 20 where the
+        border cuts them.
     """
     nucleus = probability >= _NUCLEUS
-    energy = _steepness(position)
-    even = ndimage.binary_opening(nucleus & (energy < _STEEP))
-    seeds = label(remove_small_objects(even, max_size=_MIN_SEED - 1), connectivity=1)
+    energy = _steepness(position, mpp)
+    even = nucleus & (energy < _STEEP)
+    if radius := round(length(_OPENING, mpp)):
+        even = ndimage.binary_opening(even, iterations=radius)
+    seeds = label(remove_small_objects(even, max_size=math.ceil(area(_MIN_SEED, mpp)) - 1), connectivity=1)
     bodies = label(nucleus, connectivity=1)
     lone = nucleus & ~np.isin(bodies, bodies[seeds > 0])  # a body without a seed is one nucleus
     seeds[lone] = bodies[lone] + seeds.max()
-    inst_map = _cleaned(watershed(energy, seeds, mask=nucleus))
+    inst_map = _cleaned(watershed(energy, seeds, mask=nucleus), mpp)
     return relabel_sequential(inst_map)[0].astype(np.int32)
 
 
@@ -174,9 +186,9 @@ def hv_target(inst_map: np.ndarray) -> np.ndarray:
     if not len(rows):
         return target
     nuclei, nucleus = np.unique(inst_map[rows, columns], return_inverse=True)
-    area = np.bincount(nucleus)
+    size = np.bincount(nucleus)
     for axis, pixels in enumerate((columns, rows)):
-        offset = pixels - (np.bincount(nucleus, pixels) / area)[nucleus]
+        offset = pixels - (np.bincount(nucleus, pixels) / size)[nucleus]
         low, high = np.zeros(len(nuclei)), np.zeros(len(nuclei))
         np.minimum.at(low, nucleus, offset)
         np.maximum.at(high, nucleus, offset)
@@ -185,9 +197,12 @@ def hv_target(inst_map: np.ndarray) -> np.ndarray:
     return target
 
 
-def as_content(net: SegmenterNet, slides: Iterable[str], held_slides: Iterable[str] = ()) -> dict[str, Any]:
-    """:return: what a segmenter's file holds: weights, the slides that they come from, and those that chose them."""
-    return {"kind": KIND, "net": net.state_dict(), "slides": sorted(slides), "held_slides": sorted(held_slides)}
+def as_content(
+    net: SegmenterNet, slides: Iterable[str], held_slides: Iterable[str] = (), mpp: float = REFERENCE_MPP
+) -> dict[str, Any]:
+    """:return: what a segmenter's file holds: weights, the slides that they come from, those that chose them, mpp."""
+    facts = {"slides": sorted(slides), "held_slides": sorted(held_slides), "mpp": mpp}
+    return {"kind": KIND, "net": net.state_dict(), **facts}
 
 
 def load_segmenter(path: str | Path, device: th.device, flips: bool = False, adapt: float = ADAPT) -> Segmenter:
@@ -204,8 +219,9 @@ def load_segmenter(path: str | Path, device: th.device, flips: bool = False, ada
     net = seeded_net()
     try:
         net.load_state_dict(content["net"])
-        # Files of earlier versions do not name what was held out.
-        return Segmenter(net, device, flips, content["slides"], content.get("held_slides", ()), adapt)
+        # Files of earlier versions do not name what was held out, and decoded as for 40x.
+        facts = content["slides"], content.get("held_slides", ()), adapt, float(content.get("mpp", REFERENCE_MPP))
+        return Segmenter(net, device, flips, *facts)
     except (KeyError, RuntimeError, TypeError, AttributeError):
         raise ValueError(f"{path} is a segmenter of another layout: train it again") from None
 
@@ -237,20 +253,24 @@ def _tiles(length: int) -> tuple[list[int], int]:
     return [number * size for number in range(count)], size
 
 
-def _steepness(position: np.ndarray) -> np.ndarray:
+def _steepness(position: np.ndarray, mpp: float) -> np.ndarray:
     """How fast the position falls, an [H x W] float32 array: below 0 where both rise, 1 at the sharpest edge."""
-    derivative, smooth = cv2.getDerivKernels(1, 0, _DERIVATIVE, normalize=True, ktype=cv2.CV_32F)
+    side = min(odd_length(_DERIVATIVE, mpp), _MAX_KERNEL)
+    derivative, smooth = cv2.getDerivKernels(1, 0, side, normalize=True, ktype=cv2.CV_32F)
     peak = 2 * smooth.max()  # a step from 1 to -1
     x = cv2.sepFilter2D(np.ascontiguousarray(position[..., 0]), cv2.CV_32F, derivative, smooth)
     y = cv2.sepFilter2D(np.ascontiguousarray(position[..., 1]), cv2.CV_32F, smooth, derivative)
     return -np.minimum(x, y) / peak
 
 
-def _cleaned(inst_map: np.ndarray) -> np.ndarray:
+def _cleaned(inst_map: np.ndarray, mpp: float) -> np.ndarray:
     """Close the holes that lie wholly within one nucleus, and remove what is too small for one, in place."""
+    whole, cut = area(_MIN_AREA, mpp), area(_MIN_CUT, mpp)
     for region in regionprops(inst_map):
         part = inst_map[region.slice]
         part[region.image_filled & (part == 0)] = region.label
-        if region.area_filled < _MIN_AREA:
+        top, left, bottom, right = region.bbox
+        inside = min(top, left) > 0 and bottom < inst_map.shape[0] and right < inst_map.shape[1]
+        if region.area_filled < (whole if inside else cut):
             part[part == region.label] = 0
     return inst_map

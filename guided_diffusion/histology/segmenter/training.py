@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ...devices import PRECISIONS
 from ...files import writing
+from ...magnification import REFERENCE_MPP, length, odd_length
 from ...signals import leave_to_parent
 from ..evaluation import instance_metrics
 from .data import Crops, Example
@@ -30,6 +31,7 @@ _KIND = "segmenter training"
 _WARM_UP = 0.05  # share of the run
 _WEIGHT_DECAY = 0.01
 _HV_WEIGHT, _GRADIENT_WEIGHT = 4, 4
+_SLOPE = 5  # px of 40x, the kernel of the loss's derivatives
 _MAX_NORM = 5.0  # of the gradient
 
 
@@ -44,6 +46,7 @@ class Settings:
     :param crop: side of the training crops in px, a multiple of 16.
     :param eval_interval: steps between validations and checkpoints.
     :param patience: validations without a better score after which to stop; 0 never stops early.
+    :param mpp: micrometres a pixel of the images.
     """
 
     steps: int | None = 4000
@@ -57,14 +60,16 @@ class Settings:
     patience: int = 10
     colour_augment: bool = True
     pretrained: bool = True
+    mpp: float = REFERENCE_MPP
 
 
-def segmentation_loss(out: th.Tensor, target: th.Tensor) -> th.Tensor:
+def segmentation_loss(out: th.Tensor, target: th.Tensor, mpp: float = REFERENCE_MPP) -> th.Tensor:
     """
     HoVer-Net's loss: cross-entropy and Dice of the nuclei, squared error of the position and of its slope in nuclei.
 
     :param out: [N x 3 x H x W] float32: logit, x, y.
     :param target: the same shape: 0 or 1, x, y.
+    :param mpp: micrometres a pixel; the slope is by pixels of 40x.
     :return: a scalar.
     """
     logit, nucleus = out[:, :1], target[:, :1]
@@ -72,7 +77,8 @@ def segmentation_loss(out: th.Tensor, target: th.Tensor) -> th.Tensor:
     overlap = 2 * (probability * nucleus).sum() + 1
     dice = 1 - overlap / (probability.sum() + nucleus.sum() + 1)
     error = out[:, 1:] - target[:, 1:]
-    slope = F.conv2d(error, _sobel(error), padding=2, groups=2)
+    kernels = _sobel(odd_length(_SLOPE, mpp)).to(error)
+    slope = F.conv2d(error, kernels, padding=kernels.shape[-1] // 2, groups=2) * length(1, mpp)
     steepness = (slope.square() * nucleus).sum() / (nucleus.sum() + 1)
     cross_entropy = F.binary_cross_entropy_with_logits(logit, nucleus)
     return cross_entropy + dice + _HV_WEIGHT * error.square().mean() + _GRADIENT_WEIGHT * steepness
@@ -147,7 +153,7 @@ class Training:
         if best is not None:
             self.net.load_state_dict(best)
         held_slides = {example.slide for example in self.held}
-        save_atomically(as_content(self.net, self.slides, held_slides), self.out / FILE)
+        save_atomically(as_content(self.net, self.slides, held_slides, self.settings.mpp), self.out / FILE)
         return self._result()
 
     def progress(self) -> float:
@@ -191,7 +197,7 @@ class Training:
         dtype = PRECISIONS[self.settings.precision]
         with th.autocast(self.device.type, dtype, enabled=dtype != th.float32):
             out = self.net(as_input(images.numpy(), self.device))
-        loss = segmentation_loss(out.float(), target.to(self.device))
+        loss = segmentation_loss(out.float(), target.to(self.device), self.settings.mpp)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = th.nn.utils.clip_grad_norm_(self.net.parameters(), _MAX_NORM)
@@ -202,7 +208,7 @@ class Training:
     def _evaluate(self, loss: float) -> dict[str, float]:
         row = {"step": self.step, "loss": loss}
         if self.held:
-            row |= validate(Segmenter(self.net, self.device), self.held)
+            row |= validate(Segmenter(self.net, self.device, mpp=self.settings.mpp), self.held)
             if row["score"] > self.best["score"]:
                 weights = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
                 self.best = {"score": row["score"], "step": self.step, "net": weights}
@@ -248,8 +254,8 @@ def _schedule(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
 
 
-def _sobel(like: th.Tensor) -> th.Tensor:
-    """[2 x 1 x 5 x 5] kernels: the slope of x along x, and of y along y."""
-    derivative, smooth = (kernel[:, 0] for kernel in cv2.getDerivKernels(1, 0, 5, normalize=True))
+def _sobel(side: int) -> th.Tensor:
+    """[2 x 1 x side x side] kernels: the slope of x along x, and of y along y."""
+    derivative, smooth = (kernel[:, 0] for kernel in cv2.getDerivKernels(1, 0, side, normalize=True))
     along_x = th.from_numpy(np.outer(smooth, derivative))
-    return th.stack([along_x, along_x.T])[:, None].to(like)
+    return th.stack([along_x, along_x.T])[:, None]

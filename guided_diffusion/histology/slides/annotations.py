@@ -35,6 +35,7 @@ _SPLIT_WORDS = {
 # What the reference's mask script writes beside the images; its masks and overlays are no slides.
 _DERIVED_FOLDERS = ("bin_masks", "overlay", "rgb_image")
 _MAX_DEPTH = 3
+_HEAD = 4096  # bytes of an XML that hold its first element
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,20 @@ def frame_among(polygons: Sequence[np.ndarray]) -> tuple[int, int] | None:
     return None
 
 
+def read_mpp(slide: Slide) -> float | None:
+    """:return: the micrometres a pixel that a slide's Aperio XML begins with; None where it has no such number."""
+    if slide.annotation.suffix.lower() not in XML_SUFFIXES:
+        return None
+    collector = _RegionCollector()
+    try:
+        with open(slide.annotation, "rb") as file:
+            ElementTree.XMLParser(target=collector).feed(file.read(_HEAD))
+        value = float(collector.attributes.get("MicronsPerPixel", "nan"))
+    except (ElementTree.ParseError, LookupError, ValueError):
+        return None  # what is wrong with the file is read_polygons' to say
+    return value if 0 < value <= 100 else None
+
+
 def rasterise(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
     """
     Fill outlines into an instance map, number n (from 1) with id n; later ones overwrite earlier ones.
@@ -179,6 +194,7 @@ class _RegionCollector:
     """A parser target that keeps the vertices of each region and builds no tree."""
 
     def __init__(self):
+        self.attributes: dict[str, str] = {}  # of the outermost element
         self.regions: list[list[tuple[float, float]]] = []
         self._open: list[list[tuple[float, float]]] = []
 
@@ -187,6 +203,7 @@ class _RegionCollector:
 
     def start(self, tag, attributes):
         tag = tag.rpartition("}")[2]
+        self.attributes = self.attributes or {"": tag, **attributes}
         if tag == "Region":
             self.regions.append([])
             self._open.append(self.regions[-1])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from skimage.measure import label
 
 from ...files import writing
 
@@ -88,12 +89,40 @@ def extract_patches(
         yield image[cut], inst_map[cut]
 
 
+def parted(inst_map: np.ndarray) -> np.ndarray:
+    """
+    Give each 4-connected part of an id a number of its own, as a nucleus and its mirror image need.
+
+    :param inst_map: an [H x W] integer array, 0 = background.
+    :return: an array of its type: the first part of an id keeps it, others get numbers above the largest.
+    """
+    parts = label(inst_map, background=0, connectivity=1)
+    numbers, first = np.unique(parts, return_index=True)
+    ids = inst_map.reshape(-1)[first]
+    again = np.ones(len(ids), bool)
+    again[np.unique(ids, return_index=True)[1]] = False
+    ids[again] = ids.max() + 1 + np.arange(again.sum())
+    return ids[np.searchsorted(numbers, parts)]
+
+
+def resized(image: np.ndarray, inst_map: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Resize an [H x W x 3] uint8 image, bicubic, and its [H x W] instance map, nearest.
+
+    :return: [height x width x 3] uint8, and [height x width] int32.
+    """
+    size = (width, height)
+    picture = Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC)
+    instances = Image.fromarray(np.ascontiguousarray(inst_map, np.int32)).resize(size, Image.Resampling.NEAREST)
+    return np.asarray(picture), np.asarray(instances)
+
+
 def patch_files(folder: Path, stem: str, index: int) -> dict[str, Path]:
     """The three files of patch `index` of slide `stem` below a split's folder, keyed by the subfolder's name."""
     return {name: Path(folder) / name / f"{stem}_{index:03d}{suffix}" for name, suffix in SUFFIXES.items()}
 
 
-def save_patch(files: dict[str, Path], image: np.ndarray, inst_map: np.ndarray, size: int | None = None) -> None:
+def save_patch(files: dict[str, Path], image: np.ndarray, inst_map: np.ndarray) -> None:
     """
     Write one patch: an RGB PNG, a grey PNG of 0 and 255, and a 32-bit signed TIFF (which every torch can collate).
 
@@ -102,17 +131,12 @@ def save_patch(files: dict[str, Path], image: np.ndarray, inst_map: np.ndarray, 
     :param files: from `patch_files`; the folders exist.
     :param image: an [H x W x 3] uint8 array.
     :param inst_map: an [H x W] integer array, ids up to 2^31 - 1.
-    :param size: resize to this many px a side: the image bicubic, the masks nearest.
     """
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    instances = Image.fromarray(np.ascontiguousarray(inst_map, dtype=np.int32))
-    if size is not None:
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-        instances = instances.resize((size, size), Image.Resampling.NEAREST)
-    binary = Image.fromarray(np.where(np.asarray(instances) > 0, 255, 0).astype(np.uint8))
-    _save(picture, files["images"], compress_level=_PNG_LEVEL)
-    _save(binary, files["bin_masks"], compress_level=_PNG_LEVEL)
-    _save(instances, files["inst_masks"])
+    instances = np.ascontiguousarray(inst_map, np.int32)
+    binary = np.where(instances > 0, 255, 0).astype(np.uint8)
+    _save(Image.fromarray(np.ascontiguousarray(image)), files["images"], compress_level=_PNG_LEVEL)
+    _save(Image.fromarray(binary), files["bin_masks"], compress_level=_PNG_LEVEL)
+    _save(Image.fromarray(instances), files["inst_masks"])
 
 
 def _starts(length: int, window: int, step: int) -> tuple[list[int], list[int]]:

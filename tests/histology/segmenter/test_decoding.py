@@ -1,15 +1,18 @@
 """Targets, instances and tiles of the segmenter, and the network behind them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch as th
 
-from guided_diffusion.histology.evaluation.instance_metrics import measure
+from guided_diffusion.histology.evaluation.instance_metrics import matches, measure, overlap_table
 from guided_diffusion.histology.features.lite0 import Lite0, load_weights, shipped_weights
 from guided_diffusion.histology.segmenter import decoding
 from guided_diffusion.histology.segmenter.decoding import Segmenter, hv_target, instances, load_segmenter
 from guided_diffusion.histology.segmenter.net import AdaptiveNorm, load_imagenet_weights, seeded_net
 from guided_diffusion.histology.slides import annotations, toy
+from guided_diffusion.magnification import REFERENCE_MPP
 
 CPU = th.device("cpu")
 
@@ -83,6 +86,29 @@ def test_perfect_maps_of_a_real_slide_give_its_nuclei_back(monuseg):
     assert figures["f1@0.9"] == 1 and figures["aji"] > 0.999
 
 
+@pytest.mark.parametrize("mpp", [0.125, 0.25, 0.5])
+@pytest.mark.parametrize(("smallest", "column"), [(50, 16), (20, 0)])
+def test_what_is_too_small_for_a_nucleus_goes_by_the_magnification_and_the_border(mpp, smallest, column):
+    least = math.ceil(smallest * (0.25 / mpp) ** 2)
+    for size in (least - 1, least):
+        rows, columns = np.divmod(np.arange(size), math.ceil(math.sqrt(size)))
+        inst_map = np.zeros((64, 64), np.int32)
+        inst_map[16 + rows, column + columns] = 1
+        found = instances((inst_map > 0).astype(np.float32), hv_target(inst_map), mpp)
+        assert np.array_equal(found, inst_map if size == least else np.zeros_like(inst_map))
+
+
+def test_perfect_maps_of_small_patches_at_half_resolution_give_their_nuclei_back():
+    whole = toy.draw_slide(seed=0).inst_map[::2, ::2]
+    counts = np.zeros(3)
+    for row in range(0, 128, 32):
+        for column in range(0, 128, 32):
+            inst_map = whole[row : row + 32, column : column + 32]
+            table = overlap_table(inst_map, instances((inst_map > 0) * 1.0, hv_target(inst_map), mpp=0.5))
+            counts += len(matches(table, 0.5)), len(table.truth_area), len(table.found_area)
+    assert 2 * counts[0] / (counts[1] + counts[2]) > 0.93
+
+
 @pytest.mark.filterwarnings("error")
 def test_instances_are_whole_large_enough_and_without_holes():
     probability = np.zeros((40, 60), np.float32)
@@ -101,7 +127,7 @@ def test_a_hole_at_the_border_or_between_two_nuclei_stays():
     inst_map[4, 8:10] = 0
     inst_map[0, 2] = 0
     inst_map[7, 2] = 0
-    cleaned = decoding._cleaned(inst_map)
+    cleaned = decoding._cleaned(inst_map, REFERENCE_MPP)
     assert cleaned[7, 2] == 1 and cleaned[0, 2] == 0 and not cleaned[4, 8:10].any()
 
 
@@ -205,11 +231,14 @@ def test_what_a_segmenter_knows(tmp_path):
     assert read.knows("image_1", "A") == "was trained on slide A"
 
 
-def test_a_file_that_does_not_name_what_was_held_out_is_read(tmp_path):
-    content = decoding.as_content(seeded_net(), ["A"])
-    del content["held_slides"]
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    content = decoding.as_content(seeded_net(), ["A"], mpp=0.5)
     th.save(content, tmp_path / "segmenter.pt")
-    assert load_segmenter(tmp_path, CPU).held_slides == set()
+    assert load_segmenter(tmp_path, CPU).mpp == 0.5
+    del content["held_slides"], content["mpp"]
+    th.save(content, tmp_path / "segmenter.pt")
+    read = load_segmenter(tmp_path, CPU)
+    assert (read.held_slides, read.mpp) == (set(), 0.25)
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,19 @@ def test_a_constant_offset_of_the_position_costs_its_square_alone():
     assert float(segmentation_loss(truth, target)) == pytest.approx(4 * 0.25, abs=1e-3)
 
 
-def test_the_slope_is_the_derivative():
+def test_the_loss_is_the_same_at_any_magnification():
+    target = th.zeros(1, 3, 64, 64)
+    target[:, 0, 16:48, 16:48] = 1
+    truth = th.cat([(target[:, :1] * 2 - 1) * 30, target[:, 1:]], dim=1)
+    truth[:, 1] += th.linspace(-1, 1, 64)  # the slope of the error
+    fine, coarse = (segmentation_loss(truth[..., ::k, ::k], target[..., ::k, ::k], 0.25 * k) for k in (1, 2))
+    assert float(coarse) == pytest.approx(float(fine), rel=0.02)
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_the_slope_is_the_derivative(side):
     ramp = th.arange(12.0)[None, None, None] * 0.25 + th.zeros(1, 2, 12, 1)
-    slope = th.nn.functional.conv2d(ramp, training_module._sobel(ramp), groups=2)
+    slope = th.nn.functional.conv2d(ramp, training_module._sobel(side), groups=2)
     assert th.allclose(slope[:, 0], th.tensor(0.25)) and th.allclose(slope[:, 1], th.tensor(0.0), atol=1e-6)
 
 

@@ -141,6 +141,27 @@ def test_a_bad_xml_is_named(tmp_path, text, what):
     assert "slide.xml" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('<Annotations MicronsPerPixel="0.252700"><Annotation/></Annotations>', 0.2527),
+        ('<?xml version="1.0"?>\n<x:A xmlns:x="u" MicronsPerPixel="0.5">' + "<Region/>" * 900 + "</x:A>", 0.5),
+        ('<A><B MicronsPerPixel="0.5"/></A>', None),
+        ('<A MicronsPerPixel="0"/>', None),
+        ('<A MicronsPerPixel="nan"/>', None),
+        ('<A MicronsPerPixel=""/>', None),
+        ('<!DOCTYPE A [<!ENTITY x "0.5">]><A MicronsPerPixel="&x;"/>', None),
+        ("no xml", None),
+        ("", None),
+    ],
+)
+def test_micrometres_a_pixel_are_read(tmp_path, text, found):
+    path = tmp_path / "s.xml"
+    path.write_text(text)
+    slide = annotations.Slide(annotations.TRAIN_SPLIT, "s", tmp_path / "s.tif", path, tmp_path)
+    assert annotations.read_mpp(slide) == found
+
+
 def test_a_document_type_in_utf16_is_refused(tmp_path):
     path = tmp_path / "slide.xml"
     path.write_bytes(f"<?xml version='1.0' encoding='utf-16'?><!DOCTYPE a>{xml(region(SQUARE))}".encode("utf-16"))

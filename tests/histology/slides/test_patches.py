@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from guided_diffusion.histology.slides import patches
+from guided_diffusion.hv_maps import gen_instance_hv_map
 
 
 def test_a_monuseg_image_gives_64_patches_in_this_order():
@@ -106,11 +108,23 @@ def test_image_and_map_must_agree():
         next(patches.extract_patches(np.zeros((8, 8, 3)), np.zeros((8, 9)), 4, 4))
 
 
+def test_parts_of_an_id_get_numbers_of_their_own():
+    rng = np.random.default_rng(0)
+    for inst_map in (rng.integers(0, 4, (20, 30)).astype(np.int32), np.full((3, 4), 7, np.int32)):
+        parts = patches.parted(inst_map)
+        assert parts.dtype == np.int32 and np.array_equal(parts == 0, inst_map == 0)
+        assert np.array_equal(gen_instance_hv_map(parts, mpp=9), gen_instance_hv_map(inst_map, mpp=9))
+        for number in np.unique(parts[parts > 0]):
+            assert ndimage.label(parts == number)[1] == 1 and len(np.unique(inst_map[parts == number])) == 1
+        ids = set(np.unique(inst_map))
+        assert ids <= set(np.unique(parts)) and all(inst_map[parts == i].max() == i for i in ids)
+
+
 def saved(folder, image, inst_map, size=None, index=7):
     files = patches.patch_files(folder, "S", index)
     for path in files.values():
         path.parent.mkdir(exist_ok=True)
-    patches.save_patch(files, image, inst_map, size)
+    patches.save_patch(files, *(patches.resized(image, inst_map, size, size) if size else (image, inst_map)))
     return files
 
 
