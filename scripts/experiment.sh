@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Does it help? A segmenter trained on a share of the real slides; on those and synthetic patches of their structures,
 # filtered and not; with plain colour augmentation in place of those, and on top of them. Each share and seed has a
-# diffusion model of its own, which has seen that share's slides alone; all segmenters are tested on the same whole test
-# slides.
+# diffusion model of its own, which has seen that share's slides alone, but for those held out, by which segmenters are
+# chosen; all segmenters of a share and seed train for the same steps with the same slides held out, and are tested on
+# the same whole test slides.
 #
 #   bash scripts/experiment.sh RAW OUT [CONFIG]
 #
@@ -30,9 +31,6 @@ fi
 need_file "$config" CONFIG
 [[ -d $raw ]] || die "RAW $raw is not a folder: give the one the archives were unpacked in"
 [[ ! -e $target || -d $target ]] || die "OUT $target is a file: give a folder"
-# For CONFIG: stages run in OUT.
-# shellcheck disable=SC2034
-out=.
 # shellcheck source=experiment/experiment.conf
 source "$config"
 cells=()
@@ -44,12 +42,16 @@ done
 for cell in ${CELLS:-}; do
     [[ " none ${cells[*]} " == *" $cell "* ]] || die "CELLS names $cell: choose of ${cells[*]}, or none"
 done
-export CELLS=${CELLS:-${cells[*]}} DIFFUSION_STEPS EMA_RATE SAMPLES S
+case $APPEARANCES in all | share) ;; *) die "APPEARANCES=$APPEARANCES in $config: give all or share" ;; esac
+export CELLS=${CELLS:-${cells[*]}} FRACTIONS SEEDS VAL_SHARE NPROC APPEARANCES
+export DIFFUSION_STEPS DIFFUSION_BATCH MAX_EPOCHS EMA_RATE SAMPLES S
 for name in PATCH TEST MODEL DIFFUSION SAMPLE FILTER SEGMENTER PLAIN COLOUR; do
     declare -n flags_of=${name}_FLAGS
     printf -v "SDM_${name}_FLAGS" '%q ' "${flags_of[@]}"
     export "SDM_${name}_FLAGS"
 done
+# First of all, so that what cannot be trained shows before days of training do.
+"${PYTHON:-python}" "$ROOT/scripts/experiment/plan.py" "$raw"
 mkdir -p "$target"
 cp -- "$config" "$target/config"
 workflow experiment/experiment.smk "$raw" "$target" --test_slides --parallel "$(wc -w <<<"$CELLS")" "$@"

@@ -9,18 +9,21 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir).parents[1]))
+from scripts.experiment.plan import diffusion_steps
 from scripts.workflow.wiring import CORES, GPUS, LAUNCH, ONE_GPU, PYTHON, RAW, SLIDES, script, stage
 
 CELLS = [cell for cell in os.environ["CELLS"].split() if cell != "none"]
 NAMES = ("PATCH", "TEST", "MODEL", "DIFFUSION", "SAMPLE", "FILTER", "SEGMENTER", "PLAIN", "COLOUR")
 FLAGS = {name: os.environ[f"SDM_{name}_FLAGS"] for name in NAMES}
-STEPS, RATE = int(os.environ["DIFFUSION_STEPS"]), os.environ["EMA_RATE"]
+BATCH, RATE, VAL_SHARE = (os.environ[name] for name in ("DIFFUSION_BATCH", "EMA_RATE", "VAL_SHARE"))
 SAMPLES, SCALE = int(os.environ["SAMPLES"]), os.environ["S"]
 # set -> the results folder in the cell that it takes, and the stage that makes that.
 SYNTHETIC = {"unfiltered": ("samples", "samples"), "filtered": ("ood/kept", "filter")}
 # A cell in the names of files, and in a shell command.
 NAME, CELL = "f{fraction}-s{seed}", "f{wildcards.fraction}-s{wildcards.seed}"
-MODEL = f"{CELL}/model/ema_{RATE}_{STEPS:06d}.pt"
+MODEL = f"{CELL}/model/ema_{RATE}_{{params.steps}}.pt"
+APPEARANCES = os.environ["APPEARANCES"]
+COLOURS = {"all": f"--appearance_dir {CELL}/slides/colours", "share": ""}[APPEARANCES]
 # variant -> the data folder in the cell, and how to augment it.
 VARIANTS = {
     "real": ("slides", "PLAIN"),
@@ -40,6 +43,12 @@ def tests_of_filtered(wildcards):
     seal = json.loads(Path(checkpoints.filter.get(**wildcards).output[0]).read_text())
     kept = any("/ood/kept/samples/" in name for name in seal["files"])
     return [path.format(**wildcards) for path in tests("filtered", "filtered-colour")] if kept else []
+
+
+def steps(wildcards):
+    """Of the cell's diffusion model, as its files name them."""
+    images = Path(f"f{wildcards.fraction}-s{wildcards.seed}", "slides/seen/MoNuSegTrainingData/images")
+    return f"{diffusion_steps(sum(1 for _ in images.iterdir()) if images.is_dir() else 0):06d}"
 
 
 wildcard_constraints:
@@ -100,7 +109,7 @@ rule slides:
     log:
         f"logs/{NAME}-slides.log",
     params:
-        settings="",
+        settings=VAL_SHARE,
     resources:
         gpu=0,
     shell:
@@ -108,7 +117,7 @@ rule slides:
             f"{CELL}-slides",
             f"{CELL}/slides",
             f"{PYTHON} {script('scripts/experiment/subset_slides.py')} patches {CELL}/slides"
-            " --percent {wildcards.fraction} --seed {wildcards.seed}",
+            " --percent {wildcards.fraction} --seed {wildcards.seed} --val_share {params.settings}",
         )
 
 
@@ -120,8 +129,8 @@ rule model:
     log:
         f"logs/{NAME}-model.log",
     params:
-        settings=f"{FLAGS['MODEL']} {FLAGS['DIFFUSION']} {RATE}",
-        amount=STEPS,
+        settings=f"{FLAGS['MODEL']} {FLAGS['DIFFUSION']} {BATCH} {RATE}",
+        steps=steps,
     resources:
         gpu=GPUS,
     threads: CORES
@@ -129,9 +138,9 @@ rule model:
         stage(
             f"{CELL}-model",
             f"{CELL}/model",
-            f"env OPENAI_LOGDIR={CELL}/model {LAUNCH} {script('image_train.py')} --data_dir {CELL}/slides"
-            f" {FLAGS['MODEL']} {FLAGS['DIFFUSION']} --ema_rate {RATE} --max_steps {STEPS}"
-            " --seed {wildcards.seed} --val_split none",
+            f"env OPENAI_LOGDIR={CELL}/model {LAUNCH} {script('image_train.py')} --data_dir {CELL}/slides/seen"
+            f" {FLAGS['MODEL']} {FLAGS['DIFFUSION']} --total_batch_size {BATCH} --ema_rate {RATE}"
+            " --max_steps {params.steps} --seed {wildcards.seed} --val_split none",
             seals=[MODEL],
             resumes=True,
         )
@@ -146,7 +155,8 @@ rule samples:
     log:
         f"logs/{NAME}-samples.log",
     params:
-        settings=f"{STEPS} {FLAGS['MODEL']} {SCALE} {FLAGS['SAMPLE']}",
+        settings=lambda wildcards: f"{steps(wildcards)} {FLAGS['MODEL']} {SCALE} {FLAGS['SAMPLE']} {APPEARANCES}",
+        steps=steps,
         amount=SAMPLES,
     resources:
         gpu=GPUS,
@@ -155,9 +165,9 @@ rule samples:
         stage(
             f"{CELL}-samples",
             f"{CELL}/samples",
-            f"{LAUNCH} {script('image_sample.py')} --model_path {MODEL} --data_dir {CELL}/slides --use_train True"
-            f" --results_path {CELL}/samples --num_samples {SAMPLES} --s {SCALE}"
-            f" --seed {{wildcards.seed}} {FLAGS['SAMPLE']}",
+            f"{LAUNCH} {script('image_sample.py')} --model_path {MODEL} --data_dir {CELL}/slides/seen"
+            f" --use_train True --results_path {CELL}/samples --num_samples {SAMPLES} --s {SCALE}"
+            f" --seed {{wildcards.seed}} {FLAGS['SAMPLE']} {COLOURS}",
             seals=[f"{CELL}/samples/grid.png", f"{CELL}/samples"],
             resumes=True,
         )
@@ -227,7 +237,7 @@ rule segmenter:
             f"{CELL}/{{wildcards.variant}}",
             f"{PYTHON} {script('scripts/train_segmenter.py')} {CELL}/{{params.data}}"
             f" --results_path {CELL}/{{wildcards.variant}}"
-            " --seed {wildcards.seed} {params.settings}",
+            f" --seed {{wildcards.seed}} --val_share {VAL_SHARE} {{params.settings}}",
             seals=[f"{CELL}/{{wildcards.variant}}/{name}" for name in ("segmenter.pt", "result.json")],
             resumes=True,
         )

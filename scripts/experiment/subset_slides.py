@@ -1,10 +1,13 @@
 """
 Make a data folder of a share of the training slides.
 
-    python scripts/experiment/subset_slides.py DATA OUT --subsample 0.2 [--seed 0]
+    python scripts/experiment/subset_slides.py DATA OUT --subsample 0.2 [--seed 0] [--val_share 0.15]
 
 OUT gets the patches of the chosen slides, at least one, as relative links, slides.csv, which says their slides, and
-prepare.json, which says their magnification; the test data are one link to DATA's.
+prepare.json, which says their magnification; the test data are one link to DATA's. With --val_share, OUT/seen is a data
+folder of those that train_segmenter.py with the same --val_share and --seed does not hold out, and OUT/colours holds
+the training images of DATA but for the held-out slides: what to train a diffusion model on, and what samples may take
+their colours from, where neither is to see what segmenters are chosen by.
 """
 
 import argparse
@@ -20,7 +23,9 @@ from guided_diffusion.files import LOCK, replace_folder
 from guided_diffusion.histology.features.cluster_folders import list_patches
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from guided_diffusion.magnification import pass_on
-from guided_diffusion.slides import MANIFEST, TABLE, keep, write_table
+from guided_diffusion.slides import MANIFEST, TABLE, hold_out, keep, write_table
+
+SEEN, COLOURS = "seen", "colours"
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -33,6 +38,7 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     share.add_argument("--percent", type=float, help="deprecated spelling of --subsample, in per cent")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds choose equal slides")
+    parser.add_argument("--val_share", type=float, help="share of the chosen slides that is held out, in [0, 1)")
     return parser
 
 
@@ -45,15 +51,27 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     if not 0 < args.percent <= 100:
         raise ValueError(f"--subsample {args.percent / 100:g} must lie in (0, 1]")
+    if args.val_share is not None and not 0 <= args.val_share < 1:
+        raise ValueError(f"--val_share {args.val_share:g} must lie in [0, 1)")
     patches = list_patches(args.data)
-    slides = keep((patch.slide for patch in patches if patch.split == TRAIN_SPLIT), args.percent / 100, args.seed)
-    kept = [patch for patch in patches if patch.split == TRAIN_SPLIT and patch.slide in slides]
+    training = [patch for patch in patches if patch.split == TRAIN_SPLIT]
+    slides = keep((patch.slide for patch in training), args.percent / 100, args.seed)
+    kept = [patch for patch in training if patch.slide in slides]
     wanted = {f"{TRAIN_SPLIT}/{name}": file for patch in kept for name, file in patch.places()}
     if (args.data / TEST_SPLIT).is_dir():
         wanted[TEST_SPLIT] = args.data / TEST_SPLIT
     tests = [patch for patch in patches if patch.split == TEST_SPLIT]
+    tables = {TABLE: [(patch.file, patch.slide) for patch in kept + tests]}
+    if args.val_share is not None:
+        held = hold_out(slides, args.val_share, args.seed)
+        seen = [patch for patch in kept if patch.slide not in held]
+        wanted |= {f"{SEEN}/{TRAIN_SPLIT}/{name}": file for patch in seen for name, file in patch.places()}
+        tables[f"{SEEN}/{TABLE}"] = [(patch.file, patch.slide) for patch in seen]
+        colours = [patch for patch in training if patch.slide not in held]
+        wanted |= {f"{COLOURS}/{patch.image.name}": patch.image for patch in colours}
+        tables[f"{COLOURS}/{TABLE}"] = [(patch.image.name, patch.slide) for patch in colours]
     present = {p.relative_to(args.out).as_posix() for p in args.out.rglob("*") if p.is_symlink() or p.is_file()}
-    foreign = sorted(present - {*wanted, LOCK, TABLE, MANIFEST})
+    foreign = sorted(present - {*wanted, *tables, LOCK, MANIFEST})
     if foreign or args.out.resolve() == args.data.resolve():
         named = f"holds {foreign[0]}, which is not of this choice" if foreign else "is DATA itself"
         raise ValueError(f"OUT {args.out} {named}: give a new folder")
@@ -67,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(os.path.relpath(target.resolve(), place.parent.resolve()))
         pass_on(args.data, folder)
-        write_table(folder, ((patch.file, patch.slide) for patch in [*kept, *tests]))
+        for name, rows in tables.items():
+            write_table((folder / name).parent, rows)
 
     replace_folder(args.out, fill, "OUT")
     print(f"{args.out}: {len(slides)} slides, {len(kept)} patches")

@@ -6,7 +6,8 @@ import pytest
 from conftest import write_patches
 
 from guided_diffusion import cli, magnification
-from guided_diffusion.images import list_items
+from guided_diffusion.histology.segmenter.data import hold_out, training_pairs
+from guided_diffusion.images import list_images, list_items
 from scripts.experiment import subset_slides
 
 
@@ -43,6 +44,20 @@ def test_links_are_relative_and_a_second_run_changes_nothing(data, tmp_path):
     assert len(links) == 3 * 8 + 1 and not any(target.is_absolute() for target in links.values())
     subset(data, tmp_path / "out", 40)
     assert {path: path.readlink() for path in links} == links
+
+
+def test_what_segmenters_are_chosen_by_is_seen_by_nothing_else(data, tmp_path):
+    flags = ["--subsample", "0.8", "--seed", "3", "--val_share", "0.5"]
+    subset_slides.main([str(data), str(tmp_path / "out"), *flags])
+    pairs = training_pairs(tmp_path / "out")
+    train, held, _ = hold_out(pairs, 0.5, 3)
+    seen = list_items(str(tmp_path / "out/seen"), "monuseg")
+    assert len(held) == 8 and {item.stem for item in seen} == {pair.stem for pair in train}
+    colours = list_images(str(tmp_path / "out/colours"))
+    kept_out = {slide for pair in held for slide in pair.slides}
+    assert len(colours) == 20 - 8 and not kept_out & {image.slide for image in colours}
+    subset_slides.main([str(data), str(tmp_path / "all"), *flags[:-1], "0"])
+    assert len(list_items(str(tmp_path / "all/seen"), "monuseg")) == 16
 
 
 def test_a_share_chooses_what_its_per_cents_do(data, tmp_path):

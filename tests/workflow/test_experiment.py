@@ -63,8 +63,14 @@ def test_two_cells_at_once(slides, tmp_path):
     assert all(0 <= float(row["aji"]) <= 1 for row in rows)
     with open(out / "f50-s0/samples/manifest.csv", newline="") as file:
         structures = [row["structure_slide"] for row in csv.DictReader(file)]
-    # Ten of 48 structures, yet of all three slides.
-    assert len(structures) == 10 and len(set(structures)) == 3
+    # Ten of 32 structures, of the two slides that are not held out.
+    assert len(structures) == 10 and len(set(structures)) == 2
+    configs = [json.loads((out / f"f50-s0/{variant}/config.json").read_text()) for variant in variants]
+    assert {tuple(config["slides_held_out"]) for config in configs}.isdisjoint(structures)
+    assert len({(config["steps"], *config["slides_held_out"]) for config in configs}) == 1
+    # Two epochs of 32 patches, and ten steps of 64.
+    made = [json.loads((out / cell / "model/result.json").read_text())["step"] for cell in ("f50-s0", "f100-s0")]
+    assert made == [8, 10]
     assert len(list_items(str(out / "f50-s0/filtered-set"), "monuseg")) == 48 + 5
     assert json.loads((out / "f50-s0/real/test/metrics.json").read_text())["average"]
     assert Image.open(out / "results.png").width > 600
@@ -79,7 +85,7 @@ def test_two_cells_at_once(slides, tmp_path):
 
 def test_mistakes(slides, tmp_path):
     (tmp_path / "file").touch()
-    make_toy_monuseg.main([str(tmp_path / "train"), "--train", "1", "--test", "0", "--size", "64"])
+    make_toy_monuseg.main([str(tmp_path / "train"), "--train", "1", "--test", "0", "--size", "256"])
     for arguments, cells, message in (
         ([slides], "", "usage: bash scripts/experiment.sh RAW OUT"),
         ([tmp_path / "none", tmp_path / "out"], "", "RAW .*/none is not a folder"),
