@@ -34,9 +34,12 @@ def parted(run: str) -> tuple[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the table, whole or not at all."""
-    out, *runs = sys.argv[1:] if argv is None else argv
-    rows = [row(*parted(run)) for run in runs]
-    with writing(out, "w") as file:
+    parser = cli.FlagParser(description=__doc__)
+    parser.add_argument("out", metavar="OUT.csv", help="file to write")
+    parser.add_argument("runs", metavar="NAME=FOLDER", nargs="*", help="a cluster and its training's folder")
+    args = parser.parse_args(argv)
+    rows = [row(*parted(run)) for run in args.runs]
+    with writing(args.out, "w") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
