@@ -95,16 +95,22 @@ def identity(dataset: NucleiDataset | None) -> str:
     return fingerprint([part for part in parts if part])
 
 
+def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, str]:
+    """:return: the flags, with the magnification of the data; and what to say where it is assumed."""
+    args = create_argparser().parse_args(argv)
+    check(args)
+    known = args.mpp or magnification.of_data(args.data_dir)
+    args.mpp = known or magnification.REFERENCE_MPP
+    return args, magnification.assumption(args.data_dir) if args.use_hv_map and not known else ""
+
+
 def main(argv: list[str] | None = None) -> None:
     """
     Flags -> objects -> run.
 
     :param argv: the command line without the program's name; sys.argv's if None.
     """
-    args = create_argparser().parse_args(argv)
-    check(args)
-    known_mpp = args.mpp or magnification.of_data(args.data_dir)
-    args.mpp = known_mpp or magnification.REFERENCE_MPP
+    args, assumption = resolve(argv)
     spec = condition_spec(vars(args))
     options = TrainOptions.read(vars(args))
     th.manual_seed(args.seed)  # the initial weights; all later draws have generators of their own
@@ -127,21 +133,17 @@ def main(argv: list[str] | None = None) -> None:
     model.convert_to(dtype)
     with Checkpointer(logger.environment_dir(), options.kept_checkpoints) as checkpointer:
         seen, held_out = load_parts(args, spec)
-        if args.use_hv_map and not known_mpp:
-            logger.log(magnification.assumption(args.data_dir))
+        if assumption:
+            logger.log(assumption)
         facts = {"data": identity(seen), "held_out": identity(held_out)}
         resumed = checkpointer.find(args.resume_checkpoint, vars(args), changeable(FLAGS), facts)
         check_last_step(options, resumed)
         validate = functools.partial(
             Validation, spec=spec, diffusion=diffusion, batch_size=options.batch_size, seed=args.seed
         )
-        per_step = options.batch_size * dist_util.world_size()
-        data = stream(
-            seen,
-            options.batch_size,
-            start=checkpoint.samples_seen(resumed, per_step),
-            **args_to_dict(args, ["num_workers", "seed"]),
-        )
+        start = checkpoint.samples_seen(resumed, options.batch_size * dist_util.world_size())
+        order = args_to_dict(args, ["num_workers", "seed"])
+        data = stream(seen, options.batch_size, start=start, **order)
         with contextlib.closing(data):  # an error must not leave workers behind, which the process's end waits for
             loop = TrainLoop(
                 model=model,

@@ -12,7 +12,7 @@ import blobfile as bf
 
 from .files import by_stem, list_files
 from .image_files import EXTENSIONS
-from .slides import MANIFEST, hold_out, owners, slides_of
+from .slides import hold_out, owners, read_manifest, slides_of
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,8 @@ def check_complete(folder: str | Path, flag: str) -> None:
     :raises ValueError: if it is not whole.
     """
     for place in owners(folder):
-        manifest = bf.join(place, MANIFEST)
-        if bf.exists(manifest):
-            with bf.BlobFile(manifest, "r") as file:
-                text = file.read()
-            if '"complete": false' in text:
-                raise ValueError(f"{flag} {folder} is not prepared to the end: run prepare_monuseg.py again")
+        if (read_manifest(place) or {}).get("complete") is False:
+            raise ValueError(f"{flag} {folder} is not prepared to the end: run prepare_monuseg.py again")
 
 
 def _masks(folder: str, name: str | None, images: dict[str, str]) -> dict[str, str]:

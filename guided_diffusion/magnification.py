@@ -6,14 +6,11 @@ it is in the data at hand. A data folder says its mpp in the prepare.json that s
 does not say it is taken for 40x. Knows nothing of images or models.
 """
 
-import json
 import math
 from pathlib import Path
 
-import blobfile as bf
-
 from .files import write_json
-from .slides import MANIFEST, owners
+from .slides import MANIFEST, owners, read_manifest
 
 REFERENCE_MPP = 0.25  # um a pixel, of 40x
 _ALIKE = 1.1  # ratio up to which two scales count as one: scanners' 40x is 0.23 to 0.27 um a pixel
@@ -62,14 +59,10 @@ def of_data(folder: str | Path) -> float | None:
     :raises ValueError: where it cannot be read.
     """
     for place in owners(folder) if folder else ():
-        path = bf.join(place, MANIFEST)
-        if bf.exists(path):
-            try:
-                with bf.BlobFile(path, "r") as file:
-                    mpp = dict(json.loads(file.read())).get("mpp")
-            except (ValueError, TypeError):
-                raise ValueError(f"{path} is not readable: run prepare_monuseg.py again") from None
-            return None if mpp is None else check(mpp, f"{path}: mpp")
+        manifest = read_manifest(place)
+        if manifest is not None:
+            mpp = manifest.get("mpp")
+            return None if mpp is None else check(mpp, f"{place}/{MANIFEST}: mpp")
     return None
 
 

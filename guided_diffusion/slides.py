@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import blobfile as bf
 
@@ -57,20 +58,39 @@ def slides_of(
     """
     stems = [_stem(image) for image in images]
     for place in owners(folder):
-        table, manifest = bf.join(place, TABLE), bf.join(place, MANIFEST)
+        table = bf.join(place, TABLE)
         if bf.exists(table):
             recorded = _of_table(table)
             found = [next((recorded[end] for end in _ends(stem) if end in recorded), "") for stem in stems]
             if "" in found:
                 raise ValueError(f"{table} has no row of {images[found.index('')]}: add its file and slide")
             return found
-        if bf.exists(manifest):
-            counts = _prepared(manifest)
+        manifest = read_manifest(place)
+        if manifest is not None:
+            counts = _prepared(manifest, bf.join(place, MANIFEST))
             found = [_of_prepared(stem, counts) for stem in stems]
             if all(found):
                 return found
-            return _guessed(found, stems, beside(), f"{manifest} does not name all images of {folder}")
+            return _guessed(found, stems, beside(), f"{place}/{MANIFEST} does not name all images of {folder}")
     return _guessed([""] * len(stems), stems, beside(), f"{folder} has neither {TABLE} nor {MANIFEST}")
+
+
+def read_manifest(place: str | Path) -> dict[str, Any] | None:
+    """
+    :param place: a folder of `owners`.
+    :return: what its prepare.json says; None where it has none.
+    :raises ValueError: where that cannot be read.
+    """
+    path = bf.join(str(place), MANIFEST)
+    if not bf.exists(path):
+        return None
+    try:
+        manifest = json.loads(_read(path))
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} is not readable: run prepare_monuseg.py again, or write {TABLE}")
+    return manifest
 
 
 def write_table(folder: Path, rows: Iterable[tuple[str, str]]) -> None:
@@ -109,11 +129,10 @@ def _of_table(path: str) -> dict[str, str]:
     return found
 
 
-def _prepared(path: str) -> Mapping[str, int]:
+def _prepared(manifest: Mapping[str, Any], path: str) -> Mapping[str, int]:
     """Slide -> how many patches prepare_monuseg.py cut of it."""
     try:
-        splits = json.loads(_read(path)).get("patches", {}).values()
-        return {slide: int(count) for split in splits for slide, count in split.items()}
+        return {slide: int(count) for split in manifest.get("patches", {}).values() for slide, count in split.items()}
     except (ValueError, TypeError, AttributeError):
         raise ValueError(f"{path} is not readable: run prepare_monuseg.py again, or write {TABLE}") from None
 

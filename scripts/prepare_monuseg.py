@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from guided_diffusion import cli, signals
+from guided_diffusion import cli, magnification, signals
 from guided_diffusion.files import write_text
 from guided_diffusion.histology.slides import annotations, patches, scales
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, Slide
@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--num_workers is {args.num_workers}; give at least 1")
     if args.resize is not None and args.resize < 1:
         raise ValueError(f"--resize is {args.resize}; give a side of at least 1 px, or leave it out")
-    if args.mpp is not None and not 0 < args.mpp <= 100:
-        raise ValueError(f"--mpp is {args.mpp}; give micrometres a pixel above 0, e.g. 0.5, or leave it out")
+    if args.mpp is not None:
+        magnification.check(args.mpp, "--mpp is")
     patches.mirror_margins(args.patch_size, args.stride, args.mode)
     slides = annotations.find_slides(args.raw)
     check_out(args.raw, args.out, slides)
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     for line in scales.in_words(known, args.mpp):
         print(line)
 
-    zooms = {stem: mpp / (args.mpp or mpp) for stem, mpp in mpp_of.items()}
+    zooms = scales.zooms(mpp_of, args.mpp)
     check = partial(count_patches, zooms=zooms, **cut)
     counts: Counts = {TRAIN_SPLIT: {}, TEST_SPLIT: {}}
     checks = each(check, slides, args.num_workers)

@@ -109,7 +109,18 @@ ROOMS = {
     "assembly": {"evaluation", "features", "slides"},
     "bridge": {"", "features"},
 }
-SHARED = {"figures", "files", "image_files", "slides", "images", "stains", "devices", "magnification", "signals"}
+SHARED = {
+    "figures",
+    "files",
+    "image_files",
+    "slides",
+    "images",
+    "stains",
+    "devices",
+    "magnification",
+    "signals",
+    "streams",
+}
 
 
 def module_files() -> dict[str, Path]:
@@ -168,6 +179,13 @@ def test_library_code_does_not_print():
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         printed = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
         assert not printed, f"{name} prints"
+
+
+def test_draws_have_a_purpose():
+    """[s, n] and [s, n, 0] are one seed to NumPy; these draw one fixed thing, or from what their caller gives."""
+    others = {"bridge", "resample", "histology.slides.toy"}
+    drawing = {name for name, path in module_files().items() if "default_rng(" in path.read_text()}
+    assert drawing == {"streams", *others}
 
 
 def test_no_program_imports_another():

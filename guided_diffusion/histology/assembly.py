@@ -16,6 +16,7 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image
 
+from .. import streams
 from ..files import write_text
 from ..image_files import check_image, read_inst_mask
 from ..magnification import pass_on
@@ -179,7 +180,7 @@ def draw(samples: Sequence[Sample], count: int | None, weighted: bool, seed: int
         weights = np.array([_weight(sample) for sample in samples])
         there = int((weights > 0).sum())
         chances = weights / (weights.sum() or 1)
-    order = np.random.default_rng([seed, len(samples)]).choice(len(samples), there, replace=False, p=chances)
+    order = streams.rng("set", seed, len(samples)).choice(len(samples), there, replace=False, p=chances)
     first: dict[tuple[str, str, str], int] = {}
     for i in order:
         first.setdefault(triple(samples[i]), i)

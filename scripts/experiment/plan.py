@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from PIL import Image
 
 from guided_diffusion import cli
+from guided_diffusion.histology.slides import scales
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT, find_slides
 from guided_diffusion.histology.slides.patches import patch_count
 from guided_diffusion.slides import hold_out, keep
@@ -63,12 +64,17 @@ def count_patches(raw: Path, flags: list[str]) -> dict[str, int]:
     parser.add_argument("--patch_size", type=int, default=128)
     parser.add_argument("--stride", type=int, default=128)
     parser.add_argument("--mode", default="valid")
+    parser.add_argument("--mpp", type=float)
+    parser.add_argument("--slide_mpp", default="")
     args, _ = parser.parse_known_args(flags)
+    slides = find_slides(raw)
+    zooms = scales.zooms(scales.nominal_scales(scales.read_scales(slides, args.slide_mpp)), args.mpp)
     counts = {}
-    for slide in find_slides(raw):
+    for slide in slides:
         if slide.split == TRAIN_SPLIT:
             with Image.open(slide.image) as image:
-                counts[slide.stem] = patch_count(image.height, image.width, args.patch_size, args.stride, args.mode)
+                height, width = (round(side * zooms[slide.stem]) for side in (image.height, image.width))
+            counts[slide.stem] = patch_count(height, width, args.patch_size, args.stride, args.mode)
     return counts
 
 

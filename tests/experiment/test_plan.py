@@ -46,6 +46,13 @@ def test_the_smallest_share_can_be_trained(raw, shipped, monkeypatch, capsys, pr
     assert rows[3] == ["10", "3", "1", "192", "128", "2000", "500"]
 
 
+def test_patches_are_counted_at_the_magnification_they_are_brought_to(raw):
+    flags = ["--patch_size", "128", "--stride", "128"]
+    assert set(plan.count_patches(raw, flags).values()) == {64}
+    halved = plan.count_patches(raw, [*flags, "--mpp", "0.5", "--slide_mpp", "slide-07=0.5"])
+    assert halved.pop("slide-07") == 64 and set(halved.values()) == {16}
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

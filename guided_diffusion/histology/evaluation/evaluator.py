@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm.auto import tqdm
 
+from ... import streams
 from . import image_metrics as im
 
 METRICS = ("kid", "frechet", "precision_recall", "colour", "structure", "copies", "diversity")
@@ -111,7 +112,7 @@ class Evaluator:
         return figures
 
     def _kid(self, patches: PatchSet) -> Figures:
-        rng = np.random.default_rng(self.seed)
+        rng = streams.rng("kernel distance", self.seed)
         return {"kid": im.kernel_distance(self.train.features, patches.features, rng)}
 
     def _frechet(self, patches: PatchSet) -> Figures:
@@ -190,7 +191,7 @@ class Evaluator:
 
 def halves(patches: PatchSet, seed: int = 0) -> tuple[PatchSet, PatchSet]:
     """:return: a random half of real patches, and the other: of the same slides, so that either may be the other."""
-    order = np.random.default_rng(seed).permutation(len(patches.images))
+    order = streams.rng("halves", seed).permutation(len(patches.images))
 
     def part(name: str, rows: np.ndarray) -> PatchSet:
         own = np.sort(rows)

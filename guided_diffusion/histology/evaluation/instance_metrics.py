@@ -14,6 +14,8 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
+from ... import streams
+
 THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 HALF = THRESHOLDS.index(0.5)
 RESAMPLES = 2000  # of the bootstrap
@@ -158,7 +160,7 @@ def summarise(tallies: Sequence[Tally], slides: Sequence[str], seed: int = 0) ->
     values = np.array([list(row.values()) for row in rows])
     low = high = [None] * values.shape[1]
     if len(rows) > 1:
-        drawn = np.random.default_rng(seed).integers(0, len(rows), (RESAMPLES, len(rows)))
+        drawn = streams.rng("bootstrap", seed).integers(0, len(rows), (RESAMPLES, len(rows)))
         low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975), axis=0).tolist()
     means = values.mean(axis=0).tolist()
     return {name: dict(mean=means[k], low=low[k], high=high[k]) for k, name in enumerate(rows[0])}

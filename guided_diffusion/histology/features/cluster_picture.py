@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from sklearn.decomposition import PCA
 
+from ... import streams
 from ...figures import save_png
 from .clustering import NOISE
 
@@ -50,7 +51,7 @@ def draw_clusters(
     if scatter:
         _scatter(left.subplots(), _plane(points, is_test), labels, is_test, colours)
     axes = right.subplots(len(shown), 1, squeeze=False)[:, 0]
-    rng = np.random.default_rng(seed)
+    rng = streams.rng("cluster picture", seed)
     for axis, name in zip(axes, shown):
         members = np.flatnonzero((labels == name) & ~is_test)
         chosen = np.sort(rng.permutation(members)[:MEMBERS])

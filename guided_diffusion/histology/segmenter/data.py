@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import torch as th
 
+from ... import streams
 from ...files import by_stem
 from ...image_files import EXTENSIONS, read_image, read_inst_mask
 from ...images import check_complete
@@ -209,7 +210,7 @@ class Crops(th.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[th.Tensor, th.Tensor]:
         """:return: [crop x crop x 3] uint8 and [3 x crop x crop] float32: nucleus (0 or 1), x and y in it."""
-        rng = np.random.default_rng([self.seed, index])
+        rng = streams.rng("crop", self.seed, index)
         example = self.examples[int(np.searchsorted(self._shares, rng.random(), side="right"))]
         image, inst_map = self._cut(example, rng)
         if self.colour:

@@ -186,6 +186,7 @@ class Training:
             sampler=range(first, last),
             num_workers=workers,
             worker_init_fn=leave_to_parent,
+            multiprocessing_context="fork" if workers else None,  # whatever Python's default: see signals
             generator=th.Generator(),  # else the loader draws from the global one
         )
         return iter(loader)

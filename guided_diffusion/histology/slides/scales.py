@@ -42,6 +42,11 @@ def nominal_scales(scales: Scales) -> dict[str, float]:
     return {stem: nominal(value or REFERENCE_MPP) for stem, value in scales.items()}
 
 
+def zooms(values: Mapping[str, float], target: float | None) -> dict[str, float]:
+    """:return: slide -> times its size, where all are brought to `target` um a pixel; 1 where they are not."""
+    return {stem: value / (target or value) for stem, value in values.items()}
+
+
 def common(values: Mapping[str, float]) -> float:
     """:return: the micrometres a pixel that most slides have."""
     counts = Counter(values.values())
