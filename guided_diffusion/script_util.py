@@ -61,9 +61,9 @@ def condition_spec(flags: dict[str, Any]) -> ConditionSpec:
     """
     Make the condition's layout from flags, which checks --num_classes against it.
 
-    :param flags: flag -> value; others than the spec's are ignored.
+    :param flags: flag -> value; others than the spec's are ignored. Scripts for the reference know of no mpp.
     """
-    return ConditionSpec.read(flags)
+    return ConditionSpec.read({"mpp": 0.0, **flags})
 
 
 def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:

@@ -17,8 +17,10 @@ if not th.cuda.is_available():
     # Where there are GPUs that this torch cannot use, the programs refuse to start: see test_devices.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# Small tensors gain nothing from a second thread, lose much where something else runs beside, and round otherwise.
+# Small tensors gain nothing from a second thread, lose much where something else runs beside, and round otherwise: here
+# and in the programs that tests start.
 th.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
