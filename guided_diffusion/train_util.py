@@ -195,6 +195,9 @@ class TrainLoop:
             stop = stack.enter_context(StopRequest())
             self._run_until(stop)
             self.checkpointer.wait()
+        # What it holds of the process group must not be the last: a group that ends that way waits, without letting
+        # other threads run Python, for its own thread, which may wait to run Python: for ever.
+        self.ddp_model = self.model
         dist_util.barrier()
         if dist_util.any_rank(bool(stop)):
             logger.log(f"stopped by {stop.name or 'a signal'} at step {self.step}, saved: the same command goes on")

@@ -1,6 +1,7 @@
 """Training from the command line: what it writes, resuming, ranks, and mistakes."""
 
 import csv
+import gc
 import itertools
 import json
 import os
@@ -13,9 +14,10 @@ import pytest
 import torch as th
 from conftest import TINY, write_patches
 from forked import start_ranks
+from torch.nn.parallel import DistributedDataParallel
 
 import image_train
-from guided_diffusion import checkpoint, checkpoint_sets, cli
+from guided_diffusion import checkpoint, checkpoint_sets, cli, dist_util
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -303,10 +305,24 @@ def launch(command, data_dir, out, *flags):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
 
+def train_and_look(argv):
+    """image_train.main, which fails where what holds on to the process group outlives training: see run_loop."""
+    shutdown = dist_util.shutdown
+
+    def checked():
+        left = [found for found in gc.get_objects() if isinstance(found, DistributedDataParallel)]
+        shutdown()
+        if left:
+            raise ValueError("DistributedDataParallel outlives training")
+
+    dist_util.shutdown = checked
+    image_train.main(argv)
+
+
 def ranks(count, data_dir, out, *flags):
     """:return: the exit codes of so many ranks, and what they print on stderr."""
     argv = ["--data_dir", str(data_dir), *TINY, *TRAIN, *flags]
-    started = start_ranks(count, image_train.main, argv, out, OPENAI_LOGDIR=str(out), OPENAI_LOG_FORMAT="log")
+    started = start_ranks(count, train_and_look, argv, out, OPENAI_LOGDIR=str(out), OPENAI_LOG_FORMAT="log")
     return [rank.wait() for rank in started], out.with_suffix(".err").read_text()
 
 
