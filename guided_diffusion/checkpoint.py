@@ -38,6 +38,7 @@ MODEL_FIELDS = (
     "use_new_attention_order",
     "resblock_updown",
     "use_scale_shift_norm",
+    "spade_channels",
     "num_classes",
     "class_cond",
     "use_hv_map",
@@ -49,6 +50,8 @@ MODEL_FIELDS = (
     "noise_schedule",
     "rescale_timesteps",
 )
+# What a config.json means that is older than the flag.
+BEFORE_FLAGS = {"spade_channels": 128}
 
 
 def model_name(step: int) -> str:
@@ -268,8 +271,8 @@ def check_fit(model: nn.Module, state: dict[str, Any], path: str) -> None:
 
 def load_config(checkpoint_path: str) -> dict[str, Any] | None:
     """
-    :return: the flags that a checkpoint was trained with, or None where there is no config.json beside it. A model that
-        does not say its micrometres a pixel was trained as at 40x.
+    :return: the flags that a checkpoint was trained with, or None where there is no config.json beside it. A flag that
+        there was not yet has the value that it stood for; micrometres a pixel those of 40x.
     """
     path = bf.join(bf.dirname(checkpoint_path) or ".", CONFIG_NAME)
     if not is_file(path):
@@ -281,7 +284,7 @@ def load_config(checkpoint_path: str) -> dict[str, Any] | None:
         config = None
     if not isinstance(config, dict):
         raise ValueError(f"{path} does not parse: restore it, or remove it to go without its check")
-    return {**config, "mpp": config.get("mpp") or REFERENCE_MPP}
+    return {**BEFORE_FLAGS, **config, "mpp": config.get("mpp") or REFERENCE_MPP}
 
 
 def meaning(value: Any) -> Any:

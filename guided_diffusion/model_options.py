@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from .options import Options, flag
 from .schedules import NOISE_SCHEDULES
+from .spade import HIDDEN_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class ModelOptions(Options):
         False, "compute in fp16; on a CPU in bf16 where it has units for it, else in fp32", changeable=True
     )
     use_new_attention_order: bool = flag(False, "lay out the channels of queries, keys and values one after another")
+    spade_channels: int = flag(
+        HIDDEN_CHANNELS,
+        "channels of the hidden layers by which the decoder sees the condition; fewer are cheaper",
+        within="[1, inf)",
+        ours=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from .options import str2bool as str2bool
 from .options import value_type
 from .respace import SpacedDiffusion, space_timesteps
 from .run_options import DataOptions, RunOptions
+from .spade import HIDDEN_CHANNELS
 from .unet import UNetModel
 
 NUM_CLASSES = ConditionSpec.flags()["num_classes"]
@@ -104,6 +105,7 @@ def create_model(
     in_channels: int = 3,
     no_instance: bool = False,
     use_col_map: bool = False,
+    spade_channels: int = HIDDEN_CHANNELS,
 ) -> UNetModel:
     """
     Make a U-Net from flags.
@@ -112,6 +114,7 @@ def create_model(
     :param attention_resolutions: comma-separated heights of the feature maps that get attention, in pixels.
     :param num_classes: with class_cond the number of one-hot classes, on top of which edges and colour come; else
         the number of channels of the condition.
+    :param spade_channels: channels of SPADE's hidden layers.
     """
     cond_channels = num_classes
     if class_cond:
@@ -140,6 +143,7 @@ def create_model(
         use_scale_shift_norm=use_scale_shift_norm,
         resblock_updown=resblock_updown,
         use_new_attention_order=use_new_attention_order,
+        spade_channels=spade_channels,
     )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from .nn import GROUPS, Conv2d
 
-HIDDEN_CHANNELS = 128
+HIDDEN_CHANNELS = 128  # the reference's
 
 Modulation = tuple[th.Tensor, th.Tensor]
 
@@ -54,14 +54,15 @@ class SPADEGroupNorm(nn.Module):
 
     :param channels: the number of channels of x.
     :param cond_channels: the number of channels of the condition y.
+    :param hidden_channels: the hidden layer's.
     """
 
-    def __init__(self, channels: int, cond_channels: int) -> None:
+    def __init__(self, channels: int, cond_channels: int, hidden_channels: int = HIDDEN_CHANNELS) -> None:
         super().__init__()
         self.channels = channels
-        self.mlp_shared = nn.Sequential(Conv2d(cond_channels, HIDDEN_CHANNELS, 3, padding=1), nn.ReLU())
-        self.mlp_gamma = Conv2d(HIDDEN_CHANNELS, channels, 3, padding=1)
-        self.mlp_beta = Conv2d(HIDDEN_CHANNELS, channels, 3, padding=1)
+        self.mlp_shared = nn.Sequential(Conv2d(cond_channels, hidden_channels, 3, padding=1), nn.ReLU())
+        self.mlp_gamma = Conv2d(hidden_channels, channels, 3, padding=1)
+        self.mlp_beta = Conv2d(hidden_channels, channels, 3, padding=1)
 
     def forward(self, x: th.Tensor, y: "th.Tensor | dict[SPADEGroupNorm, Modulation]") -> th.Tensor:
         """

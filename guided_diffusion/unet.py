@@ -9,7 +9,7 @@ from torch import nn
 
 from .fp16_util import cast_convolutions
 from .nn import GROUPS, Conv2d, normalization, timestep_embedding, zero_module
-from .spade import Condition, Modulation, Modulations, SPADEGroupNorm
+from .spade import HIDDEN_CHANNELS, Condition, Modulation, Modulations, SPADEGroupNorm
 from .unet_blocks import AttentionBlock as AttentionBlock
 from .unet_blocks import BlockMaker, SDMResBlock, TimestepEmbedSequential, Upsample, upsample
 from .unet_blocks import Downsample as Downsample
@@ -33,6 +33,7 @@ class UNetModel(nn.Module):
     :param use_fp16: compute in fp16; the parameters stay in fp32. See convert_to.
     :param num_heads_upsample: heads in the decoder; -1 means num_heads.
     :param resblock_updown: resample inside residual blocks.
+    :param spade_channels: channels of SPADE's hidden layers, by which the decoder sees the condition.
     :raises ValueError: where sizes do not divide.
     """
 
@@ -57,6 +58,8 @@ class UNetModel(nn.Module):
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
+        *,
+        spade_channels: int = HIDDEN_CHANNELS,
     ) -> None:
         super().__init__()
         _check_values(num_res_blocks, dropout, dims)
@@ -71,6 +74,7 @@ class UNetModel(nn.Module):
         make = BlockMaker(
             emb_channels=emb_channels,
             cond_channels=num_classes,
+            spade_channels=spade_channels,
             dropout=dropout,
             num_head_channels=num_head_channels,
             conv_resample=conv_resample,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .nn import Conv1d, Conv2d, checkpoint, normalization, silu, zero_module
-from .spade import SPADEGroupNorm
+from .spade import HIDDEN_CHANNELS, SPADEGroupNorm
 
 
 def upsample(x: th.Tensor) -> th.Tensor:
@@ -125,16 +125,24 @@ class SDMResBlock(ResidualBlock):
     The middle block's and the decoder's residual block, normalised by SPADE with the condition.
 
     :param cond_channels: channels of the condition; other parameters as ResBlock's.
+    :param spade_channels: of SPADE's hidden layer.
     """
 
     def __init__(
-        self, channels: int, emb_channels: int, dropout: float, out_channels: int, cond_channels: int, **options
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int,
+        cond_channels: int,
+        spade_channels: int = HIDDEN_CHANNELS,
+        **options,
     ) -> None:
         super().__init__(**options)
-        self.in_norm = SPADEGroupNorm(channels, cond_channels)
+        self.in_norm = SPADEGroupNorm(channels, cond_channels, spade_channels)
         self.in_layers = nn.Sequential(nn.SiLU(), Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = self._make_emb_layers(emb_channels, out_channels)
-        self.out_norm = SPADEGroupNorm(out_channels, cond_channels)
+        self.out_norm = SPADEGroupNorm(out_channels, cond_channels, spade_channels)
         self.out_layers = nn.Sequential(
             nn.SiLU(), nn.Dropout(dropout), zero_module(Conv2d(out_channels, out_channels, 3, padding=1))
         )
@@ -214,7 +222,8 @@ class BlockMaker:
     """
     Makes a U-Net's blocks, of which all share these settings.
 
-    :param emb_channels: channels of the timestep embedding; cond_channels: of the condition.
+    :param emb_channels: channels of the timestep embedding; cond_channels: of the condition; spade_channels: of SPADE's
+        hidden layers.
     :param num_head_channels: channels of an attention head; -1 leaves it to the number of heads.
     :param conv_resample: convolve when resampling; has no effect with resblock_updown.
     :param resblock_updown: resample inside residual blocks.
@@ -222,6 +231,7 @@ class BlockMaker:
 
     emb_channels: int
     cond_channels: int
+    spade_channels: int
     dropout: float
     num_head_channels: int
     conv_resample: bool
@@ -240,9 +250,8 @@ class BlockMaker:
 
     def spade(self, ch: int, out_ch: int, resample: Callable | None = None) -> SDMResBlock:
         """:return: a residual block that sees the condition."""
-        return SDMResBlock(
-            ch, self.emb_channels, self.dropout, out_ch, self.cond_channels, resample=resample, **self._shared
-        )
+        widths = self.cond_channels, self.spade_channels
+        return SDMResBlock(ch, self.emb_channels, self.dropout, out_ch, *widths, resample=resample, **self._shared)
 
     def attention(self, ch: int, heads: int) -> AttentionBlock:
         """:return: a block of self-attention."""

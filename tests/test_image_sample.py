@@ -491,6 +491,28 @@ def test_the_checkpoint_brings_its_flags(data_dir, model_path, tmp_path):
     assert image_sample.resolve(["--model_path", path, "--mpp", "1"])[0].mpp == 1
 
 
+# Flags that change what a model's weights are or mean, and one value that a command line must not contradict.
+RECIPES = {"width": (["--spade_channels", "8"], "--spade_channels 16")}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_need_not_be_named(data_dir, tmp_path, name):
+    recipe, other = RECIPES[name]
+    args = image_sample.create_argparser().parse_args([*TINY, *recipe])
+    model, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    th.nn.init.normal_(model.out[-1].weight, std=0.1, generator=th.Generator().manual_seed(0))
+    checkpoint.save(model.state_dict(), str(tmp_path), "model000001.pt")
+    path, few = str(tmp_path / "model000001.pt"), ["--num_samples", "1", "--timestep_respacing", "2"]
+    named = run(data_dir, path, tmp_path / "named", *recipe, *few)
+    files.write_json(tmp_path / "config.json", vars(args))
+    short = ["--data_dir", str(data_dir), "--use_train", "True", *few, "--model_path", path, "--results_path"]
+    image_sample.main([*short, str(tmp_path / "short")])
+    assert not differs(named, tmp_path / "short")
+    with pytest.raises(ValueError, match=f"{recipe[0]} {recipe[1]}.*{other}"):
+        image_sample.main([*short, str(tmp_path / "other"), *other.split()])
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "unipc", "ddim", "ddpm"])
 def test_few_step_samplers(data_dir, model_path, tmp_path, sampler):
     extra = ["--sampler", sampler, "--num_steps", "3", "--timestep_respacing", "", "--num_samples", "1"]

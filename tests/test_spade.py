@@ -3,7 +3,7 @@
 import pytest
 import torch as th
 
-from guided_diffusion.spade import HIDDEN_CHANNELS, SPADEGroupNorm
+from guided_diffusion.spade import SPADEGroupNorm
 
 
 def make(channels=64, cond_channels=5, seed=0):
@@ -95,14 +95,14 @@ def test_bf16_input_and_fp32_parameters():
     assert {p.grad.dtype for p in layer.parameters()} == {th.float32}
 
 
-def test_no_affine_parameters_and_the_keys_of_checkpoints():
-    shapes = {name: tuple(p.shape) for name, p in SPADEGroupNorm(96, 7).state_dict().items()}
-    assert HIDDEN_CHANNELS == 128
+@pytest.mark.parametrize(("given", "hidden"), [((), 128), ((24,), 24)])
+def test_no_affine_parameters_and_the_keys_of_checkpoints(given, hidden):
+    shapes = {name: tuple(p.shape) for name, p in SPADEGroupNorm(96, 7, *given).state_dict().items()}
     assert shapes == {
-        "mlp_shared.0.weight": (128, 7, 3, 3),
-        "mlp_shared.0.bias": (128,),
-        "mlp_gamma.weight": (96, 128, 3, 3),
+        "mlp_shared.0.weight": (hidden, 7, 3, 3),
+        "mlp_shared.0.bias": (hidden,),
+        "mlp_gamma.weight": (96, hidden, 3, 3),
         "mlp_gamma.bias": (96,),
-        "mlp_beta.weight": (96, 128, 3, 3),
+        "mlp_beta.weight": (96, hidden, 3, 3),
         "mlp_beta.bias": (96,),
     }

@@ -1,11 +1,14 @@
 """The training loop's own rules: options, averages, learning rate, drops."""
 
 import itertools
+import subprocess
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch as th
 from conftest import TINY
+from torch.utils.flop_counter import FlopCounterMode
 
 import image_train
 from guided_diffusion import checkpoint, logger
@@ -169,3 +172,27 @@ def test_the_references_files_are_gone_on_from(make_loop, tmp_path, count):
         th.testing.assert_close(p, theirs, rtol=1e-5, atol=1e-7)
     loop.run_step(*next(loop.data))
     assert loop.step == 4 and all(p.isfinite().all() for p in loop.model.parameters())
+
+
+# ---- what a step costs ----
+
+CONFIG = Path(__file__).resolve().parents[1] / "scripts" / "experiment" / "experiment_cpu.conf"
+# Flags over those of the CPU experiment -> floating-point operations of a step, forward and backward, an image.
+RECIPES = {
+    "": 8_407_957_504,
+    "--spade_channels 64": 5_108_776_960,
+    "--spade_channels 32": 3_459_186_688,
+    "--dropout 0.1": 8_407_957_504,
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_floating_point_operations_of_a_step(recipe):
+    script = f'source {CONFIG}; echo "${{MODEL_FLAGS[*]}}"'
+    shipped = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    args = image_train.create_argparser().parse_args([*shipped.split(), *recipe.split()])
+    with th.device("meta"), FlopCounterMode(display=False) as counter:
+        model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+        x, y, t = th.empty(1, 3, 32, 32), th.empty(1, 6, 32, 32), th.zeros(1, dtype=th.long)
+        diffusion.training_losses(model, x, t, model_kwargs={"y": y}, noise=x)["loss"].sum().backward()
+    assert counter.get_total_flops() == RECIPES[recipe]
