@@ -46,12 +46,13 @@ MODEL_FIELDS = (
     "no_instance",
     "learn_sigma",
     "predict_xstart",
+    "predict_v",
     "diffusion_steps",
     "noise_schedule",
     "rescale_timesteps",
 )
 # What a config.json means that is older than the flag.
-BEFORE_FLAGS = {"spade_channels": 128}
+BEFORE_FLAGS = {"spade_channels": 128, "predict_v": False}
 
 
 def model_name(step: int) -> str:

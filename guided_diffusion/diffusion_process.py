@@ -26,6 +26,7 @@ class ModelMeanType(enum.Enum):
     PREVIOUS_X = enum.auto()  # the mean of x_{t-1}
     START_X = enum.auto()  # x_0
     EPSILON = enum.auto()  # the noise
+    VELOCITY = enum.auto()  # v = alpha eps - sigma x_0 (Salimans and Ho 2022)
 
 
 class ModelVarType(enum.Enum):
@@ -172,12 +173,7 @@ class DiffusionProcess:
     ) -> dict[str, th.Tensor]:
         """What p_mean_variance gives, from the model's output."""
         prediction, variance, log_variance = self._variance(output, x, t)
-        if self.model_mean_type == ModelMeanType.EPSILON:
-            pred_xstart = self._predict_xstart_from_eps(x, t, prediction)
-        elif self.model_mean_type == ModelMeanType.START_X:
-            pred_xstart = prediction
-        else:
-            pred_xstart = self._predict_xstart_from_xprev(x, t, prediction)
+        pred_xstart = self._predict_xstart(x, t, prediction)
         if denoised_fn is not None:
             pred_xstart = denoised_fn(pred_xstart)
         if clip_denoised:
@@ -209,10 +205,22 @@ class DiffusionProcess:
             return prediction, values.exp(), values
         return output, self._at(variance, t, x), self._at(log_variance, t, x)
 
+    def _predict_xstart(self, x_t: th.Tensor, t: th.Tensor, prediction: th.Tensor) -> th.Tensor:
+        if self.model_mean_type == ModelMeanType.EPSILON:
+            return self._predict_xstart_from_eps(x_t, t, prediction)
+        if self.model_mean_type == ModelMeanType.VELOCITY:
+            return self._predict_xstart_from_v(x_t, t, prediction)
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
+            return self._predict_xstart_from_xprev(x_t, t, prediction)
+        return prediction
+
     def _predict_xstart_from_eps(self, x_t: th.Tensor, t: th.Tensor, eps: th.Tensor) -> th.Tensor:
         return (
             self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
         )
+
+    def _predict_xstart_from_v(self, x_t: th.Tensor, t: th.Tensor, v: th.Tensor) -> th.Tensor:
+        return self._at("sqrt_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * v
 
     def _predict_xstart_from_xprev(self, x_t: th.Tensor, t: th.Tensor, xprev: th.Tensor) -> th.Tensor:
         coef1, coef2 = self._at("posterior_mean_coef1", t, x_t), self._at("posterior_mean_coef2", t, x_t)

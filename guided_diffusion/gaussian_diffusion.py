@@ -241,6 +241,9 @@ class GaussianDiffusion(DiffusionProcess):
             return noise
         if self.model_mean_type == ModelMeanType.START_X:
             return x_start
+        if self.model_mean_type == ModelMeanType.VELOCITY:
+            alpha, sigma = (self._at(f"sqrt_{name}alphas_cumprod", t, x_t) for name in ("", "one_minus_"))
+            return alpha * noise - sigma * x_start
         return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
     def _bound(self, x_start: th.Tensor, x_t: th.Tensor, t: th.Tensor, p: dict[str, th.Tensor]) -> th.Tensor:

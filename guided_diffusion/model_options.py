@@ -42,7 +42,11 @@ class ModelOptions(Options):
 
 @dataclass(frozen=True)
 class DiffusionOptions(Options):
-    """The diffusion process and the loss."""
+    """
+    The diffusion process and the loss.
+
+    :raises ValueError: where a value is out of range or contradicts another.
+    """
 
     learn_sigma: bool = flag(False, "the model predicts the reverse process's variance, too")
     diffusion_steps: int = flag(1000, "steps of the process that the model is trained on", within="[1, inf)")
@@ -50,5 +54,18 @@ class DiffusionOptions(Options):
     timestep_respacing: str = flag("", "how many of the steps to keep: 250, 10,15,20 for sections, ddim25; empty: all")
     use_kl: bool = flag(False, "train on the variational bound rather than the squared error")
     predict_xstart: bool = flag(False, "the model predicts the image rather than the noise")
+    predict_v: bool = flag(
+        False,
+        "the model predicts v = alpha noise - sigma image (Salimans and Ho 2022) rather than the noise",
+        ours=True,
+    )
     rescale_timesteps: bool = flag(False, "scale timesteps to 0..1000 before the model sees them")
     rescale_learned_sigmas: bool = flag(False, "weigh the variance's part of the loss as a sum over all steps")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.predict_v and self.predict_xstart:
+            raise ValueError(
+                "--predict_v True with --predict_xstart True, given or by the checkpoint's config.json: a model "
+                "predicts one of them"
+            )

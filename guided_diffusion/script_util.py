@@ -33,6 +33,13 @@ LOSS_TYPES = {
     (True, True): gd.LossType.RESCALED_KL,
 }
 
+# (predict_xstart, predict_v) -> what the model predicts.
+MEAN_TYPES = {
+    (False, False): gd.ModelMeanType.EPSILON,
+    (True, False): gd.ModelMeanType.START_X,
+    (False, True): gd.ModelMeanType.VELOCITY,
+}
+
 
 def diffusion_defaults() -> dict[str, Any]:
     """:return: the flags that make a diffusion process, with their defaults."""
@@ -184,6 +191,7 @@ def create_gaussian_diffusion(
     rescale_timesteps: bool = False,
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str | list[int] = "",
+    predict_v: bool = False,
 ) -> SpacedDiffusion:
     """
     Make a diffusion process from flags.
@@ -201,7 +209,7 @@ def create_gaussian_diffusion(
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=gd.get_named_beta_schedule(noise_schedule, steps),
-        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        model_mean_type=MEAN_TYPES[predict_xstart, predict_v],
         model_var_type=var_type,
         loss_type=LOSS_TYPES[use_kl, rescale_learned_sigmas],
         rescale_timesteps=rescale_timesteps,

@@ -92,6 +92,7 @@ class Oracle:
         prediction = {
             ModelMeanType.START_X: x_start,
             ModelMeanType.EPSILON: (x - abar.sqrt() * x_start) / (1 - abar).sqrt(),
+            ModelMeanType.VELOCITY: (abar.sqrt() * x - x_start) / (1 - abar).sqrt(),
             ModelMeanType.PREVIOUS_X: facts.previous_x(x_start, x, t),
         }[self.diffusion.model_mean_type]
         if self.diffusion.model_var_type not in LEARNED:
@@ -194,6 +195,24 @@ def test_kinds_of_prediction_agree():
     abar = np.prod(1 - process().betas[:31])
     best = 0.2 + 0.25 * math.sqrt(abar) / (0.25 * abar + 1 - abar) * (x[2, 0, 0, 0].item() - math.sqrt(abar) * 0.2)
     assert outs[ModelMeanType.EPSILON]["pred_xstart"][2, 0, 0, 0].item() == pytest.approx(best, abs=1e-5)
+
+
+def test_velocity_by_hand():
+    """alpha = .8, sigma = .6, x_0 = .5, noise = -1: x_t = -.2, and v = .8 * -1 - .6 * .5."""
+    diffusion = GaussianDiffusion(
+        betas=np.array([0.36]),
+        model_mean_type=ModelMeanType.VELOCITY,
+        model_var_type=ModelVarType.FIXED_LARGE,
+        loss_type=LossType.MSE,
+    )
+    x_start, noise, t = th.full((1, 1, 1, 1), 0.5), th.full((1, 1, 1, 1), -1.0), th.tensor([0])
+    x_t = diffusion.q_sample(x_start, t, noise)
+    assert x_t.item() == pytest.approx(-0.2)
+    out = diffusion.p_mean_variance(lambda x, t: th.full_like(x, -1.1), x_t, t)
+    assert out["pred_xstart"].item() == pytest.approx(0.5)
+    assert diffusion._predict_eps_from_xstart(x_t, t, out["pred_xstart"]).item() == pytest.approx(-1)
+    losses = diffusion.training_losses(lambda x, t: th.zeros_like(x), x_start, t, noise=noise)
+    assert losses["loss"].item() == pytest.approx(1.1**2)
 
 
 def test_variance_of_each_kind():
@@ -480,6 +499,7 @@ def test_mse_by_hand(mean_type):
     th.testing.assert_close(seen[0].double(), x_t, rtol=1e-5, atol=1e-5)
     target = {
         ModelMeanType.EPSILON: noise.double(),
+        ModelMeanType.VELOCITY: abar.sqrt() * noise.double() - (1 - abar).sqrt() * x_start.double(),
         ModelMeanType.START_X: x_start.double(),
         ModelMeanType.PREVIOUS_X: facts.previous_x(x_start.double(), x_t, t),
     }[mean_type]

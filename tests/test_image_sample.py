@@ -492,7 +492,10 @@ def test_the_checkpoint_brings_its_flags(data_dir, model_path, tmp_path):
 
 
 # Flags that change what a model's weights are or mean, and one value that a command line must not contradict.
-RECIPES = {"width": (["--spade_channels", "8"], "--spade_channels 16")}
+RECIPES = {
+    "width": (["--spade_channels", "8"], "--spade_channels 16"),
+    "velocity": (["--predict_v", "True"], "--predict_v False"),
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)

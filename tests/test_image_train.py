@@ -416,6 +416,10 @@ MISTAKES = {
     "fp16": (["--precision", "fp16"], "--precision fp16 on a CPU.*give bf16 or fp32"),
     "microbatch": (["--microbatch", "few"], "--microbatch few is neither a number nor auto"),
     "divisor": (["--microbatch", "3"], "--microbatch 3 does not divide --batch_size 4"),
+    "two predictions": (
+        ["--predict_v", "True", "--predict_xstart", "True"],
+        "--predict_v True with --predict_xstart True",
+    ),
     "clip": (["--grad_clip", "-1"], "--grad_clip -1"),
 }
 

@@ -114,6 +114,29 @@ def test_ddpm_and_ddim_are_those_of_the_reference(learn_sigma, sigma_small, mode
     assert th.equal(draw("ddpm", diffusion, half, y, [0]), x)
 
 
+@pytest.mark.parametrize("s", [1.0, 1.7])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_a_model_predicts_makes_no_difference(name, s, y):
+    """One estimate of the image, told as itself, as noise and as v: equal samples, but for the fp32 of the tables."""
+    told = {}
+    for kind in ("predict_xstart", "predict_v", ""):
+        flags = dict(noise_schedule="linear", rescale_timesteps=True, **({kind: True} if kind else {}))
+        diffusion = make_diffusion(**flags)
+
+        def model(x, t, y, kind=kind, levels=diffusion.base_alphas_cumprod):
+            x, level = x.double(), th.from_numpy(levels)[(t / 10).round().long()].view(-1, 1, 1, 1)
+            x_start = 0.8 * (y.mean((1, 2, 3), keepdim=True) + x).sin() + 0.4 * x.flip(1)
+            eps = (x - level.sqrt() * x_start) / (1 - level).sqrt()
+            v = level.sqrt() * eps - (1 - level).sqrt() * x_start
+            prediction = {"predict_xstart": x_start, "predict_v": v, "": eps}[kind]
+            return th.cat([prediction, x.cos()], dim=1)
+
+        told[kind] = draw(name, diffusion, model, y, [0, 1], s=s)
+    assert told[""].std() > 0.1
+    th.testing.assert_close(told["predict_v"], told["predict_xstart"], rtol=0, atol=1e-6)
+    th.testing.assert_close(told["predict_v"], told[""], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_clip_denoised(name, diffusion, model, y):
     assert draw(name, diffusion, model, 9 * y, [0, 1]).abs().max() <= 1

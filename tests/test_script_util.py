@@ -189,6 +189,7 @@ def test_a_script_that_knows_only_the_reference_s_flags_builds():
         (dict(dropout=1.0), "--dropout 1.0"),
         (dict(diffusion_steps=0), "--diffusion_steps 0"),
         (dict(noise_schedule="sigmoid"), "unknown --noise_schedule sigmoid: choose one of linear, cosine"),
+        (dict(predict_v=True, predict_xstart=True), "--predict_v True with --predict_xstart True.*one of them"),
     ],
 )
 def test_flags_of_model_and_diffusion_are_checked(changes, message):
@@ -222,6 +223,7 @@ def test_loss_type(use_kl, rescale_learned_sigmas):
 def test_mean_type():
     assert create_gaussian_diffusion().model_mean_type == ModelMeanType.EPSILON
     assert create_gaussian_diffusion(predict_xstart=True).model_mean_type == ModelMeanType.START_X
+    assert create_gaussian_diffusion(predict_v=True).model_mean_type == ModelMeanType.VELOCITY
 
 
 @pytest.mark.parametrize(

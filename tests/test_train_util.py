@@ -182,6 +182,8 @@ RECIPES = {
     "": 8_407_957_504,
     "--spade_channels 64": 5_108_776_960,
     "--spade_channels 32": 3_459_186_688,
+    "--predict_xstart False": 8_407_957_504,
+    "--predict_xstart False --predict_v True": 8_407_957_504,
     "--dropout 0.1": 8_407_957_504,
 }
 
