@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir).parent))
-from scripts.workflow.wiring import CORES, GPUS, ONE_GPU, PYTHON, RAW, SLIDES, script, stage
+from scripts.workflow.wiring import CORES, GPUS, ONE_GPU, PYTHON, RAW, SLIDES, script, stage, step
 
 PATCHES, CLUSTERS = "patches", "patches/clusters"
 FLAGS = {name: os.environ[f"SDM_{name}_FLAGS"] for name in ("PATCH", "CLUSTER", "FILTER", "MODEL", "TRAIN")}
@@ -115,11 +115,16 @@ checkpoint labels:
         "stages/clusters.json",
     output:
         "stages/labels",
+    log:
+        "logs/labels.log",
     params:
         labels=os.environ["CLUSTERS"],
     shell:
-        shlex.quote(sys.executable) + f" {script('scripts/workflow/choose_clusters.py')} {CLUSTERS}"
-        " {output} {params.labels}"
+        step(
+            "labels",
+            f"{shlex.quote(sys.executable)} {script('scripts/workflow/choose_clusters.py')} {CLUSTERS}"
+            " {output} {params.labels}",
+        )
 
 
 rule pretrain:

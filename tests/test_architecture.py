@@ -29,6 +29,7 @@ RANKS = {
     "log_sinks": -1,
     "cli": 0,
     "processes": 0,
+    "failures": 1,
     "logger": 0,
     "nn": 0,
     "losses": 0,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir).parents[1]))
 from scripts.experiment.plan import diffusion_steps
-from scripts.workflow.wiring import CORES, GPUS, LAUNCH, ONE_GPU, PYTHON, RAW, SLIDES, script, stage
+from scripts.workflow.wiring import CORES, GPUS, LAUNCH, ONE_GPU, PYTHON, RAW, SLIDES, script, stage, step
 
 CELLS = [cell for cell in os.environ["CELLS"].split() if cell != "none"]
 NAMES = ("PATCH", "TEST", "MODEL", "DIFFUSION", "SAMPLE", "FILTER", "SEGMENTER", "PLAIN", "COLOUR")
@@ -267,7 +267,7 @@ rule tested:
 
 
 # Of what is there by then: after each cell, and once more for all.
-SUM_UP = f"{PYTHON} {script('scripts/experiment/experiment_results.py')} . > {{log:q}} 2>&1"
+SUM_UP = f"{PYTHON} {script('scripts/experiment/experiment_results.py')} ."
 
 
 rule cell:
@@ -279,7 +279,7 @@ rule cell:
     log:
         f"logs/{NAME}-results.log",
     shell:
-        SUM_UP
+        step(f"{CELL}-results", SUM_UP)
 
 
 rule results:
@@ -292,4 +292,4 @@ rule results:
     log:
         "logs/results.log",
     shell:
-        SUM_UP
+        step("results", SUM_UP)

@@ -6,7 +6,8 @@ Run a workflow of Snakemake in OUT, for pipeline.sh and experiment.sh.
 Settings come from the environment, see the callers. What is known here before anything is written: whether RAW holds
 slides, and whether they have changed, by their content; which files of finished stages have gone, so that those are
 made again. TIME_LIMIT ends the run after these seconds. A limit, SIGTERM or Ctrl-C reaches all running stages, which
-save what they can; then the exit code is 75, and the same command goes on.
+save what they can; then the exit code is 75, and the same command goes on. Where a stage refuses what a user gave, its
+line comes last, and the exit code is 2.
 """
 
 import contextlib
@@ -19,18 +20,19 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from guided_diffusion import cli, processes
+from guided_diffusion import cli, failures, processes
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, Slide, find_slides
 
 # The outputs of jobs are seals, whose content decides. Another version of a program does not redo days of training.
 ENGINE = (
     "--rerun-triggers mtime params input --max-checksum-file-size 1000000000 --rerun-incomplete --nolock "
-    "--show-failed-logs --quiet host progress --retries 0"
+    "--quiet host progress --retries 0"
 ).split()
 # Flags of snakemake that run nothing.
 LOOKS = {"--report", "--dag", "--rulegraph", "--filegraph", "--d3dag", "--summary", "-S", "--detailed-summary", "-D"}
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         command += ["--cores", environment["SDM_ALL_CORES"]]
     if not names & REMOTE and environment["SDM_GPUS"]:
         command += ["--resources", f"gpu={len(environment['SDM_GPUS'].split(','))}"]
-    runner = Runner({**os.environ, **environment}, int(limit) if limit else None, remote=bool(names & REMOTE))
+    runner = Runner(args.out, {**os.environ, **environment}, int(limit) if limit else None, bool(names & REMOTE))
     gone = [] if names & LOOKS else stages_without_files(args.out)
     needed = runner.outputs([*command, *flags]) if gone else set()
     for name in gone:
@@ -143,10 +145,11 @@ def is_whole(listing: dict[str, tuple[int, str]], out: Path) -> bool:
 
 
 class Runner:
-    """Runs the engine; a signal or the limit ends it and the stages that it runs."""
+    """Runs the engine in a folder; a signal or the limit ends it and the stages that it runs."""
 
-    def __init__(self, environment: dict[str, str], limit: int | None, remote: bool) -> None:
-        self.environment, self.remote = environment, remote
+    def __init__(self, out: Path, environment: dict[str, str], limit: int | None, remote: bool) -> None:
+        self.out, self.remote, self.name = out, remote, uuid.uuid4().hex
+        self.environment = {**environment, failures.RUN: self.name}
         self.end = time.monotonic() + limit if limit else float("inf")
         self.stopped = ""
         self._child: subprocess.Popen | None = None
@@ -169,7 +172,9 @@ class Runner:
             print(f"{self.stopped}: not finished, the same command goes on", flush=True)
             sys.exit(cli.NOT_FINISHED)
         if code:
-            sys.exit(code if code > 0 else 128 - code)
+            code, text = failures.report(self.out, self.name, code if code > 0 else 128 - code)
+            sys.stderr.write(text)
+            sys.exit(code)
 
     def outputs(self, command: list[str]) -> set[str]:
         """:return: the outputs of all jobs that have been or would be run, as far as the engine can say."""

@@ -1,16 +1,17 @@
 """
 Run one stage of a workflow, in the folder of its run, and seal what it made: what the rules of the .smk files call.
 
-    python scripts/workflow/stage.py NAME --makes PATH [--seals PATTERN ...] [--settings TEXT] [--given SEAL ...]
+    python scripts/workflow/stage.py NAME [--makes PATH] [--seals PATTERN ...] [--settings TEXT] [--given SEAL ...]
         [--resumes] [--gpus N] --log FILE -- COMMAND ...
 
 stages/NAME.json, the seal, lists the files that the stage made, with sizes and checksums, and what they were made with.
 By its content the engine sees whether the stages after it have to be done anew, and run.py whether a file has gone.
 stages/NAME.begun says what the stage was last begun with. Where that is not what it is to be begun with now, PATH makes
 room: what --resumes made, perhaps days of training, moves to replaced/; anything else can be made again, and is
-deleted. Where it is, the command goes on from what lies there.
+deleted. Where it is, the command goes on from what lies there. Without --makes nothing is sealed or cleared away.
 
-A signal goes to the command, which is waited for. Exit code 75: not finished yet, the same stage goes on.
+A signal goes to the command, which is waited for. Exit code 75: not finished yet, the same stage goes on; also where
+the signal came to the command alone. stages/NAME.failed tells why it failed, see guided_diffusion/failures.py.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from guided_diffusion import cli, files, processes
+from guided_diffusion import cli, failures, files, processes
 
 STAGES = Path("stages")
 REPLACED = Path("replaced")
@@ -39,34 +40,54 @@ LOCKS = STAGES / "locks"
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     processes.end_with_parent(signal.SIGTERM)
+    failures.path_of(STAGES, args.name).unlink(missing_ok=True)
+    try:
+        code, printed = attempt(args)
+    except (ValueError, OSError) as error:
+        failures.write(STAGES, args.name, failures.MISTAKE, f"error: {' '.join(str(error).split())}", args.log)
+        raise
+    if code:
+        failures.write(STAGES, args.name, code, printed, args.log)
+    sys.exit(code)
+
+
+def attempt(args: argparse.Namespace) -> tuple[int, str]:
+    """:return: the exit code of the stage, and what its command printed."""
     key = {"settings": args.settings, "given": {seal.stem: made_with(seal) for seal in args.given}}
     with files.locked(LOCKS / args.name, "stage"), gpus(args.gpus) as environment:
-        make_room(args.name, args.makes, key, args.resumes)
+        if args.makes:
+            make_room(args.name, args.makes, key, args.resumes)
         args.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.log, "a", encoding="utf-8") as log:
+        with open(args.log, "a+", encoding="utf-8", errors="replace") as log:
             log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(args.command)}\n")
             log.flush()
+            start = log.tell()
             code, stopped = processes.run(args.command, log, environment)
-        found = {pattern: find(pattern) for pattern in args.seals or [args.makes.as_posix()]}
+            log.seek(start)
+            printed = log.read()
+        # As the programs say, whichever process the signal came to.
+        stopped = stopped or any(line.startswith("stopped by ") for line in printed.splitlines())
+        patterns = args.seals or [args.makes.as_posix()] if args.makes else []
+        found = {pattern: find(pattern) for pattern in patterns}
         missing = [pattern for pattern, paths in found.items() if not paths]
         if code == 0 and missing and not stopped:
             raise FileNotFoundError(f"{args.name} ended without {missing[0]}: remove {args.makes} to have it made anew")
-        if code == 0 and missing:  # it has saved, and ended well
+        if (code == 0 and missing) or code - 128 in processes.FORWARDED:  # it has saved, or has nothing to save
             code = cli.NOT_FINISHED
-        if code == 0:
+        if code == 0 and args.makes:
             seal = {
                 "resumes": args.resumes,
                 "made_with": key,
                 "files": listing(path for paths in found.values() for path in paths),
             }
             files.write_json(STAGES / f"{args.name}.json", seal)
-    sys.exit(code)
+    return code, printed
 
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = cli.FlagParser(description=__doc__)
     parser.add_argument("name", metavar="NAME", help="the seal is stages/NAME.json")
-    parser.add_argument("--makes", type=Path, required=True, help="file or folder that the stage makes, alone")
+    parser.add_argument("--makes", type=Path, help="file or folder that the stage makes, alone")
     parser.add_argument("--seals", metavar="PATTERN", nargs="+", help="what of it must be there in the end, if not all")
     parser.add_argument("--settings", default="", help="what decides what is made, but for how much of it")
     parser.add_argument("--given", type=Path, nargs="*", default=[], help="seals of the stages that it builds on")

@@ -41,12 +41,21 @@ def stage(
     :return: the shell command of a rule whose params.settings decides what is made. It is one process, which gets the
         signals that the engine gets.
     """
-    words = [shlex.quote(sys.executable), script("scripts/workflow/stage.py"), name, "--makes", makes]
-    words += ["--settings={params.settings:q}", "--gpus", "{resources.gpu}", "--log", "{log:q}"]
+    flags = ["--makes", makes, "--settings={params.settings:q}", "--gpus", "{resources.gpu}"]
     if given:
-        words += ["--given", given]
+        flags += ["--given", given]
     if seals:
-        words += ["--seals", *(f"'{pattern}'" if "*" in pattern else pattern for pattern in seals)]
+        flags += ["--seals", *(f"'{pattern}'" if "*" in pattern else pattern for pattern in seals)]
     if resumes:
-        words += ["--resumes"]
+        flags += ["--resumes"]
+    return step(name, command, *flags)
+
+
+def step(name: str, command: str, *flags: str) -> str:
+    """
+    :param name: of its log, and of what tells a failure.
+    :param flags: of stage.py; without any, nothing is sealed.
+    :return: the shell command of a rule whose output the engine itself looks after.
+    """
+    words = [shlex.quote(sys.executable), script("scripts/workflow/stage.py"), name, *flags, "--log", "{log:q}"]
     return f"exec {' '.join(words)} -- {command}"

@@ -112,7 +112,7 @@ def test_only_what_changed_is_done_anew(toy, raw, tmp_path):
     """One history of an OUT: made, left alone, moved with its slides, with changed settings, slides and files."""
     assert toy.done(raw, "out") == ALL and steps(tmp_path / "out/pretrain") == list(range(1, 21))
     logs = {path.name for path in (tmp_path / "out/logs").iterdir()}
-    assert logs == {f"{name}.log" for name in [*ALL[:4], "finetune-0", "samples-0", "filter", "set"]}
+    assert logs == {f"{name}.log" for name in [*ALL[:4], "labels", "finetune-0", "samples-0", "filter", "set"]}
     assert toy.done(raw, "out") == []
 
     # All times are new, and so is every absolute path.
@@ -174,7 +174,8 @@ def test_other_clusters(toy, raw, tmp_path):
 @pytest.mark.slow
 def test_unknown_clusters_are_refused_before_the_pretraining(toy, raw):
     code, text = toy.run(raw, "out", CLUSTERS="0 6")
-    assert code == 1 and "error: CLUSTERS: patches/clusters has no training patches of 6" in text
+    line = "error: labels: CLUSTERS: patches/clusters has no training patches of 6: choose another label"
+    assert code == 2 and text.splitlines()[-1] == f"{line} (out/logs/labels.log)", text
     assert toy.stages() == ALL[:3]
 
 
@@ -208,7 +209,8 @@ def test_one_run_at_a_time(toy, raw, tmp_path):
     first = toy.start(raw, "out", "--toy", STEP_SECONDS="1")
     wait_for((tmp_path / "out/pretrain/steps").exists, first)
     code, text = toy.run(raw, "out")
-    assert code == 1 and re.search(r"error: stage stages/locks/pretrain is in use by process \d+ on ", text), text
+    line = text.splitlines()[-1]
+    assert code == 2 and re.match(r"error: pretrain: stage stages/locks/pretrain is in use by process \d+ on ", line)
     first.terminate()
     first.communicate(timeout=60)
 
@@ -224,7 +226,8 @@ def test_a_training_takes_all_gpus_unless_it_is_told_how_many(toy, raw, tmp_path
 
 def test_a_stage_that_fails_shows_its_log(toy, raw):
     code, text = toy.run(raw, "out", FAIL="cluster_patches")
-    assert code == 1 and "it was told to fail" in text and "logs/clusters.log" in text
+    last = ["it was told to fail", "clusters failed with exit code 1, see out/logs/clusters.log"]
+    assert code == 1 and text.splitlines()[-2:] == last, text
     assert toy.done(raw, "out") == ALL[2:]
 
 

@@ -1,4 +1,4 @@
-"""One stage: what it seals, what it clears away, which GPUs it gets; and what the run before it decides."""
+"""One stage: what it seals and clears away, which GPUs it gets, what tells its failure; and what a run decides."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from guided_diffusion import cli
+from guided_diffusion import cli, failures
 from scripts.workflow import choose_clusters, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,33 @@ def test_what_ends_without_its_goal(tmp_path):
     code, said = stage(tmp_path, "train", "--makes", "m", "--seals", "m/*.pt", "--", "mkdir", "m")
     assert code == 2 and said == "error: train ended without m/*.pt: remove m to have it made anew\n"
     assert not (tmp_path / "stages/train.json").exists()
-    assert stage(tmp_path, "train", "--makes", "m", "--", "bash", "-c", "exit 75")[0] == cli.NOT_FINISHED
+    # Whoever was asked to stop, the stage or its program: trainings save and end well, other programs by the signal.
+    for end in ("exit 75", "mkdir -p m; echo stopped by SIGTERM at step 1, saved", "kill $$"):
+        code, _ = stage(tmp_path, "train", "--makes", "m", "--seals", "m/*.pt", "--", "bash", "-c", end)
+        assert code == cli.NOT_FINISHED, end
+
+
+def test_why_a_run_failed(tmp_path):
+    def fail(name: str, script: str) -> None:
+        code, _ = stage(tmp_path, name, "--log", f"logs/{name}.log", "--", "bash", "-c", script, SDM_RUN="this")
+        assert code
+
+    def told() -> tuple[int, str]:
+        return failures.report(tmp_path, "this", 1)
+
+    fail("long", "echo error: an older one; exit 2")
+    fail("long", "exit 75")
+    assert told() == (cli.NOT_FINISHED, "long: not finished, the same command goes on\n")
+    fail("bug", "echo Traceback; echo KeyError; exit 1")
+    assert told() == (1, f"Traceback\nKeyError\nbug failed with exit code 1, see {tmp_path}/logs/bug.log\n")
+    fail("late", "echo error: no nuclei; echo error: not fine-tuned: late; exit 2")
+    code, said = told()
+    assert code == 2 and said.endswith(f"\nerror: late: no nuclei ({tmp_path}/logs/late.log)\n") and "older" not in said
+    fail("bug", "echo usage; exit 2")  # no word of ours
+    (tmp_path / "stages/late.failed").unlink()
+    assert told()[0] == 1
+    assert failures.report(tmp_path, "another", 1) == (1, "")
+    assert stage(tmp_path, "bug", "--", "true")[0] == 0 and not (tmp_path / "stages/bug.failed").exists()
 
 
 def test_stages_at_once_get_gpus_of_their_own(tmp_path):
