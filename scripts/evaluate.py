@@ -5,9 +5,9 @@ Measure synthetic patches against real ones, or predicted nuclei against true on
         [--model_path SEGMENTER]
     python scripts/evaluate.py --predicted MASKS --truth MASKS --results_path DIR
 
-DATA holds MoNuSegTrainingData, which the synthetic patches are held against, and MoNuSegTestData. Beside every figure
-stands real against real: half of the training patches against the other half, of the same slides, which is the floor;
-and the test patches, of other slides. RESULTS are folders of image_sample.py, or a sweep's.
+DATA holds MoNuSegTrainingData, which the synthetic patches are held against, and may hold MoNuSegTestData. Beside every
+figure stands real against real: half of the training patches against the other half, of the same slides, which is the
+floor; and the test patches, of other slides. RESULTS are folders of image_sample.py, or a sweep's.
 Writes metrics.json, metrics.png (over s and checkpoints for a sweep), copies.png where samples look copied from
 training, and prints a table.
 """
@@ -42,6 +42,7 @@ from guided_diffusion.histology.evaluation.evaluator import (
 from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
 from guided_diffusion.histology.segmenter.net import ADAPT
+from guided_diffusion.histology.slides.annotations import TEST_SPLIT
 from guided_diffusion.image_files import EXTENSIONS, read_image, read_inst_mask
 from guided_diffusion.images import Item, list_items
 from guided_diffusion.slides import slides_of, without_number
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     if set(metrics) & set(BY_FEATURES):
         backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision])
     train = real_set("real, training", train_items, backbone, args.batch_size)
-    held_out = real_set(OTHER, held_out_items, backbone, args.batch_size)
+    held_out = real_set(OTHER, held_out_items, backbone, args.batch_size) if held_out_items else None
     sizes = {"real": train.images.shape[1:3]}
     sets = []
     known = by_name([*every_train_item, *every_held_out_item])
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     half, other_half = halves(train, args.seed)
     floor = Evaluator(half, metrics, seed=args.seed).figures(other_half)
     evaluator = Evaluator(train, metrics, structure, args.seed)
-    real = {SAME: floor, OTHER: evaluator.figures(held_out)}
+    real = {SAME: floor, **({OTHER: evaluator.figures(held_out)} if held_out else {})}
     figures = {patches.name: evaluator.figures(patches) for patches in sets}
     report(args, metrics, real, figures, found, backbone)
     if "copies" in metrics:
@@ -163,8 +164,9 @@ def check(args: argparse.Namespace) -> list[str]:
 
 
 def real_items(data: Path) -> tuple[list[Item], list[Item]]:
-    """:return: the training and the test patches; :raises ValueError: where a slide is on both sides."""
-    train, test = (list_items(str(data), "monuseg", is_train) for is_train in (True, False))
+    """:return: the training and the test patches, or none; :raises ValueError: where a slide is on both sides."""
+    train = list_items(str(data), "monuseg")
+    test = list_items(str(data), "monuseg", is_train=False) if (data / TEST_SPLIT).exists() else []
     both = {item.slide for item in train} & {item.slide for item in test}
     if both:
         raise ValueError(
@@ -346,7 +348,7 @@ def report(
                 "limit": args.limit,
             },
             "floor": evaluation_report.as_json(real[SAME]),
-            "other_slides": evaluation_report.as_json(real[OTHER]),
+            "other_slides": evaluation_report.as_json(real[OTHER]) if OTHER in real else None,
             "runs": {name: evaluation_report.as_json(row) for name, row in figures.items()},
         },
     )

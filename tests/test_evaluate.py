@@ -222,6 +222,13 @@ def compare(predicted, truth, out):
     return json.loads((out / "metrics.json").read_text())
 
 
+def test_without_test_patches_there_is_one_floor(real, sweep, tmp_path, capsys):
+    shutil.rmtree(real / "MoNuSegTestData")
+    metrics = run(real, sweep, tmp_path / "out", "--metrics", "kid")
+    assert metrics["other_slides"] is None and metrics["floor"].keys() == metrics["runs"]["m_s2"].keys() == {"kid"}
+    assert "real, other slides" not in capsys.readouterr().out
+
+
 def test_masks(tmp_path, capsys):
     truth, moved = write_masks(tmp_path / "truth"), write_masks(tmp_path / "moved", shift=1)
     same, other = compare(truth, truth, tmp_path / "a"), compare(moved, truth, tmp_path / "b")

@@ -4,10 +4,10 @@ Make a data folder of a share of the training slides.
     python scripts/experiment/subset_slides.py DATA OUT --subsample 0.2 [--seed 0] [--val_share 0.15]
 
 OUT gets the patches of the chosen slides, at least one, as relative links, slides.csv, which says their slides, and
-prepare.json, which says their magnification; the test data are one link to DATA's. With --val_share, OUT/seen is a data
-folder of those that train_segmenter.py with the same --val_share and --seed does not hold out, and OUT/colours holds
-the training images of DATA but for the held-out slides: what to train a diffusion model on, and what samples may take
-their colours from, where neither is to see what segmenters are chosen by.
+prepare.json, which says their magnification; the test data are one link to DATA's. With --val_share, OUT/held is a data
+folder of those that train_segmenter.py with the same --val_share and --seed holds out, and OUT/seen of the others, and
+OUT/colours holds the training images of DATA but for the held-out slides: what to train a diffusion model on, and what
+samples may take their colours from, where neither is to see what is chosen by.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLI
 from guided_diffusion.magnification import pass_on
 from guided_diffusion.slides import MANIFEST, TABLE, hold_out, keep, write_table
 
-SEEN, COLOURS = "seen", "colours"
+SEEN, HELD, COLOURS = "seen", "held", "colours"
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -64,9 +64,11 @@ def main(argv: list[str] | None = None) -> None:
     tables = {TABLE: [(patch.file, patch.slide) for patch in kept + tests]}
     if args.val_share is not None:
         held = hold_out(slides, args.val_share, args.seed)
-        seen = [patch for patch in kept if patch.slide not in held]
-        wanted |= {f"{SEEN}/{TRAIN_SPLIT}/{name}": file for patch in seen for name, file in patch.places()}
-        tables[f"{SEEN}/{TABLE}"] = [(patch.file, patch.slide) for patch in seen]
+        for part in (SEEN, HELD):
+            own = [patch for patch in kept if (patch.slide in held) == (part == HELD)]
+            if own:
+                wanted |= {f"{part}/{TRAIN_SPLIT}/{name}": file for patch in own for name, file in patch.places()}
+                tables[f"{part}/{TABLE}"] = [(patch.file, patch.slide) for patch in own]
         colours = [patch for patch in training if patch.slide not in held]
         wanted |= {f"{COLOURS}/{patch.image.name}": patch.image for patch in colours}
         tables[f"{COLOURS}/{TABLE}"] = [(patch.image.name, patch.slide) for patch in colours]

@@ -53,11 +53,12 @@ def test_what_segmenters_are_chosen_by_is_seen_by_nothing_else(data, tmp_path):
     train, held, _ = hold_out(pairs, 0.5, 3)
     seen = list_items(str(tmp_path / "out/seen"), "monuseg")
     assert len(held) == 8 and {item.stem for item in seen} == {pair.stem for pair in train}
+    assert {item.stem for item in list_items(str(tmp_path / "out/held"), "monuseg")} == {pair.stem for pair in held}
     colours = list_images(str(tmp_path / "out/colours"))
     kept_out = {slide for pair in held for slide in pair.slides}
     assert len(colours) == 20 - 8 and not kept_out & {image.slide for image in colours}
     subset_slides.main([str(data), str(tmp_path / "all"), *flags[:-1], "0"])
-    assert len(list_items(str(tmp_path / "all/seen"), "monuseg")) == 16
+    assert len(list_items(str(tmp_path / "all/seen"), "monuseg")) == 16 and not (tmp_path / "all/held").exists()
 
 
 def test_a_share_chooses_what_its_per_cents_do(data, tmp_path):
