@@ -27,7 +27,7 @@ from guided_diffusion.files import write_json
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.data import Pair
 from guided_diffusion.histology.segmenter.decoding import FILE
-from guided_diffusion.histology.segmenter.net import STRIDE
+from guided_diffusion.histology.segmenter.net import ADAPT, STRIDE
 from guided_diffusion.histology.segmenter.training import CHECKPOINT, Settings, Training
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT
 from guided_diffusion.script_util import str2bool
@@ -111,6 +111,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mpp", type=float, default=0.0, help="micrometres a pixel; 0: as DATA/prepare.json says, else 0.25 (40x)"
     )
+    parser.add_argument("--adapt", type=float, default=usual.adapt, help="of validation, as in segment.py")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     return parser
 
@@ -130,6 +131,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise ValueError(f"--crop {args.crop} must be a multiple of {STRIDE}")
     if not 0 <= args.val_share < 1:
         raise ValueError(f"--val_share {args.val_share} must be in [0, 1)")
+    if not 0 <= args.adapt <= 1:
+        raise ValueError(f"--adapt {args.adapt} must be between 0 and 1")
     if args.precision not in UNSCALED:
         raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(UNSCALED)}")
     spelled = {"steps": "max_steps", "eval_interval": "val_interval"}
@@ -169,8 +172,8 @@ def check_out(out: Path, config: dict[str, Any]) -> None:
                 raise ValueError(f"--results_path {out} holds {name} of an unknown run: give another folder")
         return
     try:
-        # Earlier versions knew 40x alone.
-        before = {"mpp": magnification.REFERENCE_MPP, **json.loads(path.read_text())}
+        # Earlier versions knew 40x alone, and always adapted.
+        before = {"mpp": magnification.REFERENCE_MPP, "adapt": ADAPT, **json.loads(path.read_text())}
     except (ValueError, TypeError):
         raise ValueError(f"{path} does not parse: give another --results_path") from None
     for name, value in config.items():

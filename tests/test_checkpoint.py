@@ -113,6 +113,16 @@ def test_config_names_the_first_field_that_differs(tmp_path):
         checkpoint.check_config(path, flags)
 
 
+def test_data_of_another_magnification_than_the_model_knows_is_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(checkpoint.logger, "warn", said.append)
+    write_json(tmp_path / "config.json", {"mpp": 0.5})
+    for mpp in (0.5, 0.25):
+        write_json(tmp_path / "prepare.json", {"mpp": mpp})
+        checkpoint.check_config(str(tmp_path / "model000001.pt"), {"data_dir": str(tmp_path)})
+    assert len(said) == 1 and "was trained at 0.5 um a pixel" in said[0] and "has 0.25" in said[0]
+
+
 def test_a_file_says_which_run_wrote_it_and_loads_as_any_other(tmp_path):
     state = {"b": th.rand(300), "a": th.arange(4)}
     for name, run_id in (("one.pt", "ab12"), ("two.pt", "cd34"), ("none.pt", "")):

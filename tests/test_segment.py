@@ -69,13 +69,16 @@ def test_masks_pictures_and_figures(model, split, tmp_path, capsys):
     assert "3 images" in printed and f"{figures['average']['aji']['mean']:.3f}" in printed
 
 
-def test_one_slide_has_no_interval(model, tmp_path, capsys):
+def test_one_slide_has_no_interval_and_another_magnification_is_said(model, tmp_path, capsys):
     split = write_patches(tmp_path / "one" / "MoNuSegTestData", count=2, size=64, first=4)
+    (tmp_path / "one" / "prepare.json").write_text('{"mpp": 0.5}')
     slides.write_table(tmp_path / "one", [(path.name, "S") for path in (split / "images").iterdir()])
     run(model, split, tmp_path / "out")
     average = json.loads((tmp_path / "out" / "metrics.json").read_text())["average"]
     assert average["aji"]["low"] is average["aji"]["high"] is None
-    assert f"aji{average['aji']['mean']:13.3f}   -\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"aji{average['aji']['mean']:13.3f}   -\n" in printed
+    assert f"MODEL {model} was trained at 0.25 um a pixel, {split / 'images'} has 0.5" in printed
 
 
 def test_without_truth_there_are_no_figures(model, split, tmp_path):

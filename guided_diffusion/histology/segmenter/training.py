@@ -24,7 +24,7 @@ from ...signals import leave_to_parent
 from ..evaluation import instance_metrics
 from .data import Crops, Example
 from .decoding import FILE, Segmenter, as_content, as_input, load_checked
-from .net import load_imagenet_weights, seeded_net
+from .net import ADAPT, load_imagenet_weights, seeded_net
 
 CHECKPOINT = "checkpoint.pt"
 _KIND = "segmenter training"
@@ -47,6 +47,7 @@ class Settings:
     :param eval_interval: steps between validations and checkpoints.
     :param patience: validations without a better score after which to stop; 0 never stops early.
     :param mpp: micrometres a pixel of the images.
+    :param adapt: of validation, see Segmenter.
     """
 
     steps: int | None = 4000
@@ -61,6 +62,7 @@ class Settings:
     colour_augment: bool = True
     pretrained: bool = True
     mpp: float = REFERENCE_MPP
+    adapt: float = ADAPT
 
 
 def segmentation_loss(out: th.Tensor, target: th.Tensor, mpp: float = REFERENCE_MPP) -> th.Tensor:
@@ -209,12 +211,15 @@ class Training:
     def _evaluate(self, loss: float) -> dict[str, float]:
         row = {"step": self.step, "loss": loss}
         if self.held:
-            row |= validate(Segmenter(self.net, self.device, mpp=self.settings.mpp), self.held)
+            row |= validate(self._segmenter(), self.held)
             if row["score"] > self.best["score"]:
                 weights = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
                 self.best = {"score": row["score"], "step": self.step, "net": weights}
         self.history.append(row)
         return row
+
+    def _segmenter(self) -> Segmenter:
+        return Segmenter(self.net, self.device, adapt=self.settings.adapt, mpp=self.settings.mpp)
 
     def _save(self) -> None:
         content = {

@@ -57,6 +57,11 @@ def test_a_constant_offset_of_the_position_costs_its_square_alone():
     assert float(segmentation_loss(truth, target)) == pytest.approx(4 * 0.25, abs=1e-3)
 
 
+def test_validation_adapts_as_told(tmp_path):
+    found = [training(tmp_path / str(adapt), drawn(2), adapt=adapt).run()["history"] for adapt in (0, 0.9)]
+    assert found[0][0]["loss"] == found[1][0]["loss"] and found[0][0]["dice"] != found[1][0]["dice"]
+
+
 def test_the_loss_is_the_same_at_any_magnification():
     target = th.zeros(1, 3, 64, 64)
     target[:, 0, 16:48, 16:48] = 1
