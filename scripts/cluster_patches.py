@@ -225,11 +225,10 @@ def warn_of_lopsided(labels: Sequence[str], patches: Sequence[Patch]) -> None:
     for label, size in sizes.most_common():
         slides = {slide for other, slide in train if other == label}
         if size > LARGE * len(train):
-            print(
-                f"{label} holds {size / len(train):.0%} of the training patches: fine-tuning on it repeats pretraining"
-            )
+            share = f"{size / len(train):.0%} of the training patches"
+            print(f"WARNING: {label} holds {share}: fine-tuning on it repeats pretraining")
         if len(slides) == 1 and len(sizes) < len({slide for _, slide in train}):
-            print(f"{label} is of slide {min(slides)} alone")
+            print(f"WARNING: {label} is of slide {min(slides)} alone")
 
 
 if __name__ == "__main__":

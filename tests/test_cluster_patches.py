@@ -53,7 +53,7 @@ def tree(folder):
 def test_clusters_of_one_slide_are_named(capsys):
     patches = [cluster_patches.Patch(TRAIN, str(k), "abc"[k % 3], {}) for k in range(9)]
     cluster_patches.warn_of_lopsided(["0" if patch.slide == "a" else "1" for patch in patches], patches)
-    assert capsys.readouterr().out.splitlines()[1:] == ["0 is of slide a alone"]
+    assert capsys.readouterr().out.splitlines()[1:] == ["WARNING: 0 is of slide a alone"]
     cluster_patches.warn_of_lopsided([patch.slide for patch in patches], patches)
     assert not capsys.readouterr().out
 

@@ -10,8 +10,9 @@ stages/NAME.begun says what the stage was last begun with. Where that is not wha
 room: what --resumes made, perhaps days of training, moves to replaced/; anything else can be made again, and is
 deleted. Where it is, the command goes on from what lies there. Without --makes nothing is sealed or cleared away.
 
-A signal goes to the command, which is waited for. Exit code 75: not finished yet, the same stage goes on; also where
-the signal came to the command alone. stages/NAME.failed tells why it failed, see guided_diffusion/failures.py.
+What the command warns of is said here, too. A signal goes to the command, which is waited for. Exit code 75: not
+finished yet, the same stage goes on; also where the signal came to the command alone. stages/NAME.failed tells why it
+failed, see guided_diffusion/failures.py.
 """
 
 import argparse
@@ -46,6 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         failures.write(STAGES, args.name, failures.MISTAKE, f"error: {' '.join(str(error).split())}", args.log)
         raise
+    for line in dict.fromkeys(printed.splitlines()):
+        if line.startswith("WARNING: "):
+            sys.stderr.write(f"{args.name}: {line}\n")
     if code:
         failures.write(STAGES, args.name, code, printed, args.log)
     sys.exit(code)

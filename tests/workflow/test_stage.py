@@ -68,6 +68,11 @@ def test_what_ends_without_its_goal(tmp_path):
         assert code == cli.NOT_FINISHED, end
 
 
+def test_warnings_are_said_once(tmp_path):
+    script = "echo 0 holds all; for i in 1 2; do echo WARNING: 0 holds all; done"
+    assert stage(tmp_path, "clusters", "--", "bash", "-c", script) == (0, "clusters: WARNING: 0 holds all\n")
+
+
 def test_why_a_run_failed(tmp_path):
     def fail(name: str, script: str) -> None:
         code, _ = stage(tmp_path, name, "--log", f"logs/{name}.log", "--", "bash", "-c", script, SDM_RUN="this")
