@@ -52,7 +52,7 @@ MODEL_FIELDS = (
     "rescale_timesteps",
 )
 # What a config.json means that is older than the flag.
-BEFORE_FLAGS = {"spade_channels": 128, "predict_v": False}
+BEFORE_FLAGS = {"spade_channels": 128, "predict_v": False, "loss_weights": "none"}
 
 
 def model_name(step: int) -> str:

@@ -47,11 +47,16 @@ class GaussianDiffusion(DiffusionProcess):
     A diffusion process and what a model of it is trained on.
 
     :param loss_type: what is minimised; other parameters as DiffusionProcess's.
+    :param min_snr_gamma: weigh the squared error by it, see min_snr_weights; None weighs all timesteps alike.
     """
 
-    def __init__(self, *, betas: np.ndarray, loss_type: LossType, **options: Any) -> None:
+    def __init__(
+        self, *, betas: np.ndarray, loss_type: LossType, min_snr_gamma: float | None = None, **options: Any
+    ) -> None:
         super().__init__(betas=betas, **options)
         self.loss_type = loss_type
+        self.min_snr_gamma = min_snr_gamma
+        self.mse_weights = np.ones(len(betas)) if min_snr_gamma is None else self.min_snr_weights(min_snr_gamma)
 
     # ---- sampling ----
 
@@ -213,7 +218,7 @@ class GaussianDiffusion(DiffusionProcess):
         :param x_start: an [N x C x ...] tensor of images in [-1, 1].
         :param t: an [N] int tensor of steps.
         :param noise: the standard normal noise to use, shaped as x_start; drawn if None.
-        :return: "loss", [N]; for an MSE loss also "mse", and "vb" where the variance is learned.
+        :return: "loss", [N]; for an MSE loss also "mse", before it is weighed, and "vb" where the variance is learned.
         """
         noise = th.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
@@ -224,16 +229,35 @@ class GaussianDiffusion(DiffusionProcess):
 
         prediction = output[:, : x_start.shape[1]] if self.learns_variance else output
         mse = mean_flat((self._target(x_start, x_t, t, noise) - prediction) ** 2)
-        terms = {"mse": mse, "loss": mse}
+        loss = mse * self._table("mse_weights", t.device)[t]
+        terms = {"mse": mse, "loss": loss}
         if self.learns_variance:
-            # The bound trains the variance only; the prediction is left to the MSE.
+            # The bound trains the variance only; the prediction is left to the MSE, and so are the weights, which say
+            # what its errors count.
             frozen = th.cat([prediction.detach(), output[:, x_start.shape[1] :]], dim=1)
             terms["vb"] = self._bound(x_start, x_t, t, self._reverse(frozen, x_t, t, clip_denoised=False))
             if self.loss_type == LossType.RESCALED_MSE:
                 # Without this the bound would outweigh the MSE (Nichol and Dhariwal 2021, lambda = 0.001).
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000)
-            terms["loss"] = mse + terms["vb"]
+            terms["loss"] = loss + terms["vb"]
         return terms
+
+    def min_snr_weights(self, gamma: float) -> np.ndarray:
+        """
+        Weights by which the square of an error of x_0 counts min(SNR, gamma) times, whatever the model predicts (Hang
+        et al. 2023, section 3.4); SNR is alpha^2 / sigma^2.
+
+        :return: [num_timesteps] float64; up to gamma where x_0 is predicted, up to 1 for noise and v.
+        """
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        # How many times larger the error of the prediction is, squared, x_t being given.
+        larger = {
+            ModelMeanType.START_X: 1.0,
+            ModelMeanType.EPSILON: snr,
+            ModelMeanType.VELOCITY: snr + 1,
+            ModelMeanType.PREVIOUS_X: self.posterior_mean_coef1**2,
+        }
+        return np.minimum(snr, gamma) / larger[self.model_mean_type]
 
     def _target(self, x_start: th.Tensor, x_t: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """What the model is to predict."""

@@ -6,6 +6,8 @@ from .options import Options, flag
 from .schedules import NOISE_SCHEDULES
 from .spade import HIDDEN_CHANNELS
 
+LOSS_WEIGHTS = ("none", "min_snr")
+
 
 @dataclass(frozen=True)
 class ModelOptions(Options):
@@ -61,6 +63,17 @@ class DiffusionOptions(Options):
     )
     rescale_timesteps: bool = flag(False, "scale timesteps to 0..1000 before the model sees them")
     rescale_learned_sigmas: bool = flag(False, "weigh the variance's part of the loss as a sum over all steps")
+    loss_weights: str = flag(
+        "none",
+        "weights of the squared error by timestep: none, or min_snr (Hang et al. 2023), by which an error of the image "
+        "costs as much as its signal-to-noise ratio says, up to --min_snr_gamma; in the log, loss is with them, which "
+        "--schedule_sampler and validation go by, and mse without",
+        choices=LOSS_WEIGHTS,
+        ours=True,
+    )
+    min_snr_gamma: float = flag(
+        5.0, "the largest signal-to-noise ratio that --loss_weights min_snr counts", within="(0, inf)", ours=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,3 +82,10 @@ class DiffusionOptions(Options):
                 "--predict_v True with --predict_xstart True, given or by the checkpoint's config.json: a model "
                 "predicts one of them"
             )
+        if self.use_kl and self.loss_weights != "none":
+            raise ValueError(
+                f"--loss_weights {self.loss_weights} with --use_kl True: it weighs the squared error, which is not "
+                "trained on then; give one of them"
+            )
+        if self.loss_weights != "min_snr" and self.min_snr_gamma != self.flags()["min_snr_gamma"]:
+            raise ValueError(f"--min_snr_gamma {self.min_snr_gamma} without --loss_weights min_snr: nothing reads it")

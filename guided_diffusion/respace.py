@@ -78,6 +78,7 @@ def respaced(diffusion: GaussianDiffusion, use_timesteps: Iterable[int]) -> Spac
         model_mean_type=diffusion.model_mean_type,
         model_var_type=diffusion.model_var_type,
         loss_type=diffusion.loss_type,
+        min_snr_gamma=diffusion.min_snr_gamma,
         rescale_timesteps=diffusion.rescale_timesteps,
     )
 

@@ -192,6 +192,8 @@ def create_gaussian_diffusion(
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str | list[int] = "",
     predict_v: bool = False,
+    loss_weights: str = "none",
+    min_snr_gamma: float = 5.0,
 ) -> SpacedDiffusion:
     """
     Make a diffusion process from flags.
@@ -212,6 +214,7 @@ def create_gaussian_diffusion(
         model_mean_type=MEAN_TYPES[predict_xstart, predict_v],
         model_var_type=var_type,
         loss_type=LOSS_TYPES[use_kl, rescale_learned_sigmas],
+        min_snr_gamma=min_snr_gamma if loss_weights == "min_snr" else None,
         rescale_timesteps=rescale_timesteps,
     )
 

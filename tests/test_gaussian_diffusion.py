@@ -30,6 +30,7 @@ def process(
     var_type=ModelVarType.FIXED_SMALL,
     loss_type=LossType.MSE,
     rescale_timesteps=False,
+    **options,
 ):
     return GaussianDiffusion(
         betas=get_named_beta_schedule(schedule, steps),
@@ -37,6 +38,7 @@ def process(
         model_var_type=var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
+        **options,
     )
 
 
@@ -507,6 +509,35 @@ def test_mse_by_hand(mean_type):
     th.testing.assert_close(losses["mse"].double(), expected, rtol=1e-4, atol=1e-5)
     assert set(losses) == {"mse", "loss"}
     assert th.equal(losses["loss"], losses["mse"])
+
+
+@pytest.mark.parametrize("var_type", [ModelVarType.FIXED_SMALL, ModelVarType.LEARNED_RANGE])
+@pytest.mark.parametrize("mean_type", MEAN_TYPES)
+def test_min_snr_is_one_loss_of_the_image_whatever_is_predicted(mean_type, var_type):
+    """min(SNR, gamma) times the squared error of x_0; the variance's term, and mse in the log, have no weight."""
+    gamma, t = 2.0, th.tensor([0, 5, 30, 99])
+    diffusion = process(100, "cosine", mean_type, var_type, min_snr_gamma=gamma)
+    x_start, error, noise = pixels(4, 2, 3, 3), normal(4, 2, 3, 3, seed=1), normal(4, 2, 3, 3)
+    facts = Facts(diffusion.betas)
+    abar = column(facts.abar, t)
+
+    def model(x, t):
+        x_0 = x_start.double() + error
+        prediction = {
+            ModelMeanType.START_X: x_0,
+            ModelMeanType.EPSILON: (x - abar.sqrt() * x_0) / (1 - abar).sqrt(),
+            ModelMeanType.VELOCITY: (abar.sqrt() * x - x_0) / (1 - abar).sqrt(),
+            ModelMeanType.PREVIOUS_X: facts.previous_x(x_0, x.double(), t),
+        }[mean_type]
+        return th.cat([prediction, error], dim=1) if var_type in LEARNED else prediction
+
+    losses = diffusion.training_losses(model, x_start, t, noise=noise)
+    snr = facts.abar[t] / (1 - facts.abar[t])
+    assert snr.min() < gamma < snr.max()
+    expected = th.from_numpy(np.minimum(snr, gamma)) * error.double().pow(2).mean((1, 2, 3))
+    th.testing.assert_close(losses["loss"].double() - losses.get("vb", 0), expected, rtol=1e-4, atol=1e-5)
+    plain = process(100, "cosine", mean_type, var_type).training_losses(model, x_start, t, noise=noise)
+    assert all(th.equal(losses[name], plain[name]) for name in plain.keys() - {"loss"})
 
 
 def vb_by_hand(diffusion, x_start, x_t, t, mean, log_variance):

@@ -420,6 +420,7 @@ MISTAKES = {
         ["--predict_v", "True", "--predict_xstart", "True"],
         "--predict_v True with --predict_xstart True",
     ),
+    "weights": (["--loss_weights", "snr"], "unknown --loss_weights snr: choose one of none, min_snr"),
     "clip": (["--grad_clip", "-1"], "--grad_clip -1"),
 }
 

@@ -15,7 +15,10 @@ from guided_diffusion.gaussian_diffusion import (
 from guided_diffusion.respace import SpacedDiffusion, respaced, space_timesteps
 
 OPTIONS = dict(
-    model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.LEARNED_RANGE, loss_type=LossType.RESCALED_MSE
+    model_mean_type=ModelMeanType.EPSILON,
+    model_var_type=ModelVarType.LEARNED_RANGE,
+    loss_type=LossType.RESCALED_MSE,
+    min_snr_gamma=5.0,
 )
 
 

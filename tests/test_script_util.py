@@ -190,6 +190,8 @@ def test_a_script_that_knows_only_the_reference_s_flags_builds():
         (dict(diffusion_steps=0), "--diffusion_steps 0"),
         (dict(noise_schedule="sigmoid"), "unknown --noise_schedule sigmoid: choose one of linear, cosine"),
         (dict(predict_v=True, predict_xstart=True), "--predict_v True with --predict_xstart True.*one of them"),
+        (dict(loss_weights="min_snr", use_kl=True), "--loss_weights min_snr with --use_kl True"),
+        (dict(min_snr_gamma=3.0), "--min_snr_gamma 3.0 without --loss_weights min_snr"),
     ],
 )
 def test_flags_of_model_and_diffusion_are_checked(changes, message):
@@ -224,6 +226,14 @@ def test_mean_type():
     assert create_gaussian_diffusion().model_mean_type == ModelMeanType.EPSILON
     assert create_gaussian_diffusion(predict_xstart=True).model_mean_type == ModelMeanType.START_X
     assert create_gaussian_diffusion(predict_v=True).model_mean_type == ModelMeanType.VELOCITY
+
+
+def test_loss_weights():
+    assert create_gaussian_diffusion().min_snr_gamma is None
+    assert create_gaussian_diffusion(loss_weights="min_snr").min_snr_gamma == 5
+    flags = dict(loss_weights="min_snr", min_snr_gamma=2.0)
+    _, diffusion = create_model_and_diffusion(**SMALL, **flags, diffusion_steps=40, noise_schedule="cosine")
+    assert diffusion.mse_weights[0] < 0.1 and diffusion.mse_weights[-1] == 1
 
 
 @pytest.mark.parametrize(

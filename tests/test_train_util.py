@@ -184,6 +184,7 @@ RECIPES = {
     "--spade_channels 32": 3_459_186_688,
     "--predict_xstart False": 8_407_957_504,
     "--predict_xstart False --predict_v True": 8_407_957_504,
+    "--loss_weights min_snr": 8_407_957_504,
     "--dropout 0.1": 8_407_957_504,
 }
 
