@@ -37,7 +37,7 @@ from guided_diffusion.histology.assembly import (
     triple,
     write_set,
 )
-from guided_diffusion.histology.evaluation.runs import Sample, find_runs
+from guided_diffusion.histology.evaluation.runs import Sample, add_run_flags, find_runs
 from guided_diffusion.histology.features.cluster_folders import list_patches
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 from guided_diffusion.script_util import str2bool
@@ -89,21 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = cli.FlagParser(description=__doc__)
-    parser.add_argument(
-        "--data_dir",
-        "--real",
-        dest="real",
-        metavar="DATA",
-        type=Path,
-        required=True,
-        help="data folder of real patches",
-    )
-    parser.add_argument(
-        "--synthetic", metavar="KEPT", nargs="+", type=Path, required=True, help="results folders, or a sweep"
-    )
-    parser.add_argument(
-        "--results_path", "--out", dest="out", metavar="OUT", type=Path, required=True, help="data folder to make"
-    )
+    add_run_flags(parser, "data folder of real patches", "data folder to make")
     parser.add_argument("--ratio", required=True, help="synthetic patches for each real one, such as 0.5, or all")
     parser.add_argument("--weighted", type=str2bool, default=False, help="draw by the weights of filter_ood.py")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")

@@ -52,20 +52,9 @@ SAME, OTHER = "real, same slides", "real, other slides"
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = cli.FlagParser(description=__doc__)
-    parser.add_argument(
-        "--data_dir",
-        "--real",
-        dest="real",
-        metavar="DATA",
-        type=Path,
-        help="data folder with training and test patches",
-    )
-    parser.add_argument("--synthetic", type=Path, nargs="+", default=[], help="results folders, or a sweep's")
+    runs.add_run_flags(parser, "data folder with training and test patches", "folder to write to", required=False)
     parser.add_argument("--predicted", type=Path, help="folder of predicted instance masks")
     parser.add_argument("--truth", type=Path, help="folder of true instance masks of the same stems")
-    parser.add_argument(
-        "--results_path", "--out", dest="out", metavar="DIR", type=Path, required=True, help="folder to write to"
-    )
     parser.add_argument("--metrics", default=",".join(METRICS), help="some of these")
     parser.add_argument("--backbone", default="efficientnet_lite0", help="as in extract_features.py")
     parser.add_argument(

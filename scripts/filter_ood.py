@@ -45,7 +45,7 @@ from guided_diffusion.histology.assembly import (
     table,
     write_kept,
 )
-from guided_diffusion.histology.evaluation.runs import Sample, find_runs, slides_of_sample
+from guided_diffusion.histology.evaluation.runs import Sample, add_run_flags, find_runs, slides_of_sample
 from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.filtering import comparison, patchcore
 from guided_diffusion.histology.filtering.picture import SHOWN, Scored, draw_scores
@@ -120,21 +120,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = cli.FlagParser(description=__doc__)
-    parser.add_argument(
-        "--data_dir",
-        "--real",
-        dest="real",
-        metavar="DATA",
-        type=Path,
-        required=True,
-        help="data folder, or a folder of images",
-    )
-    parser.add_argument(
-        "--synthetic", metavar="RESULTS", nargs="+", type=Path, required=True, help="results folders, or a sweep"
-    )
-    parser.add_argument(
-        "--results_path", "--out", dest="out", metavar="OUT", type=Path, required=True, help="folder to write to"
-    )
+    add_run_flags(parser, "data folder, or a folder of images", "folder to write to")
     parser.add_argument("--backbone", default="efficientnet_lite0", help="see extract_features.py; all but stain")
     parser.add_argument("--neighbourhood", type=int, default=patchcore.NEIGHBOURHOOD, help="cells a side")
     parser.add_argument("--stride", type=int, default=patchcore.STRIDE, help="cells between neighbourhoods")

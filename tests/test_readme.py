@@ -55,7 +55,9 @@ def test_flags_md_says_what_the_flags_are():
 
 def test_every_flag_written_out_is_known():
     known = {action.dest for parser in PARSERS.values() for action in parser._actions}
-    sources = "".join(path.read_text() for path in (ROOT / "scripts").rglob("*.py"))
+    sources = "".join(
+        path.read_text() for folder in ("scripts", "guided_diffusion") for path in (ROOT / folder).rglob("*.py")
+    )
     known |= set(re.findall(r"\"--(\w+)\"", sources))
     others = {"gpus", "rm", "name", "nproc_per_node", "shm", "toy", "user", "init", "time"}
     others |= {"dry", "cores", "retries", "report", "profile"}  # of snakemake

@@ -4,6 +4,7 @@ Folders of synthetic patches: which files belong together, and where each sample
 Owns how runs are found, checked and named. Knows nothing of how samples are made or judged.
 """
 
+import argparse
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,26 @@ from ...files import by_stem, nfc
 from ...slides import without_number
 
 MANIFEST = "manifest.csv"
+
+
+def add_run_flags(parser: argparse.ArgumentParser, real: str, results: str, required: bool = True) -> None:
+    """
+    Add the flags of a program that holds synthetic patches beside real ones: args.real, args.synthetic and args.out.
+
+    :param real: what --data_dir is; results: what --results_path is.
+    :param required: whether it does nothing else.
+    """
+    parser.add_argument("--data_dir", "--real", dest="real", metavar="DATA", type=Path, required=required, help=real)
+    parser.add_argument(
+        "--synthetic",
+        metavar="RESULTS",
+        nargs="+",
+        type=Path,
+        default=[],
+        required=required,
+        help="results folders, or a sweep's",
+    )
+    parser.add_argument("--results_path", "--out", dest="out", metavar="OUT", type=Path, required=True, help=results)
 
 
 @dataclass(frozen=True)
