@@ -83,8 +83,8 @@ class DiffusionBackbone:
         size = (1, flags["in_channels"], flags["image_size"], flags["image_size"])
         noise = np.random.default_rng(NOISE_SEED).standard_normal(size, np.float32)
         self.noise = th.from_numpy(noise).to(device)
-        channels = condition_spec(flags).channels
-        self.null = th.zeros(1, channels, *size[2:], device=device, dtype=dtype)
+        spec = condition_spec(flags)
+        self.null = spec.null(th.empty(1, spec.channels, *size[2:], device=device, dtype=dtype))
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """See Backbone; D is the sum of the levels' widths and the last width once more."""

@@ -44,6 +44,7 @@ MODEL_FIELDS = (
     "use_hv_map",
     "use_col_map",
     "no_instance",
+    "mark_unknown",
     "learn_sigma",
     "predict_xstart",
     "predict_v",
@@ -52,7 +53,7 @@ MODEL_FIELDS = (
     "rescale_timesteps",
 )
 # What a config.json means that is older than the flag.
-BEFORE_FLAGS = {"spade_channels": 128, "predict_v": False, "loss_weights": "none"}
+BEFORE_FLAGS = {"spade_channels": 128, "predict_v": False, "loss_weights": "none", "mark_unknown": False}
 
 
 def model_name(step: int) -> str:

@@ -14,6 +14,7 @@ from .options import Options, flag
 
 Ids = TypeVar("Ids", th.Tensor, np.ndarray)
 
+UNKNOWN_GREY = 128  # of pictures: no structure is drawn in it
 COLOUR_NAMES = {1: ("colour",), 3: ("colour_r", "colour_g", "colour_b")}
 
 
@@ -24,6 +25,9 @@ class ConditionSpec(Options):
 
     Without class_cond: HV map (2) or binary mask (1), colour map (in_channels), instance edges (1).
     With class_cond: one-hot classes (num_classes), instance edges (1), colour map (in_channels).
+
+    With mark_unknown a structure that is not known (of an image without masks, or where a condition is dropped) is
+    zero with -1 in the edge channel, which tells it from one without nuclei; else it is zero throughout.
 
     :raises ValueError: where the flags contradict each other.
     """
@@ -45,6 +49,12 @@ class ConditionSpec(Options):
         within="[0, 100]",
         ours=True,
     )
+    mark_unknown: bool = flag(
+        False,
+        "-1 in the edge channel where the structure is not known, of dropped conditions, too; of itself with "
+        "--unlabelled_dir, and where the checkpoint has it",
+        ours=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +68,11 @@ class ConditionSpec(Options):
             raise ValueError(
                 f"--num_classes {self.num_classes}, but the condition has {self.channels} channels "
                 f"({', '.join(self.channel_names)}): give --num_classes {self.channels}"
+            )
+        if self.mark_unknown and self.no_instance:
+            raise ValueError(
+                "--no_instance True leaves out the edge channel, by which --mark_unknown and --unlabelled_dir tell "
+                "that a structure is not known: turn it off"
             )
 
     @classmethod
@@ -89,6 +104,7 @@ class ConditionSpec(Options):
             class_cond=class_cond,
             num_classes=channels,
             in_channels=in_channels,
+            mark_unknown="unknown" in cond,
         )
 
     @property
@@ -141,8 +157,8 @@ class ConditionSpec(Options):
     def encode(
         self,
         image: np.ndarray,
-        class_map: np.ndarray,
-        inst_map: np.ndarray,
+        class_map: np.ndarray | None,
+        inst_map: np.ndarray | None,
         generator: th.Generator,
         preserve_nuclei_col: bool = False,
         hv_map: np.ndarray | None = None,
@@ -153,20 +169,30 @@ class ConditionSpec(Options):
 
         :param image: the appearance, an [in_channels x H x W] uint8 array.
         :param class_map: an [H x W] integer array: class ids with class_cond, else non-zero in nuclei.
-        :param inst_map: an [H x W] integer array of instance ids, 0 outside nuclei.
+        :param inst_map: an [H x W] integer array of instance ids, 0 outside nuclei. Both are None where they are not
+            known, which takes mark_unknown; the other parts are then those of a patch without nuclei.
         :param generator: shuffles the colour map.
         :param preserve_nuclei_col: shuffle colours within nuclei and within background apart, by the structure's mask.
         :param hv_map: what hv_planes makes of inst_map, where that is known already.
         :param ids: give the maps themselves, else only what assemble needs of them, in fewer bytes.
         :return: "label": a [2 x H x W] fp32 HV map, or a [1 x H x W] uint8 mask of 0 and 1, or [1 x H x W] int32
             classes; with use_col_map "col_map": [in_channels x H x W] uint8; with ids "instance": [1 x H x W] int32 and
-            "label_ori": the class map, [H x W] int32; without them and no_instance "edge": [1 x H x W] boolean.
+            "label_ori": the class map, [H x W] int32; without them and no_instance "edge": [1 x H x W] boolean; with
+            mark_unknown "unknown": [1] boolean.
         """
+        unknown = inst_map is None
+        assert self.mark_unknown or not unknown
+        if unknown:
+            class_map = inst_map = np.zeros(image.shape[1:], np.uint8)
+            hv_map = np.zeros((2, *inst_map.shape), np.float32)
+            preserve_nuclei_col = False
         if self.use_hv_map:
             label = self.hv_planes(inst_map) if hv_map is None else hv_map
         else:
             label = class_map[None].astype(np.int32) if self.class_cond else (class_map != 0)[None].astype(np.uint8)
         parts = {"label": label}
+        if self.mark_unknown:
+            parts["unknown"] = np.array([unknown])
         instance = np.ascontiguousarray(inst_map[None], np.int32)
         if ids:
             parts |= {"instance": instance, "label_ori": np.ascontiguousarray(class_map, np.int32)}
@@ -184,7 +210,7 @@ class ConditionSpec(Options):
         Make y from a batch of parts.
 
         :param cond: what encode gives, batched: "label", "instance" or "edge" and, with use_col_map, "col_map", which
-            may be in [-1, 1] already.
+            may be in [-1, 1] already; with mark_unknown also "unknown", where not all are known.
         :return: an [N x channels x H x W] fp32 tensor on the parts' device.
         """
         label = cond["label"]
@@ -199,11 +225,14 @@ class ConditionSpec(Options):
             y[:, slices["colour"]] = as_signed(cond["col_map"])
         if not self.no_instance:
             y[:, slices["edge"]] = cond["edge"] if "edge" in cond else instance_edges(cond["instance"])
+        if self.mark_unknown and "unknown" in cond:
+            return self.drop(y, cond["unknown"].view(-1), drop_hvb_only=True)
         return y
 
     def drop(self, y: th.Tensor, dropped: th.Tensor, drop_hvb_only: bool = False) -> th.Tensor:
         """
-        Replace some samples' conditions by the null condition, zero, as classifier-free guidance trains with.
+        Replace some samples' conditions by the null condition, as classifier-free guidance trains with: no colours, and
+        a structure that is not known.
 
         :param y: an [N x channels x H x W] condition.
         :param dropped: an [N] boolean tensor.
@@ -212,7 +241,10 @@ class ConditionSpec(Options):
         keep = (~dropped).to(y.dtype).view(-1, 1, 1, 1).repeat(1, self.channels, 1, 1)
         if drop_hvb_only:
             keep[:, self._slices()["colour"]] = 1
-        return y * keep
+        y = y * keep
+        if self.mark_unknown:
+            y[:, self._slices()["edge"]].masked_fill_(dropped.view(-1, 1, 1, 1), -1)
+        return y
 
     def null(self, y: th.Tensor, keep_colour: bool = False) -> th.Tensor:
         """
@@ -220,11 +252,10 @@ class ConditionSpec(Options):
 
         :param y: an [N x channels x H x W] condition.
         :param keep_colour: keep the colour map, for models that were trained with drop_hvb_only.
-        :return: [1 x channels x H x W] zeros, which serve any batch; with keep_colour [N x channels x H x W].
+        :return: [1 x channels x H x W], which serves any batch; with keep_colour [N x channels x H x W].
         """
-        if keep_colour:
-            return self.drop(y, th.ones(len(y), dtype=th.bool, device=y.device), drop_hvb_only=True)
-        return th.zeros_like(y[:1])
+        y = y if keep_colour else th.zeros_like(y[:1])
+        return self.drop(y, th.ones(len(y), dtype=th.bool, device=y.device), drop_hvb_only=keep_colour)
 
     def split(self, y: th.Tensor) -> dict[str, th.Tensor]:
         """:return: part ("structure", "colour", "edge") -> its channels of y; empty parts are left out."""
@@ -232,14 +263,18 @@ class ConditionSpec(Options):
 
     def render(self, y: th.Tensor) -> list[np.ndarray]:
         """
-        Draw conditions as pictures, panels side by side: structure (H and V for an HV map), colour map, edges.
+        Draw conditions as pictures, panels side by side: structure (H and V for an HV map), colour map, edges. What is
+        not known is grey.
 
         :param y: an [N x channels x H x W] condition.
         :return: N uint8 arrays, [H x (panels * W) x 3].
         """
         parts = {part: values.cpu().numpy() for part, values in self.split(y).items()}
-        panels = [self._panel(part, values) for part, values in parts.items()]
-        return [np.concatenate(row, axis=1) for row in zip(*panels)]
+        panels = {part: self._panel(part, values) for part, values in parts.items()}
+        for k in np.flatnonzero((parts["edge"] < 0).all(axis=(1, 2, 3))) if self.mark_unknown else ():
+            for part in panels.keys() - {"colour"}:
+                panels[part][k] = np.full_like(panels[part][k], UNKNOWN_GREY)
+        return [np.concatenate(row, axis=1) for row in zip(*panels.values())]
 
     def _panel(self, part: str, values: np.ndarray) -> list[np.ndarray]:
         """Draw one part of each sample, [N x C x H x W], as [H x W' x 3] uint8."""

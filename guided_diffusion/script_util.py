@@ -49,7 +49,7 @@ def diffusion_defaults() -> dict[str, Any]:
 def model_and_diffusion_defaults() -> dict[str, Any]:
     """:return: the flags that make a model and a diffusion process, with their defaults."""
     condition = ConditionSpec.flags()
-    for name in ("use_hv_map", "mpp"):  # what its channels mean is no business of the model
+    for name in ("use_hv_map", "mpp", "mark_unknown"):  # what its channels mean is no business of the model
         del condition[name]
     return {**ModelOptions.flags(), **condition, **DiffusionOptions.flags()}
 
@@ -69,9 +69,10 @@ def condition_spec(flags: dict[str, Any]) -> ConditionSpec:
     """
     Make the condition's layout from flags, which checks --num_classes against it.
 
-    :param flags: flag -> value; others than the spec's are ignored. Scripts for the reference know of no mpp.
+    :param flags: flag -> value; others than the spec's are ignored. Scripts for the reference know of no mpp and
+        no mark_unknown.
     """
-    return ConditionSpec.read({"mpp": 0.0, **flags})
+    return ConditionSpec.read({"mpp": 0.0, "mark_unknown": False, **flags})
 
 
 def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:

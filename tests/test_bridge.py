@@ -103,3 +103,11 @@ def test_config_is_needed_and_must_fit(trained):
     (trained.parent / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="no config.json beside"):
         load(f"sdm:{trained}")
+
+
+def test_the_middle_gets_the_models_own_null_condition(trained):
+    assert not load(f"sdm:{trained}").null.any()
+    config = json.loads((trained.parent / "config.json").read_text())
+    (trained.parent / "config.json").write_text(json.dumps({**config, "mark_unknown": True}))
+    null = load(f"sdm:{trained}").null
+    assert null.shape == (1, 6, 16, 16) and (null[:, 5] == -1).all() and not null[:, :5].any()

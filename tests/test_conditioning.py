@@ -61,6 +61,10 @@ def test_layout(flags, names):
         ({"num_classes": 3, "use_hv_map": True, "class_cond": True}, "--class_cond True with --use_hv_map True"),
         ({"num_classes": 3, "in_channels": 2}, "--in_channels 2"),
         ({"num_classes": 0, "class_cond": True}, "--num_classes 0"),
+        (
+            {"num_classes": 1, "no_instance": True, "mark_unknown": True},
+            "--no_instance True leaves out the edge channel",
+        ),
     ],
 )
 def test_contradictions_are_refused(flags, message):
@@ -68,14 +72,16 @@ def test_contradictions_are_refused(flags, message):
         ConditionSpec(**flags)
 
 
+@pytest.mark.parametrize("mark_unknown", [False, True])
 @pytest.mark.parametrize("use_col_map", [False, True])
 @pytest.mark.parametrize("no_instance", [False, True])
 @pytest.mark.parametrize("structure", [{"use_hv_map": True}, {}, {"class_cond": True, "num_classes": 5}])
-def test_it_is_told_from_a_batch_and_the_models_channels(structure, no_instance, use_col_map):
+def test_it_is_told_from_a_batch_and_the_models_channels(structure, no_instance, use_col_map, mark_unknown):
+    mark_unknown = mark_unknown and not no_instance
     size = (2, 8, 8)
     channels = (2 if structure.get("use_hv_map") else 1) + 3 * use_col_map + (not no_instance)
     flags = {"num_classes": channels, **structure, "use_col_map": use_col_map, "no_instance": no_instance}
-    spec = ConditionSpec(**flags)
+    spec = ConditionSpec(**flags, mark_unknown=mark_unknown)
     cond = {"label": th.zeros(2, 2 if spec.use_hv_map else 1, 8, 8), "instance": th.zeros(2, 1, 8, 8, dtype=th.int32)}
     if spec.class_cond:
         cond["label"] = cond["label"].long()
@@ -83,6 +89,8 @@ def test_it_is_told_from_a_batch_and_the_models_channels(structure, no_instance,
             del cond["instance"]  # as the reference's data have it then
     if use_col_map:
         cond["col_map"] = th.zeros(2, 3, 8, 8)
+    if mark_unknown:
+        cond["unknown"] = th.tensor([[False], [True]])
     assert ConditionSpec.of(cond, spec.channels) == spec
     assert spec.assemble(cond).shape == (2, spec.channels, *size[1:])
 
@@ -227,6 +235,43 @@ def test_null_is_what_drop_gives():
     everything = th.ones(3, dtype=th.bool)
     assert th.equal(README.null(y).expand_as(y), README.drop(y, everything)) and len(README.null(y)) == 1
     assert th.equal(README.null(y, keep_colour=True), README.drop(y, everything, drop_hvb_only=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "edge", "colour"),
+    [
+        ({"use_hv_map": True, "use_col_map": True, "num_classes": 6}, 5, slice(2, 5)),
+        ({"use_col_map": True, "num_classes": 5}, 4, slice(1, 4)),
+        ({"class_cond": True, "use_col_map": True, "num_classes": 3}, 3, slice(4, 7)),
+        ({"use_hv_map": True, "num_classes": 3}, 2, slice(0, 0)),
+    ],
+)
+@pytest.mark.parametrize("ids", [False, True])
+def test_an_unknown_structure_is_no_empty_one(flags, edge, colour, ids):
+    """By hand: zeros with -1 in the edge channel; colours stay, or go where the condition is dropped."""
+    image, class_map, inst = example()
+    spec, plain = ConditionSpec(**flags, mark_unknown=True), ConditionSpec(**flags)
+    maps = [(class_map // 255, inst), (None, None), (0 * inst, 0 * inst)]
+    parts = [spec.encode(image.transpose(2, 0, 1), *own, generator(3), True, ids=ids) for own in maps]
+    y = spec.assemble(default_collate(parts))
+    known = [plain.encode(image.transpose(2, 0, 1), *own, generator(3), True, ids=ids) for own in (maps[0], maps[2])]
+    assert th.equal(y[[0, 2]], plain.assemble(default_collate(known)))  # what is known is as without the mark
+    expected = th.zeros(y.shape[1:])
+    expected[edge] = -1
+    expected[colour] = y[2][colour]  # in which all pixels were shuffled together, too
+    assert th.equal(y[1], expected) and not th.equal(y[1], y[2])
+    (kept,) = spec.drop(y[1:2], th.tensor([True]), drop_hvb_only=True)
+    assert th.equal(kept, expected) and th.equal(spec.drop(y, th.zeros(3, dtype=th.bool)), y)
+    expected[colour] = 0
+    assert th.equal(spec.drop(y, th.tensor([True, True, False])), th.stack([expected, expected, y[2]]))
+    assert th.equal(spec.null(y), expected[None])
+    expected = expected.repeat(3, 1, 1, 1)
+    expected[:, colour] = y[:, colour]
+    assert th.equal(spec.null(y, keep_colour=True), expected)
+    pictures = np.array(spec.render(y))
+    panels = np.split(pictures, pictures.shape[2] // 16, axis=2)
+    shown = [panel for panel in panels if (panel[1] != 128).any()]
+    assert len(shown) == (colour.stop > 0) and all((panel[[0, 2]] != 128).any() for panel in panels)
 
 
 def test_split_is_the_inverse_of_assemble():
