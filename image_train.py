@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import copy
 import functools
 import json
 from pathlib import Path
@@ -14,7 +13,7 @@ from guided_diffusion import checkpoint, cli, dist_util, logger, magnification
 from guided_diffusion.checkpointer import Checkpointer
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
-from guided_diffusion.files import fingerprint, write_json
+from guided_diffusion.files import write_json
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.image_datasets import NucleiDataset, load_dataset
 from guided_diffusion.model_options import DiffusionOptions, ModelOptions
@@ -56,6 +55,10 @@ def check(args: argparse.Namespace) -> None:
     for name in ("shuffle_masks", "match_struct", "match_app"):
         if getattr(args, name):
             raise ValueError(f"--{name} True pairs images with the masks of others, which is for image_sample.py only")
+    if args.unlabelled_dir and not args.mark_unknown:
+        raise ValueError(
+            "--unlabelled_dir with --mark_unknown False: an unknown structure would look like none; leave that out"
+        )
 
 
 def check_last_step(options: TrainOptions, resume_checkpoint: str) -> None:
@@ -71,6 +74,7 @@ def load_parts(args: argparse.Namespace, spec: ConditionSpec) -> tuple[NucleiDat
     options = args_to_dict(args, data_defaults().keys() - {"num_workers"})
     plain = {**options, "augment": False, "stain_jitter": 0.0}
     held = dict(is_train=args.is_train, val_share=args.val_share)
+    options["unlabelled_dir"] = args.unlabelled_dir
     if args.val_split != "slides":
         seen = load(is_train=args.is_train, **options)
         return seen, load(is_train=False, **plain) if args.val_split == "test" else None
@@ -81,23 +85,17 @@ def load_parts(args: argparse.Namespace, spec: ConditionSpec) -> tuple[NucleiDat
     return seen, held_out if len(held_out) else None
 
 
-def unchanged(dataset: NucleiDataset) -> NucleiDataset:
-    """:return: the samples of a data set as they are, not augmented; it shares what has been read."""
-    plain = copy.copy(dataset)
-    plain.augment, plain.stain_jitter = False, 0.0
-    return plain
-
-
-def identity(dataset: NucleiDataset | None) -> str:
-    """:return: what tells the files of a data set from others, wherever they lie; "" of none."""
-    items = dataset.items if dataset else []
-    parts = (part for item in items for part in (item.image, item.class_mask, item.inst_mask))
-    return fingerprint([part for part in parts if part])
-
-
 def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, str]:
-    """:return: the flags, with the magnification of the data; and what to say where it is assumed."""
-    args = create_argparser().parse_args(argv)
+    """
+    :return: the flags, with the magnification of the data and how an unknown structure is marked, where that follows
+        from others; and what to say where the former is assumed.
+    """
+    parser = create_argparser()
+    args = parser.parse_args(argv)
+    begun_with = args.resume_checkpoint or args.init_checkpoint
+    if args.unlabelled_dir or (begun_with and (checkpoint.load_config(begun_with) or {}).get("mark_unknown")):
+        parser.set_defaults(mark_unknown=True)
+        args = parser.parse_args(argv)
     check(args)
     known = args.mpp or magnification.of_data(args.data_dir)
     args.mpp = known or magnification.REFERENCE_MPP
@@ -127,22 +125,26 @@ def main(argv: list[str] | None = None) -> None:
         logger.set_level(logger.ERROR)
     options = options.shared_by(dist_util.world_size())
     dtype = compute_dtype(args.use_fp16, dist_util.dev(), args.precision)
-    for path in filter(None, (args.resume_checkpoint, args.init_checkpoint)):
-        checkpoint.check_config(path, vars(args))
+    if args.resume_checkpoint:
+        checkpoint.check_config(args.resume_checkpoint, vars(args))
+    if args.init_checkpoint:  # a model that knows no mark can be taught it
+        taught = {"mark_unknown"} if args.mark_unknown else set()
+        checkpoint.check_config(args.init_checkpoint, args_to_dict(args, vars(args).keys() - taught))
     model.place(dist_util.dev(), args.compile, training=True)
     model.convert_to(dtype)
     with Checkpointer(logger.environment_dir(), options.kept_checkpoints) as checkpointer:
         seen, held_out = load_parts(args, spec)
         if assumption:
             logger.log(assumption)
-        facts = {"data": identity(seen), "held_out": identity(held_out)}
+        files, images = seen.identity()
+        facts = {"data": files, "unlabelled": images, "held_out": held_out.identity()[0] if held_out else ""}
         resumed = checkpointer.find(args.resume_checkpoint, vars(args), changeable(FLAGS), facts)
         check_last_step(options, resumed)
         validate = functools.partial(
             Validation, spec=spec, diffusion=diffusion, batch_size=options.batch_size, seed=args.seed
         )
         start = checkpoint.samples_seen(resumed, options.batch_size * dist_util.world_size())
-        order = args_to_dict(args, ["num_workers", "seed"])
+        order = args_to_dict(args, ["num_workers", "seed", "unlabelled_share"])
         data = stream(seen, options.batch_size, start=start, **order)
         with contextlib.closing(data):  # an error must not leave workers behind, which the process's end waits for
             loop = TrainLoop(
@@ -153,17 +155,17 @@ def main(argv: list[str] | None = None) -> None:
                 options=options,
                 schedule_sampler=schedule_sampler,
                 validation=validate(held_out) if held_out else None,
-                train_preview=validate(unchanged(seen)),
+                train_preview=validate(seen.unchanged()),
                 resume_checkpoint=resumed,
                 init_checkpoint="" if resumed else args.init_checkpoint,
                 checkpointer=checkpointer,
             )
-            run(loop, config, len(seen))
+            run(loop, config, seen)
     logger.close()
     dist_util.shutdown()
 
 
-def run(loop: TrainLoop, config: dict[str, Any], images: int) -> None:
+def run(loop: TrainLoop, config: dict[str, Any], seen: NucleiDataset) -> None:
     """Train, and say in the folder of the run with which flags, and where it stands at the end."""
     rank = dist_util.rank()
     dist_util.agree(lambda: None if rank else logger.configure())
@@ -172,9 +174,14 @@ def run(loop: TrainLoop, config: dict[str, Any], images: int) -> None:
         logger.configure(folder, rank=rank)
     loop.checkpointer.begin(folder, config)
     logger.log(f"condition: {', '.join(config['condition_channels'])}; checkpoints and logs go to {folder}")
+    images = {"images": len(seen)}
+    if seen.unlabelled:
+        images["unlabelled_images"] = seen.unlabelled
+        left_out = f"; {seen.copies} more are labelled ones, and left out" if seen.copies else ""
+        logger.log(f"{len(seen)} labelled images, {seen.unlabelled} without masks{left_out}")
     loop.run_loop()
     if rank == 0:
-        write_json(Path(folder, checkpoint.RESULT_NAME), {"images": images, **loop.result()})
+        write_json(Path(folder, checkpoint.RESULT_NAME), {**images, **loop.result()})
 
 
 if __name__ == "__main__":

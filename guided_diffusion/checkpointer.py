@@ -78,8 +78,8 @@ class Checkpointer:
         :param wanted: --resume_checkpoint.
         :param flags: this run's flags -> values; they must be those of the run in the folder.
         :param changeable: flags that may differ.
-        :param facts: "data" and "held_out", the fingerprints of what is trained on and validated on: they count, rather
-            than the path in --data_dir.
+        :param facts: "data", "unlabelled" and "held_out", the fingerprints of what is trained on, with masks and
+            without, and validated on: they count, rather than the paths in --data_dir and --unlabelled_dir.
         :return: the path of a model; "" to begin at step 0.
         :raises ValueError: where the folder holds another run, naming the flag.
         """
@@ -107,6 +107,13 @@ class Checkpointer:
         if facts.get("init"):
             self.facts["init"] = self.facts["init"] or facts["init"]  # its file may have gone since
             allowed |= {"init_checkpoint"} if self.facts["init"] == facts["init"] else set()
+        if facts.get("unlabelled", "") != self.facts.get("unlabelled", ""):
+            raise ValueError(
+                f"--unlabelled_dir {flags.get('unlabelled_dir', '')!r} does not hold the images that the run in "
+                f"{self.folder} began with, in {before.get('unlabelled_dir', '')!r}: give those, or another "
+                "OPENAI_LOGDIR"
+            )
+        allowed |= {"unlabelled_dir"}
         for name, value in flags.items():
             old = before.get(name, value)
             if name == "resume_checkpoint" or checkpoint.meaning(old) == checkpoint.meaning(value):

@@ -3,7 +3,9 @@ only as what gives samples by their keys."""
 
 import contextlib
 import errno
+import itertools
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -18,33 +20,59 @@ Key = tuple[int, ...]  # (epoch, index), and what else a data set knows
 
 
 class Source(Protocol):
-    """What a stream needs of a data set; see image_datasets.NucleiDataset."""
+    """
+    What a stream needs of a data set; see image_datasets.NucleiDataset. Of those numbered from 0, `len` have masks, and
+    the `unlabelled` after them have none.
+    """
+
+    unlabelled: int
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: Key) -> tuple: ...
 
-    def prepare(self) -> None: ...
-
     def share_memory(self, processes: int) -> None: ...
+
+
+def unlabelled_before(position: int, share: float) -> int:
+    """
+    :param position: a number of samples of the stream, from its start.
+    :param share: of them that are unlabelled, meant as the decimal number that it is written as.
+    :return: how many of them are; any run of n samples has share * n, rounded up or down.
+    """
+    exact = Fraction(str(share))
+    return position * exact.numerator // exact.denominator
 
 
 class StreamSampler(Sampler):
     """
-    One endless stream of keys for all ranks: epoch after epoch, each its own seeded permutation.
+    One endless stream of keys for all ranks: epoch after epoch, each its own seeded permutation. Labelled and
+    unlabelled samples have epochs of their own, and take turns as evenly as the share lets them.
 
     Rank r takes positions r, r + W, r + 2W, ... of the stream, so what a step sees does not depend on how many ranks
     share it, and a resumed run goes on at any position.
 
     :param length: the number of items.
+    :param unlabelled: of those without masks, which are numbered after them; share: of the samples that they are.
     :param start: the position of the stream to begin at, for all ranks together.
     :param shuffle: permute; else every epoch is in order.
     """
 
     def __init__(
-        self, length: int, *, rank: int = 0, world_size: int = 1, seed: int = 0, start: int = 0, shuffle: bool = True
+        self,
+        length: int,
+        *,
+        unlabelled: int = 0,
+        share: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start: int = 0,
+        shuffle: bool = True,
     ) -> None:
         self.length = length
+        self.unlabelled = unlabelled
+        self.share = share
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
@@ -52,15 +80,36 @@ class StreamSampler(Sampler):
         self.shuffle = shuffle
 
     def __iter__(self) -> Iterator[Key]:
-        position = self.start + self.rank
-        current, order = -1, np.arange(self.length)
-        while True:
-            epoch, place = divmod(position, self.length)
-            if self.shuffle and epoch != current:
-                order = streams.rng("order of the data", self.seed, epoch).permutation(self.length)
-                current = epoch
-            yield epoch, int(order[place])
-            position += self.world_size
+        labelled = _Epochs(self.length, self.shuffle and "order of the data", self.seed)
+        unlabelled = _Epochs(self.unlabelled, self.shuffle and "order of the images without masks", self.seed)
+        for position in itertools.count(self.start + self.rank, self.world_size):
+            before, after = (unlabelled_before(p, self.share) for p in (position, position + 1))
+            if after > before:
+                epoch, index = unlabelled[before]
+                yield epoch, self.length + index
+            else:
+                yield labelled[position - before]
+
+
+class _Epochs:
+    """
+    Items over and over: the n-th of this list without end is an epoch and an index.
+
+    :param length: the number of items.
+    :param purpose: of the stream that permutes each epoch; "" or False leaves them in order.
+    """
+
+    def __init__(self, length: int, purpose: str | bool, seed: int) -> None:
+        self.length = length
+        self.purpose = purpose
+        self.seed = seed
+        self.epoch, self.order = -1, np.arange(length)  # the latest permutation
+
+    def __getitem__(self, number: int) -> Key:
+        epoch, place = divmod(number, self.length)
+        if self.purpose and epoch != self.epoch:
+            self.epoch, self.order = epoch, streams.rng(self.purpose, self.seed, epoch).permutation(self.length)
+        return epoch, int(self.order[place])
 
 
 def stream(
@@ -71,6 +120,7 @@ def stream(
     start: int = 0,
     num_workers: int = 0,
     seed: int = 0,
+    unlabelled_share: float = 0.0,
 ) -> Iterator[tuple[th.Tensor, dict]]:
     """
     Make an endless iterator over this rank's batches of a data set.
@@ -80,23 +130,24 @@ def stream(
     :param deterministic: go through the items in order rather than shuffled.
     :param start: how many samples all ranks together have already seen.
     :param num_workers: see read_batches.
+    :param unlabelled_share: of the samples of all ranks together, see StreamSampler.
     :return: see read_batches.
     :raises ValueError: where a rank has not as many images as a batch.
     """
     rank, world_size = dist_util.rank(), dist_util.world_size()
-    shard = len(dataset) // world_size
+    unlabelled = dataset.unlabelled if unlabelled_share else 0
+    images = len(dataset) + unlabelled
+    shard = images // world_size
     if shard < 1:
-        raise ValueError(f"{world_size} ranks but only {len(dataset)} images: start at most {len(dataset)} ranks")
+        raise ValueError(f"{world_size} ranks but only {images} images: start at most {images} ranks")
     if not 1 <= batch_size <= shard:
         raise ValueError(
-            f"--batch_size {batch_size} is out of range: each of {world_size} ranks has {shard} of {len(dataset)} "
+            f"--batch_size {batch_size} is out of range: each of {world_size} ranks has {shard} of {images} "
             f"images; give 1 to {shard}" + (", or --total_batch_size" if world_size > 1 else "")
         )
-    if num_workers > 1:
-        dataset.prepare()
-    sampler = StreamSampler(
-        len(dataset), rank=rank, world_size=world_size, seed=seed, start=start, shuffle=not deterministic
-    )
+    mixed = dict(unlabelled=unlabelled, share=unlabelled_share if unlabelled else 0.0)
+    place = dict(rank=rank, world_size=world_size, seed=seed, start=start)
+    sampler = StreamSampler(len(dataset), **mixed, **place, shuffle=not deterministic)
     return read_batches(dataset, BatchSampler(sampler, batch_size, drop_last=False), num_workers)
 
 

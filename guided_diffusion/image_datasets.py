@@ -1,11 +1,14 @@
 """From files to samples: the data set and load_data. Knows the condition only as a ConditionSpec, and nothing of
 models."""
 
+import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import blobfile as bf
 import numpy as np
 import torch as th
 from scipy import ndimage
@@ -14,36 +17,43 @@ from torch.utils.data import Dataset
 from . import data_util, dist_util, magnification, streams
 from .conditioning import ConditionSpec, as_rgb, as_signed
 from .data_stream import Key, stream
+from .files import fingerprint
 from .image_files import read_image, read_inst_mask, read_mask
 from .image_transforms import center_crop, random_crop, random_flip_turn
-from .images import Item, list_images, list_items, split_slides
+from .images import Item, list_images, list_items, list_test_images, split_slides
 from .pairing import Pairing
 from .pairing import check as check_pairing
 from .stains import jitter_stains
+from .unlabelled import list_unlabelled
 
 # Decoded files and HV maps are kept in memory up to this many bytes; MoNuSeg's patches take 0.6 GB. Worker processes
 # begin with what is there when they are started, and share out what is left.
 CACHE_BYTES = 2 << 30
+CHECKED = 32  # files of each kind that are read at the start, evenly chosen, so that what is wrong with all shows then
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One item's arrays: image [H x W x C] uint8, class_map [H x W] uint8 or int32, inst_map [H x W] int32."""
+    """
+    One item's arrays.
+
+    :param image: [H x W x C] uint8.
+    :param masks: class map, [H x W] uint8 or int32, and instance map, [H x W] int32; empty of an item without masks.
+    """
 
     image: np.ndarray
-    class_map: np.ndarray
-    inst_map: np.ndarray
+    masks: tuple[np.ndarray, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return self.image.nbytes + self.class_map.nbytes + self.inst_map.nbytes
+        return self.image.nbytes + sum(mask.nbytes for mask in self.masks)
 
 
 def read_sample(item: Item, spec: ConditionSpec, image_size: int) -> Sample:
     """
     Read an item's files; what is missing is derived: instances are the connected parts of the class mask, the class
-    mask is 255 (1 with class_cond) in every instance, and an item without masks has no instance.
+    mask is 255 (1 with class_cond) in every instance.
 
     :raises ValueError: where sizes differ or are below image_size, or a class id is out of range.
     """
@@ -62,9 +72,9 @@ def read_sample(item: Item, spec: ConditionSpec, image_size: int) -> Sample:
                     f"{path} is {masks[path].shape[1]} x {masks[path].shape[0]} px, its image {item.image} "
                     f"{image.shape[1]} x {image.shape[0]}: they must be of one size"
                 )
+    if not masks:
+        return Sample(image)
     class_map, inst_map = masks.get(item.class_mask), masks.get(item.inst_mask)
-    if class_map is inst_map is None:
-        inst_map = np.zeros(image.shape[:2], np.int32)
     if inst_map is None:
         inst_map = ndimage.label(class_map)[0].astype(np.int32)
     if class_map is None:
@@ -72,7 +82,7 @@ def read_sample(item: Item, spec: ConditionSpec, image_size: int) -> Sample:
     spec.check_classes(class_map, item.class_mask or item.inst_mask)
     if class_map.max(initial=0) <= 255:
         class_map = class_map.astype(np.uint8)
-    return Sample(image, class_map, inst_map)
+    return Sample(image, (class_map, inst_map))
 
 
 # ---- the data set ----
@@ -83,10 +93,11 @@ class NucleiDataset(Dataset):
     Samples with their conditions. A key is (epoch, index); all randomness is a function of (seed, epoch, index).
 
     Item i gives the structure; the appearance (image, colour map, path) comes from source appearance[i]: one of the
-    items, or of the images without masks, which are counted after them.
+    items, or of the images without masks, which are counted after them. Where the spec has mark_unknown, these are
+    samples, too, by the numbers that they are counted by, though not counted by len.
 
     :param items: what list_items gives.
-    :param unmasked: what list_images gives.
+    :param unmasked: items without masks.
     :param spec: the condition's layout.
     :param image_size: height and width of what is given out, in pixels; larger images are cropped.
     :param appearance: an [N] int array, or None for each item's own image.
@@ -111,6 +122,8 @@ class NucleiDataset(Dataset):
     ) -> None:
         self.items = items
         self.sources = [*items, *unmasked]
+        self.unlabelled = len(unmasked)
+        self.copies = 0  # of labelled images among those without masks, which were left out
         self.spec = spec
         self.image_size = image_size
         self.appearance = np.arange(len(items)) if appearance is None else appearance
@@ -127,6 +140,18 @@ class NucleiDataset(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
+    def identity(self) -> tuple[str, str]:
+        """:return: what tells its items' files from others', wherever they lie; and the images without masks."""
+        parts = (part for item in self.items for part in (item.image, item.class_mask, item.inst_mask))
+        folders = itertools.groupby((item.image for item in self.sources[len(self) :]), bf.dirname)
+        return fingerprint(list(filter(None, parts))), " ".join(fingerprint(list(paths)) for _, paths in folders)
+
+    def unchanged(self) -> "NucleiDataset":
+        """:return: the samples as they are, not augmented; what has been read is shared."""
+        plain = copy.copy(self)
+        plain.augment, plain.stain_jitter = False, 0.0
+        return plain
+
     def pair(self, own_seed: int) -> np.ndarray:
         """:return: an array such as `appearance`, as another seed chooses it."""
         return self.appearance if self.choose is None else self.choose(own_seed)
@@ -135,7 +160,9 @@ class NucleiDataset(Dataset):
         """:return: a source's arrays, from memory where they are still there."""
         if index not in self._cache:
             sample = read_sample(self.sources[index], self.spec, self.image_size)
-            if not self._takes(sample.nbytes):
+            # Of a hundred thousand images, those that memory keeps would hardly ever be asked for.
+            many = not sample.masks and self.unlabelled * sample.nbytes > self._limit // 2
+            if many or not self._takes(sample.nbytes):
                 return sample
             self._cache[index] = sample
         return self._cache[index]
@@ -147,19 +174,9 @@ class NucleiDataset(Dataset):
         self._cached_bytes += nbytes
         return True
 
-    def prepare(self) -> None:
-        """Make the HV maps of all items in memory, so that worker processes that are started later all have them."""
-        if self.spec.use_hv_map and not self.augment:
-            for index, sample in self._cache.items():
-                if index >= len(self.items):
-                    continue
-                self._hv_map(index, *center_crop((sample.inst_map,), self.image_size))
-                if index not in self._hv_maps:  # there is no more room
-                    break
-
-    def _hv_map(self, index: int, inst_map: np.ndarray) -> np.ndarray | None:
+    def _hv_map(self, index: int, inst_map: np.ndarray | None) -> np.ndarray | None:
         """An item's HV map, kept if it is the same in every epoch; None where none is to be kept."""
-        if self.augment or not self.spec.use_hv_map:
+        if self.augment or not self.spec.use_hv_map or inst_map is None:
             return None
         if index not in self._hv_maps:
             hv_map = self.spec.hv_planes(inst_map)
@@ -178,21 +195,24 @@ class NucleiDataset(Dataset):
         :return: the appearance, [C x H x W] uint8, and a dict: the parts that ConditionSpec.encode makes; "path" and
             "structure_path", the images that appearance and structure come from; "index".
         """
-        epoch, index, source = key if len(key) == 3 else (*key, int(self.appearance[key[1]]))
+        epoch, index = key[:2]
+        own = int(self.appearance[index]) if index < len(self) else index
+        source = key[2] if len(key) == 3 else own
         rng = streams.rng("augmentation", self.seed, epoch, index) if self.augment or self.stain_jitter else None
         structure = self.read(index)
         if source == index:
-            image, class_map, inst_map = self._cut((structure.image, structure.class_map, structure.inst_map), rng)
+            image, *masks = self._cut((structure.image, *structure.masks), rng)
         else:
-            class_map, inst_map = self._cut((structure.class_map, structure.inst_map), rng)
+            masks = self._cut(structure.masks, rng)
             (image,) = self._cut((self.read(source).image,), rng)
+        class_map, inst_map = masks or (None, None)
         if self.stain_jitter:
             image = jitter_stains(image, self.stain_jitter, rng)
         image = image.transpose(2, 0, 1).copy()
         colours = streams.generator("colour map", self.seed, epoch, index)
         hv_map = self._hv_map(index, inst_map)
         parts = self.spec.encode(image, class_map, inst_map, colours, self.preserve_nuclei_col, hv_map, self.ids)
-        paths = {"path": self.sources[source].image, "structure_path": self.items[index].image}
+        paths = {"path": self.sources[source].image, "structure_path": self.sources[index].image}
         return image, {**parts, **paths, "index": index}
 
     def _cut(self, arrays: tuple[np.ndarray, ...], rng: np.random.Generator | None) -> tuple[np.ndarray, ...]:
@@ -218,6 +238,7 @@ def load_dataset(
     match_app: bool = False,
     match_other_slide: bool = False,
     appearance_dir: str = "",
+    unlabelled_dir: str = "",
     features: Callable[[list[str]], np.ndarray] | None = None,
     seed: int = 0,
     val_share: float = 0.0,
@@ -226,8 +247,8 @@ def load_dataset(
     """
     Make a data set. Collective.
 
-    As many files are read as memory keeps, shared out over the ranks, so that what is wrong shows now; the others are
-    checked when they are read. Where images are matched, every file is.
+    Some files are read, shared out over the ranks, so that what is wrong with all shows now; the others are checked
+    when they are read. Where images are matched, every file is.
 
     :param data_dir: see list_items; so are dataset_mode and is_train. Where the spec has no mpp, it is the folder's.
     :param subsample: use only this share of the items.
@@ -237,6 +258,7 @@ def load_dataset(
     :param match_other_slide: choose a similar item from other slides only.
     :param appearance_dir: give it one of the images in this folder, which need no masks: any, or with match_struct one
         that seems to hold as much of nuclei.
+    :param unlabelled_dir: folders of images that are samples, too; see list_unlabelled.
     :param features: gives an [N x D] array for N paths of images, or raises ValueError for the first it has none of.
     :param seed: of the choices above and of all samples; other parameters as NucleiDataset's.
     :param val_share: the share of the slides that are held out, see split_slides.
@@ -246,27 +268,34 @@ def load_dataset(
         shuffle_masks=shuffle_masks, match_struct=match_struct, match_app=match_app, match_other_slide=match_other_slide
     )
     check_pairing(**choice, appearance_dir=appearance_dir)
-    items = list_items(data_dir, dataset_mode, is_train)
-    if not spec.mpp:
-        spec = replace(spec, mpp=magnification.of_data(data_dir) or magnification.REFERENCE_MPP)
-    if subsample != 1:
-        items = [items[i] for i in sorted(data_util.subsample_indices(len(items), subsample))]
-    if part:
-        items = split_slides(items, val_share, seed)[part == "held_out"]
-    unmasked = list_images(appearance_dir) if appearance_dir else []
+    items, others = _split(list_items(data_dir, dataset_mode, is_train), subsample, part, val_share, seed)
+    spec = spec if spec.mpp else replace(spec, mpp=magnification.of_data(data_dir) or magnification.REFERENCE_MPP)
+    appearances = list_images(appearance_dir, "--appearance_dir") if appearance_dir else []
+    hidden = [*others, *(list_test_images(data_dir, dataset_mode) if unlabelled_dir and is_train else [])]
+    unlabelled, copies = dist_util.from_rank_0(lambda: list_unlabelled(unlabelled_dir, items, hidden))
     looks = dict(augment=augment, stain_jitter=stain_jitter, preserve_nuclei_col=preserve_nuclei_col)
-    dataset = NucleiDataset(items, spec, image_size, unmasked=unmasked, **looks, ids=ids, seed=seed)
+    dataset = NucleiDataset(items, spec, image_size, unmasked=appearances or unlabelled, **looks, ids=ids, seed=seed)
+    dataset.copies = copies
     vectors = features([item.image for item in items]) if features is not None else None
-    pairing = Pairing(items, unmasked, **choice, vectors=vectors, seed=seed)
+    pairing = Pairing(items, appearances, **choice, vectors=vectors, seed=seed)
     dataset.choose = functools.partial(pairing.choose, pairing.look(_read(dataset, pairing)))
     dataset.appearance = dataset.choose()
     return dataset
 
 
+def _split(items: list[Item], subsample: float, part: str, share: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """The items of a part of the sample, and the others in it."""
+    if subsample != 1:
+        items = [items[i] for i in sorted(data_util.subsample_indices(len(items), subsample))]
+    if not part:
+        return items, []
+    training, held_out = split_slides(items, share, seed)
+    return (training, held_out) if part == "train" else (held_out, training)
+
+
 def _read(dataset: NucleiDataset, pairing: Pairing) -> list:
     """
-    Read sources, each by one rank: all where the pairing looks at them, else as many as memory keeps, by the size of
-    the first. Collective.
+    Read sources, each by one rank: all where the pairing looks at them, else some of each kind. Collective.
 
     :return: what the pairing says of each, on every rank; nothing where it does not look.
     """
@@ -274,12 +303,12 @@ def _read(dataset: NucleiDataset, pairing: Pairing) -> list:
 
     def describe(index: int) -> object:
         sample = dataset.read(index)
-        return pairing.describe(index, as_rgb(sample.image), sample.inst_map) if pairing.looks_at_all else None
+        return pairing.describe(index, as_rgb(sample.image), *sample.masks[1:]) if pairing.looks_at_all else None
 
     def read_share() -> list:
-        share = range(rank, len(dataset.sources), world_size)
-        if share and not pairing.looks_at_all:
-            share = share[: max(1, CACHE_BYTES // dataset.read(share[0]).nbytes)]
+        everything = range(len(dataset.sources))
+        some = [*_some(everything[: len(dataset)]), *_some(everything[len(dataset) :])]
+        share = (everything if pairing.looks_at_all else some)[rank::world_size]
         with ThreadPoolExecutor(2) as pool:
             bar = dist_util.progress_bar(
                 pool.map(describe, share), total=len(share), desc="reading", unit="image", delay=1
@@ -290,6 +319,10 @@ def _read(dataset: NucleiDataset, pairing: Pairing) -> list:
     if not pairing.looks_at_all:
         return []
     return [shares[i % world_size][i // world_size] for i in range(len(dataset.sources))]
+
+
+def _some(numbers: range) -> range:
+    return numbers[:: max(1, -(-len(numbers) // CHECKED))]
 
 
 def load_data(

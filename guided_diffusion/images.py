@@ -77,32 +77,45 @@ def list_items(data_dir: str, dataset_mode: str, is_train: bool = True) -> list[
     if not class_masks and not inst_masks:
         wanted = " or ".join(name for name in (layout.instance_folder, layout.class_folder) if name)
         raise FileNotFoundError(f"{folder} has no {wanted}: every image needs a mask")
-    other = bf.join(data_dir, layout.test if is_train else layout.train, "images")
-
-    def beside() -> list[str]:
-        return list_files(other, EXTENSIONS, deep=True) if bf.isdir(other) else []
-
-    slides = slides_of(data_dir, list(images.values()), beside)
+    slides = _slides(data_dir, images, layout.test if is_train else layout.train)
     return [
         Item(stem, slide, path, class_masks.get(stem), inst_masks.get(stem))
         for (stem, path), slide in zip(images.items(), slides)
     ]
 
 
-def list_images(folder: str) -> list[Item]:
+def list_test_images(data_dir: str, dataset_mode: str) -> list[Item]:
+    """:return: the images of the test set as items without masks, sorted by stem; none where there is no such set."""
+    layout = LAYOUTS[dataset_mode]
+    folder = bf.join(data_dir, layout.test, "images")
+    images = by_stem(folder, EXTENSIONS, deep=True) if bf.isdir(folder) else {}
+    return list(map(Item, images, _slides(data_dir, images, layout.train), images.values()))
+
+
+def list_images(folder: str, flag: str) -> list[Item]:
     """
     List images that have no masks.
 
-    :param folder: a folder, or blobfile URL, of images.
+    :param folder: a folder, or blobfile URL, of images. :param flag: that names it.
     :return: the images as items without masks, sorted by stem.
     :raises ValueError: where there is none.
     :raises FileNotFoundError: where there is no such folder.
     """
-    _require_folder("--appearance_dir", folder, "one of images")
+    _require_folder(flag, folder, "one of images")
     images = by_stem(folder, EXTENSIONS)
     if not images:
-        raise ValueError(f"--appearance_dir {folder} holds no image ({', '.join(EXTENSIONS)})")
+        raise ValueError(f"{flag} {folder} holds no image ({', '.join(EXTENSIONS)})")
     return list(map(Item, images, slides_of(folder, list(images.values())), images.values()))
+
+
+def _slides(data_dir: str, images: dict[str, str], other_split: str) -> list[str]:
+    """The slides of a split's images, stem -> path; where they are guessed, by the names in the other split, too."""
+    other = bf.join(data_dir, other_split, "images")
+
+    def beside() -> list[str]:
+        return list_files(other, EXTENSIONS, deep=True) if bf.isdir(other) else []
+
+    return slides_of(data_dir, list(images.values()), beside)
 
 
 def _require_folder(flag: str, folder: str, wanted: str) -> None:

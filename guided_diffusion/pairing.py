@@ -50,10 +50,10 @@ class Pairing:
         """Whether the choice depends on what is in the files."""
         return self.match_struct or (self.match_app and self.vectors is None)
 
-    def describe(self, index: int, image: np.ndarray, inst_map: np.ndarray) -> object:
+    def describe(self, index: int, image: np.ndarray, inst_map: np.ndarray | None = None) -> object:
         """
         :param index: the source's number.
-        :param image: its pixels, [H x W x 3] uint8; inst_map: its instance ids, [H x W].
+        :param image: its pixels, [H x W x 3] uint8; inst_map: its instance ids, [H x W], if it has any.
         :return: what `choose` needs to know of it.
         """
         if index >= len(self.items):

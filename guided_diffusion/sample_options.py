@@ -1,6 +1,8 @@
 """The flags of sampling. Knows nothing of what they are used for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .options import flag
 from .run_options import RunOptions
@@ -8,6 +10,15 @@ from .samplers import SAMPLERS
 
 SPADE_CACHE = ("auto", "on", "off")
 NULL_CONDITIONS = ("zeros", "keep_colour")
+
+
+def trained_null_condition(config: Mapping[str, Any]) -> str:
+    """
+    :param config: the flags that a model was trained with, as far as they are known.
+    :return: the null condition that it has seen. Without dropped conditions, that is images without masks.
+    """
+    kept = config.get("drop_hvb_only") or (config.get("unlabelled_dir") and not config.get("drop_rate"))
+    return "keep_colour" if kept and config.get("use_col_map") else "zeros"
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class SampleOptions(RunOptions):
     guide_path: str = flag("", "an earlier checkpoint to push away from, in place of the null condition", ours=True)
     null_condition: str = flag(
         "",
-        "keep_colour: the null condition keeps the colour map; empty: as the model was trained (--drop_hvb_only)",
+        "what the null condition's colour map is; empty: as the model was trained (--drop_hvb_only, --unlabelled_dir)",
         choices=("", *NULL_CONDITIONS),
         ours=True,
     )

@@ -69,6 +69,14 @@ class TrainOptions(RunOptions):
     init_checkpoint: str = flag(
         "", "begin with these weights, at step 0 with a fresh optimiser: for fine-tuning", ours=True
     )
+    unlabelled_dir: str = flag(
+        "",
+        "folders of images without masks to learn from as well, with commas between them; see --mark_unknown",
+        ours=True,
+    )
+    unlabelled_share: float = flag(
+        0.5, "share of each step's samples that come from --unlabelled_dir", within="[0, 1)", ours=True
+    )
     is_train: bool = flag(True, "train on the training set; False: on the test set")
     val_split: str = flag(
         "slides",
@@ -102,6 +110,8 @@ class TrainOptions(RunOptions):
         _ = self.kept_checkpoints  # which raises
         if not self.ema_rates:
             raise ValueError("--ema_rate is empty: give one rate or more, such as 0.9999")
+        if not self.unlabelled_dir and self.unlabelled_share != self.flags()["unlabelled_share"]:
+            raise ValueError(f"--unlabelled_share {self.unlabelled_share} without --unlabelled_dir: give the images")
         if self.resume_checkpoint and self.init_checkpoint:
             raise ValueError("--resume_checkpoint and --init_checkpoint both say where to begin: give one of them")
 

@@ -18,6 +18,7 @@ from . import checkpoint, dist_util, logger, streams
 from .checkpoint_sets import take_up
 from .checkpointer import Checkpointer
 from .conditioning import ConditionSpec, as_signed
+from .data_stream import unlabelled_before
 from .ema import Ema
 from .fp16_util import MixedPrecisionTrainer, compute_dtype
 from .gaussian_diffusion import GaussianDiffusion
@@ -328,6 +329,9 @@ class TrainLoop:
         means = self.meter.read()
         self.last_loss = means.get("loss", self.last_loss)
         logger.logkvs({"mode": "train", "step": self.step, "samples": self.samples, **means})
+        if self.options.unlabelled_dir:
+            unlabelled = unlabelled_before(self.samples, self.options.unlabelled_share)
+            logger.logkv("unlabelled_samples", unlabelled)
         logger.logkv("param_norm", th.nn.utils.get_total_norm(self.mp_trainer.master_params).item())
         logger.logkv("lr", self.opt.param_groups[0]["lr"])
         if self.mp_trainer.grad_norm is not None:

@@ -80,6 +80,14 @@ def write_patches(folder: Path, count: int = 8, size: int = 32, bin_masks: bool 
     return folder
 
 
+def write_images(folder: Path, count: int = 8, size: int = 32, first: int = 200) -> Path:
+    """Fill a folder with drawn images without masks, as patches of other slides; :return: the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(first, first + count):
+        Image.fromarray(draw_patch(k, size)[0]).save(folder / f"other-{k // 4}_{k % 4:03d}.png")
+    return folder
+
+
 def assert_same_batch(batch, other):
     """Of two batches of the loader: tensors and lists are equal."""
     (x, cond), (other_x, other_cond) = batch, other

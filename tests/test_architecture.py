@@ -16,6 +16,7 @@ RANKS = {
     "image_files": -2,
     "slides": -2,
     "images": -1,
+    "unlabelled": 0,
     "devices": -2,
     "magnification": -1,
     "stains": -1,

@@ -1,10 +1,12 @@
 """The order of the data, and that workers and ranks change nothing about it."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,26 @@ def test_ranks_share_one_stream(world_size):
 
 def test_a_stream_can_begin_anywhere():
     assert keys(10, seed=1, start=9) == keys(19, seed=1)[9:]
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.5, 0.7, 0.99])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_share_without_masks_is_exact(share, world_size):
+    """Of the first n samples of all ranks n * share, rounded down: so a step has its share, but for rounding."""
+    options = dict(seed=1, unlabelled=4, share=share, world_size=world_size)
+    shares = [keys(500, rank=rank, **options) for rank in range(world_size)]
+    merged = [share[i] for i in range(500) for share in shares]
+    seen = 0
+    for n, (_, index) in enumerate(merged, 1):
+        seen += index >= 7
+        assert seen == math.floor(n * Fraction(str(share)))
+    kinds = [[(e, i) for e, i in merged if (i >= 7) == unlabelled] for unlabelled in (False, True)]
+    for own, length in zip(kinds, (7, 4)):  # each kind goes through its own epochs, in orders of their own
+        orders = [[index for _, index in own[first : first + length]] for first in range(0, len(own), length)]
+        assert [epoch for epoch, _ in own] == [k // length for k in range(len(own))]
+        assert all(len(set(order)) == len(order) for order in orders)
+    assert kinds[0] == keys(len(kinds[0]), seed=1)
+    assert keys(30, start=101 * world_size, **options) == shares[0][101:131]
 
 
 def test_in_order_when_deterministic():

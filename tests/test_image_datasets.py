@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch as th
-from conftest import assert_same_batch, draw_patch, write_patches
+from conftest import assert_same_batch, draw_patch, write_images, write_patches
 from PIL import Image
 from scipy import ndimage
 from torch.utils.data import default_collate
@@ -76,8 +76,9 @@ def test_dsb2018_instances_are_connected_parts(tmp_path):
     Image.fromarray(image).save(folder / "images" / "a.png")
     Image.fromarray(mask).save(folder / "masks" / "a.png")
     sample = dataset(tmp_path, dataset_mode="dsb2018").read(0)
-    np.testing.assert_array_equal(sample.inst_map, ndimage.label(mask)[0])
-    np.testing.assert_array_equal(sample.class_map, mask)
+    class_map, inst_map = sample.masks
+    np.testing.assert_array_equal(inst_map, ndimage.label(mask)[0])
+    np.testing.assert_array_equal(class_map, mask)
 
 
 def test_class_cond_reads_ids(data_dir):
@@ -137,7 +138,7 @@ def test_areas_go_by_the_magnification_of_the_data(tmp_path):
         (tmp_path / "prepare.json").write_text(json.dumps({"mpp": mpp}))
         own = dataset(tmp_path)
         assert own.spec.mpp == mpp
-        expected = gen_instance_hv_map(own.read(0).inst_map, mpp=mpp).transpose(2, 0, 1)
+        expected = gen_instance_hv_map(own.read(0).masks[1], mpp=mpp).transpose(2, 0, 1)
         assert np.array_equal(own[0, 0][1]["label"], expected) and expected.any() == (mpp > 0.1)
     assert dataset(tmp_path, spec=replace(SPEC, mpp=0.5)).spec.mpp == 0.5
 
@@ -157,33 +158,19 @@ def test_an_hv_map_is_made_once(data_dir, monkeypatch):
     own = dataset(data_dir, shuffle_masks=True)
     list(itertools.islice(stream(own, 4), 10))
     assert len(made) == 8
-    stream(own, 4, num_workers=2)
-    assert len(made) == 8
     own.share_memory(2)
     assert own._limit - own._cached_bytes == (image_datasets.CACHE_BYTES - own._cached_bytes) // 2
 
 
-def test_hv_maps_are_there_before_several_workers_are(data_dir, monkeypatch):
-    made = count_hv_maps(monkeypatch)
-    stream(dataset(data_dir), 4, num_workers=1)
-    stream(dataset(data_dir, augment=True), 4, num_workers=2)
-    assert not made
-    stream(dataset(data_dir), 4, num_workers=2)
-    assert len(made) == 8
-
-
 @pytest.mark.parametrize("held", [0, 3, 8, 9, 11, 16])
 def test_memory_is_bounded(data_dir, monkeypatch, held):
-    """A 32 px sample takes 8192 bytes, and so does its HV map; files come first."""
+    """A 32 px sample takes 8192 bytes, and so does its HV map; the files are read at the start, since they are few."""
     expected = batches(data_dir, 5)
     monkeypatch.setattr(image_datasets, "CACHE_BYTES", 8192 * held + 100)
-    made = count_hv_maps(monkeypatch)
     own = dataset(data_dir)
-    own.prepare()
-    assert len(own._hv_maps) == max(0, held - 8) and len(made) <= len(own._hv_maps) + 1
     for batch, other in zip(expected, stream(own, 4)):
         assert_same_batch(batch, image_datasets._as_there(*other))
-    assert own._cached_bytes == 8192 * held
+    assert own._cached_bytes == 8192 * held and len(own._hv_maps) == max(0, held - 8)
 
 
 # ---- cropping and augmenting ----
@@ -272,9 +259,8 @@ def test_other_slides_need_something_to_match_by(data_dir):
 
 @pytest.mark.parametrize("match_struct", [False, True])
 def test_appearance_of_images_without_masks(data_dir, tmp_path, match_struct):
-    for k in range(30):
-        Image.fromarray(draw_patch(100 + k)[0]).save(tmp_path / f"other_{k:03d}.png")
-    options = dict(appearance_dir=str(tmp_path), match_struct=match_struct)
+    write_images(tmp_path / "other", count=30, first=100)
+    options = dict(appearance_dir=str(tmp_path / "other"), match_struct=match_struct)
     own, again = dataset(data_dir, **options), dataset(data_dir, **options)
     np.testing.assert_array_equal(own.appearance, again.appearance)
     assert len(own) == 8 and len(set(own.appearance)) > 3
@@ -282,15 +268,45 @@ def test_appearance_of_images_without_masks(data_dir, tmp_path, match_struct):
         x, cond = one(own, 0, index)
         number = int(own.appearance[index]) - 8
         np.testing.assert_array_equal(((x + 1) * 127.5).round().permute(1, 2, 0), draw_patch(100 + number)[0])
-        assert cond["path"] == str(tmp_path / f"other_{number:03d}.png")
+        assert cond["path"] == own.sources[8 + number].image
         np.testing.assert_array_equal(cond["label"].permute(1, 2, 0), gen_instance_hv_map(draw_patch(index)[1]))
-    own.prepare()
-    assert sorted(own._hv_maps) == list(range(8))
+    assert own.read(8).nbytes == 3 * 32 * 32
     if match_struct:
         histograms = [data_util.haematoxylin_histogram(draw_patch(100 + k)[0]) for k in range(30)]
-        estimates = data_util.nuclear_shares(np.array(histograms), [f"{k}" for k in range(30)])
+        estimates = data_util.nuclear_shares(np.array(histograms), [f"{k // 4}" for k in range(100, 130)])
         shares = np.array([(draw_patch(k)[1] > 0).mean() for k in range(8)])
         np.testing.assert_array_equal(own.appearance, 8 + data_util.match_shares(shares, estimates, 0))
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_images_without_masks_are_samples(data_dir, tmp_path, augment):
+    """They come after the others, in streams as in the data set, and change nothing about these."""
+    write_images(tmp_path / "other", count=5)
+    looks = dict(augment=augment, stain_jitter=0.3 * augment, preserve_nuclei_col=True, ids=False, seed=3)
+    marked = replace(SPEC, mark_unknown=True)
+    own = dataset(data_dir, spec=marked, unlabelled_dir=str(tmp_path / "other"), **looks)
+    plain = dataset(data_dir, spec=marked, **looks)
+    assert len(own) == len(plain) == 8 and own.unlabelled == 5 and own.read(8).nbytes == 3 * 32 * 32
+    assert_same_batch(default_collate([own[2, k] for k in range(8)]), default_collate([plain[2, k] for k in range(8)]))
+    images, cond = default_collate([own[2, k] for k in (3, 8, 12)])
+    assert cond["unknown"].flatten().tolist() == [False, True, True]
+    assert [path[-16:] for path in cond["path"][1:]] == ["other-50_000.png", "other-51_000.png"]
+    assert not cond["label"][1:].any() and not cond["edge"][1:].any() and cond["label"][0].any()
+    for k, seed in ((1, 200), (2, 204)):
+        colours = [sorted(part[k].flatten(1).T.tolist()) for part in (images, cond["col_map"])]
+        drawn = sorted(draw_patch(seed)[0].reshape(-1, 3).tolist())
+        assert colours[0] == colours[1] and (colours[0] == drawn) != augment
+    seen = [cond["index"] for _, cond in itertools.islice(stream(own, 4, unlabelled_share=0.25), 10)]
+    assert all((batch >= 8).sum() == 1 for batch in seen) and len({int(batch.max()) for batch in seen[:5]}) == 5
+
+
+def test_many_images_without_masks_are_not_kept(data_dir, tmp_path, monkeypatch):
+    """More than fill half of the memory would be read anew nearly every time."""
+    write_images(tmp_path / "other", count=5)
+    for limit, kept in ((5 * 3072 * 2, True), (5 * 3072 * 2 - 2, False)):
+        monkeypatch.setattr(image_datasets, "CACHE_BYTES", limit)
+        own = dataset(data_dir, spec=replace(SPEC, mark_unknown=True), unlabelled_dir=str(tmp_path / "other"))
+        assert any(index >= 8 for index in own._cache) == kept
 
 
 @pytest.mark.parametrize("option", ["match_app", "match_other_slide", "shuffle_masks"])
@@ -400,10 +416,10 @@ def test_struct_and_shuffle_contradict(data_dir):
         dataset(data_dir, match_struct=True, shuffle_masks=True)
 
 
-def test_only_as_much_is_read_at_once_as_memory_keeps(data_dir, monkeypatch):
-    """What is wrong beyond shows when it is read, in a worker, too: one line that names the file."""
+def test_some_files_are_read_at_the_start(data_dir, monkeypatch):
+    """What is wrong with others shows when they are read, in a worker, too: one line that names the file."""
     spoil(data_dir, "truncated")
-    monkeypatch.setattr(image_datasets, "CACHE_BYTES", 8192)
+    monkeypatch.setattr(image_datasets, "CHECKED", 4)
     for workers in (0, 2):
         data = stream(dataset(data_dir), 4, num_workers=workers)
         with pytest.raises(ValueError, match=r"slide-0_001\.png cannot be decoded") as caught:

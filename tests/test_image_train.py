@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch as th
-from conftest import TINY, write_patches
+from conftest import TINY, write_images, write_patches
 from forked import start_ranks
 from torch.nn.parallel import DistributedDataParallel
 
+import image_sample
 import image_train
-from guided_diffusion import checkpoint, checkpoint_sets, cli, dist_util
+from guided_diffusion import checkpoint, checkpoint_sets, cli, dist_util, sweep
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -296,6 +297,95 @@ def test_another_batch_size_goes_on_in_the_data(data_dir, logdir, monkeypatch, c
     assert list(itertools.chain(*seen[:9]))[12:18] == resumed
 
 
+# ---- images without masks ----
+
+
+def test_images_without_masks_are_learned_from(data_dir, logdir, tmp_path, monkeypatch):
+    """The log counts them, and the checkpoint says how they are marked: to sampling, and to fine-tuning."""
+    other = write_images(tmp_path / "other", count=5)
+    (other / "copy.png").write_bytes((data_dir / "MoNuSegTrainingData" / "images" / "slide-0_000.png").read_bytes())
+    flags = ["--ema_rate", "0.9", "--drop_rate", "0.3", "--max_steps", "3"]
+    train(data_dir, *flags, "--unlabelled_dir", str(other), "--unlabelled_share", "0.3", "--save_interval", "2")
+    with open(logdir / "progress.csv") as file:
+        rows = [(row["samples"], row["unlabelled_samples"]) for row in csv.DictReader(file)]
+    assert rows == [("4", "1"), ("8", "2"), ("12", "3")]
+    result = json.loads((logdir / "result.json").read_text())
+    assert (result["images"], result["unlabelled_images"]) == (8, 5)
+    line = "8 labelled images, 5 without masks; 1 more are labelled ones, and left out"
+    assert line in (logdir / "log.txt").read_text()
+
+    made = tmp_path / "made"
+    sample = (
+        f"--data_dir {data_dir} --use_train True --num_samples 2 --s 2 --num_steps 2 --sampler dpmpp_2m --num_workers 0"
+    )
+    shown = []
+    monkeypatch.setattr(
+        "guided_diffusion.sweep._kept",
+        lambda model, y, cache, kept=sweep._kept: shown.append(y) or kept(model, y, cache),
+    )
+    path = str(logdir / "ema_0.9_000003.pt")
+    image_sample.main([*sample.split(), "--model_path", path, "--results_path", str(made)])
+    expected = th.zeros(1, 6, 16, 16)
+    expected[:, 5] = -1
+    assert th.equal(shown[0].cpu(), expected) and len(list((made / "samples").iterdir())) == 2
+
+    monkeypatch.setenv("OPENAI_LOGDIR", str(logdir.parent / "tuned"))
+    train(data_dir, *flags, "--init_checkpoint", path)
+    assert json.loads((logdir.parent / "tuned" / "config.json").read_text())["mark_unknown"] is True
+    with pytest.raises(
+        ValueError, match="trained with --mark_unknown True, this run has --mark_unknown False: give the"
+    ):
+        train(data_dir, *flags, "--init_checkpoint", path, "--mark_unknown", "False")
+
+
+def test_other_images_without_masks_are_another_run(data_dir, logdir, tmp_path):
+    other = write_images(tmp_path / "other")
+    flags = ["--max_steps", "1"]
+    train(data_dir, *flags, "--unlabelled_dir", str(other))
+    other = other.rename(tmp_path / "moved")
+    train(data_dir, *flags, "--unlabelled_dir", str(other))
+    assert (
+        f"going on with --unlabelled_dir {other}, before it was {tmp_path / 'other'}"
+        in (logdir / "log.txt").read_text()
+    )
+    with pytest.raises(
+        ValueError, match=r"--unlabelled_share 0\.5, this one has --unlabelled_share 0\.3: give the same"
+    ):
+        train(data_dir, *flags, "--unlabelled_dir", str(other), "--unlabelled_share", "0.3")
+    with pytest.raises(ValueError, match="--unlabelled_dir '' does not hold the images that the run in .* began with"):
+        train(data_dir, *flags)
+    write_images(other, count=1, first=300)
+    with pytest.raises(
+        ValueError, match=f"--unlabelled_dir '{other}' does not hold .* give those, or another OPENAI_LOG"
+    ):
+        train(data_dir, *flags, "--unlabelled_dir", str(other))
+
+
+def test_a_model_without_the_mark_can_be_taught_it(data_dir, logdir, tmp_path, monkeypatch):
+    """By fine-tuning, where it has a fresh optimiser; not by going on."""
+    train(data_dir, "--max_steps", "1")
+    unlabelled = ["--unlabelled_dir", str(write_images(tmp_path / "other"))]
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "tuned"))
+    with pytest.raises(ValueError, match="trained with --mark_unknown False, this run has --mark_unknown True"):
+        train(data_dir, "--max_steps", "2", *unlabelled, "--resume_checkpoint", str(logdir / "model000001.pt"))
+    train(data_dir, "--max_steps", "1", *unlabelled, "--init_checkpoint", str(logdir / "model000001.pt"))
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_file_that_cannot_be_read_keeps_the_last_checkpoint(data_dir, logdir, tmp_path, monkeypatch, capsys, workers):
+    monkeypatch.setattr("guided_diffusion.image_datasets.CHECKED", 1)
+    other = write_images(tmp_path / "other", count=40)
+    (other / "other-52_001.png").write_bytes(b"no image")
+    flags = ["--unlabelled_dir", str(other), "--save_interval", "1", "--num_workers", workers]
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: train(data_dir, "--max_steps", "100", *flags))
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1 and lines[0].startswith(f"error: {other / 'other-52_001.png'} is not an image")
+    steps = checkpoint_sets.steps(str(logdir))
+    assert 1 <= steps[-1] < 20 and checkpoint.is_whole(str(logdir / checkpoint.model_name(steps[-1])))
+
+
 # ---- several ranks ----
 
 
@@ -329,6 +419,7 @@ def ranks(count, data_dir, out, *flags):
 @pytest.mark.slow
 def test_two_ranks_equal_one(data_dir, logdir, tmp_path):
     flags = ["--max_steps", "5", "--drop_rate", "0.3", "--augment", "True", "--total_batch_size", "8"]
+    flags += ["--unlabelled_dir", str(write_images(tmp_path / "other")), "--unlabelled_share", "0.3"]
     train(data_dir, *flags)
     mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable]
     by_mpi = launch(mpiexec, data_dir, tmp_path / "by mpi", *flags)
@@ -422,6 +513,11 @@ MISTAKES = {
     ),
     "weights": (["--loss_weights", "snr"], "unknown --loss_weights snr: choose one of none, min_snr"),
     "clip": (["--grad_clip", "-1"], "--grad_clip -1"),
+    "share": (["--unlabelled_share", "0.3"], "--unlabelled_share 0.3 without --unlabelled_dir: give the images"),
+    "whole share": (["--unlabelled_share", "1"], r"--unlabelled_share 1.0 must lie in \[0, 1\)"),
+    "unlabelled": (["--unlabelled_dir", "nowhere"], "--unlabelled_dir 'nowhere' is not a folder: give one of images"),
+    "no edges": (["--unlabelled_dir", ".", "--no_instance", "True", "--num_classes", "5"], "--no_instance True leaves"),
+    "no mark": (["--unlabelled_dir", ".", "--mark_unknown", "False"], "--unlabelled_dir with --mark_unknown False"),
 }
 
 

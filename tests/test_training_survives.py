@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
-from conftest import TINY, write_patches
+from conftest import TINY, write_images, write_patches
 from forked import Child, start_ranks
 
 import image_train
@@ -21,20 +21,22 @@ ROOT = Path(__file__).resolve().parents[1]
 MPIEXEC = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable]
 EVERYTHING = (
     "--lr 1e-3 --batch_size 4 --ema_rate 0.9,0.99 --drop_rate 0.3 --augment True --dropout 0.1 --diffusion_steps 20 "
-    "--schedule_sampler loss-second-moment --preview_samples 1 --log_interval 3 --use_checkpoint False"
+    "--schedule_sampler loss-second-moment --preview_samples 1 --log_interval 3 --use_checkpoint False "
+    "--unlabelled_share 0.3"
 ).split()
 
 
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory) -> Path:
-    """A data set of three slides, so that one is held out."""
+    """A data set of three slides, so that one is held out, and images without masks."""
     folder = tmp_path_factory.mktemp("slides")
     write_patches(folder / "MoNuSegTrainingData", count=12)
+    write_images(folder / "unlabelled", count=5)
     return folder
 
 
 def command(data_dir, *flags):
-    return ["--data_dir", str(data_dir), *TINY, *EVERYTHING, *flags]
+    return ["--data_dir", str(data_dir), "--unlabelled_dir", f"{data_dir}/unlabelled", *TINY, *EVERYTHING, *flags]
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_what_segmenters_are_chosen_by_is_seen_by_nothing_else(data, tmp_path):
     seen = list_items(str(tmp_path / "out/seen"), "monuseg")
     assert len(held) == 8 and {item.stem for item in seen} == {pair.stem for pair in train}
     assert {item.stem for item in list_items(str(tmp_path / "out/held"), "monuseg")} == {pair.stem for pair in held}
-    colours = list_images(str(tmp_path / "out/colours"))
+    colours = list_images(str(tmp_path / "out/colours"), "--appearance_dir")
     kept_out = {slide for pair in held for slide in pair.slides}
     assert len(colours) == 20 - 8 and not kept_out & {image.slide for image in colours}
     subset_slides.main([str(data), str(tmp_path / "all"), *flags[:-1], "0"])
