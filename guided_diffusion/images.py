@@ -115,7 +115,7 @@ def _slides(data_dir: str, images: dict[str, str], other_split: str) -> list[str
     def beside() -> list[str]:
         return list_files(other, EXTENSIONS, deep=True) if bf.isdir(other) else []
 
-    return slides_of(data_dir, list(images.values()), beside)
+    return slides_of(data_dir, list(images.values()), beside) if images else []
 
 
 def _require_folder(flag: str, folder: str, wanted: str) -> None:

@@ -31,8 +31,7 @@ def list_unlabelled(folders: str, labelled: Sequence[Item], hidden: Sequence[Ite
     """
     if not folders:
         return [], 0
-    names = [folders] if bf.isdir(folders) else [name for name in folders.split(",") if name]
-    images = [item for name in dict.fromkeys(names) for item in list_images(name, "--unlabelled_dir")]
+    images = [item for name in folder_names(folders) for item in list_images(name, "--unlabelled_dir")]
     slides = {item.slide for item in hidden}
     for item in images:
         for slide in slides & {item.slide, without_number(bf.basename(item.stem))}:
@@ -50,6 +49,12 @@ def list_unlabelled(folders: str, labelled: Sequence[Item], hidden: Sequence[Ite
     if len(copies) == len(images):
         raise ValueError(f"--unlabelled_dir {folders} holds nothing but copies of labelled images: leave it out")
     return [item for item in images if item.image not in copies], len(copies)
+
+
+def folder_names(folders: str) -> list[str]:
+    """:return: the folders that a text names, with commas between them; a comma may be part of one that is alone."""
+    names = [folders] if bf.isdir(folders) else folders.split(",")
+    return list(dict.fromkeys(filter(None, names)))
 
 
 def _copies(paths: Sequence[str], originals: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,8 @@
 # holds MoNuSegTrainingData itself. Each starts from CHECKPOINT's weights, runs MAX_STEPS steps (default 50000) and
 # writes to OPENAI_LOGDIR-clusLABEL. The same command again goes on where it was. OPENAI_LOGDIR-finetune.csv sums up:
 # cluster, images, steps, best validation loss, and the checkpoint to sample from. Where a cluster fails, the others are
-# tuned before the command fails, too. flags.sh lists what else the environment sets.
+# tuned before the command fails, too. UNLABELLED=DIR learns from images without masks as well, see docs/training.md.
+# flags.sh lists what else the environment sets.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 

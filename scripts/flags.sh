@@ -4,6 +4,7 @@
 #
 # The arrays hold the README's 128 px configuration. From the environment, with the default:
 #   IMAGE_SIZE 128, BATCH_SIZE 8 a GPU (sampling: 16), TOTAL_BATCH_SIZE: in place of it, on all GPUs of a training,
+#   UNLABELLED: folders of images without masks that trainings learn from as well (DIR or DIR,DIR; none),
 #   LR 1e-4, SAVE_INTERVAL 5000, MAX_STEPS 0: no end (finetune.sh: 50000),
 #   NUM_SAMPLES 1000, S 1.5 (sample_single.sh), SAMPLER dpmpp_2m_sde, NUM_STEPS 25,
 #   ITERATIONS, S_VALUES, KIND, EMA_RATE (see sample.sh);
@@ -100,6 +101,7 @@ TRAIN_FLAGS=(
     --lr "${LR:-1e-4}" --batch_size "${BATCH_SIZE:-8}" --use_checkpoint True --save_interval "${SAVE_INTERVAL:-5000}"
 )
 [[ -z ${TOTAL_BATCH_SIZE:-} ]] || TRAIN_FLAGS+=(--total_batch_size "$TOTAL_BATCH_SIZE")
+[[ -z ${UNLABELLED:-} ]] || TRAIN_FLAGS+=(--unlabelled_dir "$UNLABELLED")
 # Structures come from the training set; each takes the appearance of an image with nuclei of like size and area.
 SAMPLE_FLAGS=(
     --use_train True --shuffle_masks False --match_struct True --match_app False

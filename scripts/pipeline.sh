@@ -12,6 +12,7 @@
 # From the environment, with the default:
 #   CLUSTERS: labels to fine-tune on, the largest one if empty; PRETRAIN_STEPS, FINETUNE_STEPS 50000;
 #   ITERATIONS "030000 040000 050000", S_VALUES "1.3 1.4 1.5 1.6": the sweep; RATIO 1: synthetic patches a real one;
+#   UNLABELLED: folders of images without masks that the trainings learn from as well, none if empty (docs/training.md);
 #   BACKBONE efficientnet_lite0; TIME_LIMIT: seconds, after which all is stopped with exit code 75, to go on with the
 #   same command. flags.sh lists what else the environment sets.
 set -euo pipefail

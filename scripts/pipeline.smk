@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir).parent))
-from scripts.workflow.wiring import CORES, GPUS, ONE_GPU, PYTHON, RAW, SLIDES, script, stage, step
+from scripts.workflow.wiring import CORES, GPUS, ONE_GPU, PYTHON, RAW, SLIDES, UNLABELLED, script, stage, step
 
 PATCHES, CLUSTERS = "patches", "patches/clusters"
 FLAGS = {name: os.environ[f"SDM_{name}_FLAGS"] for name in ("PATCH", "CLUSTER", "FILTER", "MODEL", "TRAIN")}
@@ -137,7 +137,7 @@ rule pretrain:
     log:
         "logs/pretrain.log",
     params:
-        settings=f"{FLAGS['MODEL']} {FLAGS['TRAIN']} {environment('IMAGE_SIZE', 'BATCH_SIZE', 'LR')}",
+        settings=f"{FLAGS['MODEL']} {FLAGS['TRAIN']} {environment('IMAGE_SIZE', 'BATCH_SIZE', 'LR')}{UNLABELLED}",
         amount=PRETRAIN_STEPS,
     resources:
         gpu=GPUS,
@@ -166,7 +166,8 @@ rule finetune:
     log:
         "logs/finetune-{label}.log",
     params:
-        settings=f"{PRETRAIN_STEPS} {FLAGS['MODEL']} {FLAGS['TRAIN']} {environment('IMAGE_SIZE', 'BATCH_SIZE', 'LR')}",
+        settings=f"{PRETRAIN_STEPS} {FLAGS['MODEL']} {FLAGS['TRAIN']} {environment('IMAGE_SIZE', 'BATCH_SIZE', 'LR')}"
+        + UNLABELLED,
         amount=SWEPT,
     resources:
         gpu=GPUS,

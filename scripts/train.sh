@@ -3,7 +3,8 @@
 #
 #   bash scripts/train.sh DATA [flags of image_train.py ...]
 #
-# DATA holds MoNuSegTrainingData. Checkpoints and logs go to OPENAI_LOGDIR. flags.sh lists what the environment sets.
+# DATA holds MoNuSegTrainingData. Checkpoints and logs go to OPENAI_LOGDIR. UNLABELLED=DIR learns from images without
+# masks as well, see docs/training.md. flags.sh lists what else the environment sets.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 

@@ -26,8 +26,10 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from guided_diffusion import cli, failures, processes
+from guided_diffusion import cli, failures, files, processes
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, Slide, find_slides
+from guided_diffusion.image_files import EXTENSIONS
+from guided_diffusion.unlabelled import folder_names
 
 # The outputs of jobs are seals, whose content decides. Another version of a program does not redo days of training.
 ENGINE = (
@@ -61,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"RAW {args.raw} has no test slides: the experiment needs some")
     resources = settings(args.parallel, remote=bool(names & REMOTE))
     environment = {"SDM_RAW": str(args.raw.absolute()), "SDM_SLIDES": checksum(args.raw, slides), **resources}
+    environment |= images_without_masks(os.environ.get("UNLABELLED", ""))
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(args.workflow.resolve())]
     command += ["--directory", str(args.out), *ENGINE]
     if not names & (REMOTE | PLACES):
@@ -106,6 +109,23 @@ def user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # as in a container that is run with --user
         return str(os.getuid())
+
+
+def images_without_masks(folders: str) -> dict[str, str]:
+    """
+    :param folders: UNLABELLED, a folder or several with commas between them.
+    :return: UNLABELLED for stages, which run in OUT; and SDM_UNLABELLED, a checksum of names and sizes, so that the
+        folders may move.
+    """
+    if not folders:
+        return {"SDM_UNLABELLED": ""}
+    names = folder_names(folders)
+    for name in names:
+        if not files.is_remote(name) and not os.path.isdir(name):
+            raise FileNotFoundError(f"UNLABELLED={folders}: {name!r} is not a folder: give one of images")
+    listed = [files.fingerprint(files.list_files(name, EXTENSIONS)) for name in names]
+    paths = [name if files.is_remote(name) else os.path.abspath(name) for name in names]
+    return {"UNLABELLED": ",".join(paths), "SDM_UNLABELLED": " ".join(listed)}
 
 
 def checksum(raw: Path, slides: list[Slide]) -> str:

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RAW = os.environ["SDM_RAW"]
 # A checksum of the slides, so that they may move.
 SLIDES = os.environ["SDM_SLIDES"]
+# The same of the images without masks, as a part of settings.
+UNLABELLED = f" UNLABELLED={os.environ['SDM_UNLABELLED']}" if os.environ["SDM_UNLABELLED"] else ""
 # The interpreter of the programs, and how to start one on several GPUs: as words of a shell.
 PYTHON, LAUNCH = os.environ["SDM_PYTHON"], os.environ["SDM_LAUNCH"]
 # Cores of a training, GPUs of a training, and of what runs on one.

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import write_images
 
 from guided_diffusion import cli
 from guided_diffusion.images import list_items
@@ -160,6 +161,13 @@ def test_trainings_go_on_for_longer_but_not_with_other_settings(toy, raw, tmp_pa
         "finetune-clus0.1",
         "samples-0.1",
     }
+    # Images without masks are part of the settings, wherever they lie; stages, which run in OUT, find them.
+    write_images(tmp_path / "other", count=1)
+    assert toy.done(raw, "out", LR="1", FINETUNE_STEPS="30", UNLABELLED="other")[:2] == ["pretrain", "finetune"]
+    lines = (tmp_path / "record").read_text().splitlines()
+    assert sum(f"--unlabelled_dir {tmp_path / 'other'}" in line for line in lines) == 2
+    (tmp_path / "other").rename(tmp_path / "moved")
+    assert toy.done(raw, "out", LR="1", FINETUNE_STEPS="30", UNLABELLED="moved") == []
 
 
 @pytest.mark.slow
@@ -243,6 +251,7 @@ def test_slides_that_were_not_drawn_to_the_end_are_drawn_again(toy, tmp_path):
         ({"ITERATIONS": "last"}, "last is not a number of steps"),
         ({"PRETRAIN_STEPS": "many"}, "PRETRAIN_STEPS=many is not a number of steps"),
         ({"TIME_LIMIT": "soon"}, "TIME_LIMIT=soon is not a number of seconds"),
+        ({"UNLABELLED": "nowhere"}, "UNLABELLED=nowhere: 'nowhere' is not a folder"),
         ({"PYTHON": "nowhere/python"}, "PYTHON=nowhere/python is not a program"),
     ],
 )
