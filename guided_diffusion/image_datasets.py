@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import blobfile as bf
 import numpy as np
 import torch as th
 from scipy import ndimage
@@ -143,7 +142,8 @@ class NucleiDataset(Dataset):
     def identity(self) -> tuple[str, str]:
         """:return: what tells its items' files from others', wherever they lie; and the images without masks."""
         parts = (part for item in self.items for part in (item.image, item.class_mask, item.inst_mask))
-        folders = itertools.groupby((item.image for item in self.sources[len(self) :]), bf.dirname)
+        unlabelled = (item.image for item in self.sources[len(self) :])
+        folders = itertools.groupby(unlabelled, lambda path: path.rpartition("/")[0])
         return fingerprint(list(filter(None, parts))), " ".join(fingerprint(list(paths)) for _, paths in folders)
 
     def unchanged(self) -> "NucleiDataset":

@@ -11,7 +11,7 @@ from conftest import write_patches
 import image_sample
 from guided_diffusion import checkpoint
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
-from scripts.benchmarks import measure_filter
+from scripts.benchmarks import benchmark_startup, measure_filter
 
 FOLDER = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
 TINY = ["--config", "tiny", "--batch_size", "2", "--repeats", "1"]
@@ -40,6 +40,14 @@ def test_sampling():
 def test_training():
     table, _ = rows("benchmark_training.py", *TINY, "--max_steps", "1")
     assert len(table) >= 5 and all(float(row["s a step"]) > 0 for row in table.values())
+
+
+@pytest.mark.slow
+def test_startup(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_startup, "SLIDE_SIZE", 256)
+    benchmark_startup.main("--images 40 --num_workers 0 --batch_size 2".split())
+    first, _, _, *table = [line for line in capsys.readouterr().out.splitlines() if "assumed" not in line]
+    assert "40 images without masks: the first step ends" in first and len(table) == 10
 
 
 @pytest.mark.slow

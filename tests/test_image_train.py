@@ -4,6 +4,7 @@ import csv
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -383,6 +384,7 @@ def test_a_file_that_cannot_be_read_keeps_the_last_checkpoint(data_dir, logdir, 
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(lines) == 1 and lines[0].startswith(f"error: {other / 'other-52_001.png'} is not an image")
     steps = checkpoint_sets.steps(str(logdir))
+    assert not multiprocessing.active_children()
     assert 1 <= steps[-1] < 20 and checkpoint.is_whole(str(logdir / checkpoint.model_name(steps[-1])))
 
 

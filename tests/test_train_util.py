@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch as th
-from conftest import TINY
+from conftest import TINY, write_images
 from torch.utils.flop_counter import FlopCounterMode
 
 import image_train
 from guided_diffusion import checkpoint, logger
 from guided_diffusion.conditioning import ConditionSpec
-from guided_diffusion.image_datasets import load_data
+from guided_diffusion.data_stream import stream
+from guided_diffusion.image_datasets import load_data, load_dataset
 from guided_diffusion.script_util import (
     args_to_dict,
     condition_spec,
@@ -70,6 +71,30 @@ def test_dropped_conditions_are_the_null_condition(make_loop):
     pairs = list(zip(dropped.model.parameters(), plain.model.parameters(), full.model.parameters()))
     assert all(th.equal(a, b) for a, b, _ in pairs)
     assert any(not th.equal(a, c) for a, _, c in pairs)
+
+
+def test_a_step_on_images_without_masks(data_dir, tmp_path, make_loop):
+    """Their conditions by hand: -1 in the edge channel, and their colours, which dropped ones do not have."""
+    spec = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6, mark_unknown=True)
+    folders = dict(data_dir=str(data_dir), unlabelled_dir=str(write_images(tmp_path / "other")))
+    dataset = load_dataset(**folders, dataset_mode="monuseg", image_size=16, spec=spec, ids=False)
+    made, by_hand = make_loop(drop_rate=0.3), make_loop()
+    made.spec, any_dropped = spec, False
+    for step in range(3):
+        batch, cond = next(itertools.islice(stream(dataset, 4, unlabelled_share=0.5), step, None))
+        y = th.zeros(4, 6, 16, 16)
+        dropped = made._draw(batch.shape)[3]
+        for k, index in enumerate(cond["index"].tolist()):
+            known = index < 8 and not dropped[k]
+            y[k, :2] = cond["label"][k] if known else 0
+            y[k, 2:5] = 0 if dropped[k] else cond["col_map"][k] / 127.5 - 1
+            y[k, 5] = cond["edge"][k] if known else -1
+        assert (cond["index"] >= 8).sum() == 2
+        any_dropped |= bool(dropped.any())
+        made.run_step(batch, cond)
+        by_hand.run_step(batch, {"y": y})
+    assert any_dropped
+    assert all(th.equal(a, b) for a, b in zip(made.model.parameters(), by_hand.model.parameters()))
 
 
 def test_half_dropped_depends_on_seed_and_step_alone(make_loop):

@@ -6,8 +6,8 @@
 The data are toy slides, drawn into a temporary folder: 128 px patches without augmentation, and 256 px ones with it,
 from which random 128 px crops are cut, flipped and turned. Every batch goes to the training device, and the condition
 is assembled there, edges included, as in training. A rate is the median over windows of --batches batches, after a
-warm-up of one epoch or two windows, whichever is longer; the share of the slowest to the fastest window says how
-quiet the machine was.
+warm-up of six epochs or two windows, whichever is longer, in which workers fill their memory; the share of the slowest
+to the fastest window says how quiet the machine was.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from guided_diffusion.image_datasets import load_dataset
 
 SPEC = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
 IMAGE_SIZE = 128
+WARM_UP = 6  # epochs, after which each of two workers has read all but 1.6 % of the files once
 SLIDE_SIZE = 1280  # px: 100 patches of 128 px, 25 of 256
 
 
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
                     ids=False,
                 )
                 data = stream(dataset, args.batch_size, num_workers=workers)
-                consume(data, max(2 * args.batches, -(-count // args.batch_size)), device)
+                consume(data, max(2 * args.batches, -(-WARM_UP * count // args.batch_size)), device)
                 seconds = [consume(data, args.batches, device) for _ in range(args.windows)]
                 rates = args.batch_size * args.batches / np.array(seconds)
                 print(
