@@ -420,6 +420,7 @@ def test_some_files_are_read_at_the_start(data_dir, monkeypatch):
     """What is wrong with others shows when they are read, in a worker, too: one line that names the file."""
     spoil(data_dir, "truncated")
     monkeypatch.setattr(image_datasets, "CHECKED", 4)
+    assert sorted(dataset(data_dir)._cache) == [0, 2, 4, 6]
     for workers in (0, 2):
         data = stream(dataset(data_dir), 4, num_workers=workers)
         with pytest.raises(ValueError, match=r"slide-0_001\.png cannot be decoded") as caught:

@@ -557,6 +557,23 @@ def test_null_condition_comes_from_training(data_dir, model_path, tmp_path):
     assert differs(won, given)
 
 
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        ({}, "zeros"),
+        ({"drop_rate": 0.2, "drop_hvb_only": True}, "keep_colour"),
+        ({"drop_rate": 0.2, "unlabelled_dir": "images"}, "zeros"),
+        ({"drop_rate": 0.0, "unlabelled_dir": "images"}, "keep_colour"),  # all that it has seen without a structure
+        ({"drop_rate": 0.0, "unlabelled_dir": "images", "use_col_map": False}, "zeros"),
+    ],
+)
+def test_the_null_condition_is_one_that_the_model_has_seen(tmp_path, trained, expected):
+    (tmp_path / "m.pt").touch()
+    files.write_json(tmp_path / "config.json", {"use_col_map": True, "mark_unknown": True, **trained})
+    args, _ = image_sample.resolve(["--model_path", str(tmp_path / "m.pt")])
+    assert args.null_condition == expected and args.mark_unknown
+
+
 def test_cache_changes_nothing(data_dir, model_path, tmp_path, capsys):
     outs = {}
     for cache in ("on", "off", "auto"):
