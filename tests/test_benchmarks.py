@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from conftest import TINY as TINY_MODEL
 from conftest import write_patches
+from PIL import Image
 
 import image_sample
+import image_train
 from guided_diffusion import checkpoint
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
-from scripts.benchmarks import benchmark_startup, measure_filter
+from scripts.benchmarks import benchmark_startup, measure_filter, recipes
 
 FOLDER = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
 TINY = ["--config", "tiny", "--batch_size", "2", "--repeats", "1"]
@@ -71,3 +73,42 @@ def test_filter(tmp_path, capsys):
     assert all(len(row) == 4 + len(measure_filter.PLANTS) and 0 <= min(row) <= max(row) <= 1 for row in values)
     blur, noise = (list(measure_filter.PLANTS).index(name) for name in ("blur", "noise"))
     assert values[5][4 + blur] > 0.9 and values[5][4 + noise] > 0.9
+
+
+def recipe_rows():
+    figures = {"x": [(5, 0.4, 0.3), (20, 0.2, 0.1)], "v": [(5, 0.1, 0.1), (20, 0.1, 0.05)]}
+    rest = dict(f1=0.5, auroc=0.9, f1_real=0.6)
+    return [
+        dict(recipe=name, seed=seed, minutes=mark, steps=100 * mark, kid=kid + seed / 100, colour_od=colour, **rest)
+        for name, marks in figures.items()
+        for mark, kid, colour in marks
+        for seed in (0, 1)
+    ]
+
+
+def test_recipes_are_summed_up(tmp_path):
+    recipes.write_out(tmp_path, recipe_rows())
+    assert recipes.as_markdown(recipes.read_rows(tmp_path)) == (tmp_path / "recipes.md").read_text()
+    lines = (tmp_path / "recipes.md").read_text().splitlines()
+    assert lines[0] == "After 5 / 20 minutes:"
+    assert [line.split(" | ")[:5] for line in lines[4:]] == [
+        ["| x", "2", "2000", "0.405 / 0.205", "0.300 / 0.100"],
+        ["| v", "2", "2000", "0.105 / 0.105", "0.100 / 0.050"],
+    ]
+    # v has after 5 minutes what x has after 20; x itself at its last mark.
+    assert [line.split(" | ")[-1] for line in lines[4:]] == ["20 |", "5 |"]
+    assert Image.open(tmp_path / "recipes.png").size == (1100, 770)
+
+
+def test_a_recipe_is_stopped_by_its_process_time(tmp_path):
+    spin = "import signal, sys\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))\nwhile True: pass"
+    assert 0.5 <= recipes.train([sys.executable, "-c", spin], tmp_path, 0.5) < 2
+    with pytest.raises(RuntimeError, match=r"image_train\.py failed: see .*train\.log"):
+        recipes.train([sys.executable, "-c", "sys.exit(2)"], tmp_path, 5)
+
+
+def test_recipes_are_the_experiments_but_for_their_flags():
+    assert recipes.flags_of("EMA_RATE") == ["0.995"] and "--stain_jitter" in recipes.flags_of("DIFFUSION_FLAGS")
+    flags = [*recipes.flags_of("MODEL_FLAGS"), *recipes.flags_of("DIFFUSION_FLAGS")]
+    for recipe in recipes.RECIPES.values():
+        image_train.resolve([*flags, *recipe.flags.split()])

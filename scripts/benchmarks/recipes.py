@@ -1,0 +1,337 @@
+"""
+Which recipe learns most in the same time? Trains small models for equal CPU time and measures their samples.
+
+    python scripts/benchmarks/recipes.py RAW OUT [--recipes x,v ...] [--seeds 0,1,2] [--minutes 5,10,20] [--jobs 2]
+
+Data, model, training and sampling are those of scripts/experiment/experiment_cpu.conf. A run is image_train.py on one
+thread: whenever its process time, start and saving included, reaches one of --minutes, it saves, its averaged weights
+are sampled from, and it goes on. Most recipes are trained on 24 of MoNuSeg's training slides and measured on the other
+6, which --seed chooses; those of three slides, with or without images of the other 27, on the 14 test slides.
+Structures and colours of the samples are those of slides that no training saw, and so are the real patches that they
+are compared with. The agreement is by a segmenter trained on the annotated slides that are not measured on.
+
+Writes OUT/recipes.csv, a row a run and mark, OUT/recipes.md, means over the seeds, and OUT/recipes.png. What stands in
+the first is not done again; a run that was broken off begins anew. Times of different machines do not compare: a run's
+seed should be measured for all recipes on one.
+"""
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from guided_diffusion import cli, magnification, processes
+from guided_diffusion.figures import save_png
+from guided_diffusion.files import write_text, writing
+from guided_diffusion.histology.features.cluster_folders import list_patches
+from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
+from guided_diffusion.slides import write_table
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "scripts/experiment/experiment_cpu.conf"
+HELD = 0.2  # share of the slides that is measured on
+FEW = 0.1  # share of the slides that has masks, where only a few have
+EPS = "--predict_xstart False --learn_sigma True"  # the reference's
+V = "--predict_xstart False --predict_v True"
+MIN_SNR = "--loss_weights min_snr"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    How a model is trained.
+
+    :param flags: of image_train.py, on top of the configuration's.
+    :param few: train on a few of the training slides, and measure on the test slides.
+    :param unlabelled: train on the images of the other training slides, too.
+    """
+
+    flags: str = ""
+    few: bool = False
+    unlabelled: bool = False
+
+
+BEST = V  # by the table of the recipes before; what has no masks is tried with it
+TODAY = "x"  # whose figures at the last mark are what others are to reach
+RECIPES = {
+    "eps": Recipe(EPS),
+    "eps+min_snr": Recipe(f"{EPS} {MIN_SNR}"),
+    TODAY: Recipe(),
+    "x+min_snr": Recipe(MIN_SNR),
+    "v": Recipe(V),
+    "v+min_snr": Recipe(f"{V} {MIN_SNR}"),
+    "x+spade64": Recipe("--spade_channels 64"),
+    "x+spade32": Recipe("--spade_channels 32"),
+    "x+dropout": Recipe("--dropout 0.1"),
+    "few": Recipe(BEST, few=True),
+    "few+unlabelled": Recipe(BEST, few=True, unlabelled=True),
+}
+# Column of the table -> its title, and whether less is better.
+FIGURES = {
+    "kid": ("kernel distance", True),
+    "colour_od": ("colour error, optical density", True),
+    "f1": ("agreement, F1", False),
+    "auroc": ("filter's AUROC", True),
+}
+COLUMNS = ("recipe", "seed", "minutes", "steps", *FIGURES, "f1_real")
+
+
+class Run(NamedTuple):
+    """A recipe's training with one seed, and where."""
+
+    recipe: str
+    seed: int
+    minutes: tuple[float, ...]
+    samples: int
+    out: Path
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.FlagParser(description=__doc__)
+    parser.add_argument("raw", metavar="RAW", type=Path, help="folder of the unpacked archives")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to")
+    parser.add_argument("--recipes", default=",".join(RECIPES), help="some of these")
+    parser.add_argument("--seeds", default="0,1,2", help="of the initial weights, and of which slides are measured on")
+    parser.add_argument("--minutes", default="5,10,20", help="of process time, at which runs are measured")
+    parser.add_argument("--samples", type=int, default=256, help="of each measurement")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one core")
+    args = parser.parse_args(argv)
+    names = args.recipes.split(",")
+    for name in names:
+        if name not in RECIPES:
+            raise ValueError(f"unknown --recipes {name}: choose some of {', '.join(RECIPES)}")
+    minutes = tuple(sorted(float(number) for number in args.minutes.split(",")))
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(args.out)
+    done = {(row["recipe"], int(row["seed"])) for row in rows}
+    # Seed by seed, so that what there is after each compares.
+    runs = [Run(name, int(seed), minutes, args.samples, args.out) for seed in args.seeds.split(",") for name in names]
+    runs = [run for run in runs if (run.recipe, run.seed) not in done]
+    prepare(args.raw, args.out, runs)
+    # The with block's end ends what still runs.
+    with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+        for found in pool.imap_unordered(train_and_measure, runs):
+            rows += found
+            write_out(args.out, rows)
+    print(as_markdown(rows))
+
+
+# ---- data ----
+
+
+def flags_of(name: str) -> list[str]:
+    """:return: the words of an array, or the one of a variable, of the experiment's configuration."""
+    command = 'source "$1"; declare -n words=$2; printf "%s\\0" "${words[@]}"'
+    done = subprocess.run(["bash", "-c", command, "bash", CONFIG, name], capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+def prepare(raw: Path, out: Path, runs: Sequence[Run]) -> None:
+    """Make what runs share: patches, folders of slides, and the segmenters that judge their samples."""
+    log = out / "prepare.log"
+    patches = out / "patches"
+    call(log, "scripts/prepare_monuseg.py", raw, patches, *flags_of("PATCH_FLAGS"))
+    for few, seed in sorted({(RECIPES[run.recipe].few, run.seed) for run in runs}):
+        folder = out / f"{'few' if few else 'many'}-s{seed}"
+        share, held = (FEW, 0) if few else (1, HELD)
+        flags = ["--subsample", share, "--seed", seed, "--val_share", held]
+        call(log, "scripts/experiment/subset_slides.py", patches, folder, *flags)
+        if few and not (folder / "unseen").exists():
+            link_tests(patches, folder / "unseen")
+        data = patches if few else folder / "seen"
+        flags = [*flags_of("SEGMENTER_FLAGS"), "--val_share", 0]
+        call(log, "scripts/train_segmenter.py", data, "--results_path", segmenter(out, few, seed), *flags)
+
+
+def unseen(out: Path, few: bool, seed: int) -> Path:
+    """:return: the data folder that a run is measured on, as training patches."""
+    return out / f"few-s{seed}" / "unseen" if few else out / f"many-s{seed}" / "held"
+
+
+def segmenter(out: Path, few: bool, seed: int) -> Path:
+    """:return: the folder of the segmenter that judges a run: one for all that are measured on the test slides."""
+    return out / ("segmenter-few" if few else f"segmenter-many-s{seed}")
+
+
+def link_tests(patches: Path, folder: Path) -> None:
+    """Make a data folder whose training patches are another one's test patches."""
+    folder.mkdir(parents=True)
+    magnification.pass_on(patches, folder)
+    tests = [patch for patch in list_patches(patches) if patch.split == TEST_SPLIT]
+    write_table(folder, [(patch.file.replace(TEST_SPLIT, TRAIN_SPLIT, 1), patch.slide) for patch in tests])
+    (folder / TRAIN_SPLIT).symlink_to((patches / TEST_SPLIT).resolve())
+
+
+def call(log: Path, script: str, *words: object) -> None:
+    """Run one of the project's programs on one thread. :raises RuntimeError: where it fails."""
+    with open(log, "a", encoding="utf-8") as file:
+        done = subprocess.run(command(script, *words), stdout=file, stderr=file, env=environment())
+    if done.returncode:
+        raise RuntimeError(f"{script} failed: see {log}")
+
+
+def command(script: str, *words: object) -> list[str]:
+    return [sys.executable, str(ROOT / script), *map(str, words)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+# ---- one run ----
+
+
+def train_and_measure(run: Run) -> list[dict[str, object]]:
+    """:return: the rows of a run, one a mark."""
+    recipe = RECIPES[run.recipe]
+    folder = run.out / "runs" / f"{run.recipe}-s{run.seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "model").mkdir(parents=True)
+    data = run.out / f"{'few' if recipe.few else 'many'}-s{run.seed}"
+    words = ["--data_dir", data / "seen", *flags_of("MODEL_FLAGS"), *flags_of("DIFFUSION_FLAGS")]
+    words += ["--batch_size", *flags_of("DIFFUSION_BATCH"), "--ema_rate", *flags_of("EMA_RATE"), "--seed", run.seed]
+    words += ["--val_split", "none", "--num_workers", 0, "--save_interval", 1 << 40, *recipe.flags.split()]
+    if recipe.unlabelled:
+        words += ["--unlabelled_dir", data / "colours"]
+    spent, rows = 0.0, []
+    for mark in run.minutes:
+        spent += train(command("image_train.py", *words), folder, mark * 60 - spent)
+        state = json.loads((folder / "model/result.json").read_text())
+        figures = measure(run, Path(state["checkpoint"]), folder / f"at-{mark:g}")
+        rows.append({"recipe": run.recipe, "seed": run.seed, "minutes": mark, "steps": state["step"], **figures})
+    return rows
+
+
+def train(words: list[str], folder: Path, seconds: float) -> float:
+    """
+    Train until the process has taken so much time, then have it save.
+
+    :return: the seconds that it took.
+    """
+    with open(folder / "train.log", "a", encoding="utf-8") as log:
+        child = subprocess.Popen(
+            words,
+            stdout=log,
+            stderr=log,
+            env=environment(OPENAI_LOGDIR=str(folder / "model"), OPENAI_LOG_FORMAT="log"),
+            preexec_fn=lambda: processes.end_with_parent(signal.SIGKILL),
+        )
+    while process_time(child.pid) < seconds:
+        time.sleep(0.1)
+    os.kill(child.pid, signal.SIGUSR1)  # no harm where it has ended: by itself, it does so for a mistake alone
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise RuntimeError(f"image_train.py failed: see {folder / 'train.log'}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def process_time(pid: int) -> float:
+    """:return: the seconds of CPU time that a process has taken; infinite of one that has ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return float("inf") if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(run: Run, checkpoint: Path, folder: Path) -> dict[str, float]:
+    """Sample with conditions of unseen slides, and measure the samples. :return: figure -> value."""
+    folder.mkdir()
+    log = folder / "log.txt"
+    few = RECIPES[run.recipe].few
+    real = unseen(run.out, few, run.seed)
+    words = ["--model_path", checkpoint, "--data_dir", real, "--use_train", "True", "--num_samples", run.samples]
+    words += ["--s", *flags_of("S"), *flags_of("SAMPLE_FLAGS"), "--seed", run.seed, "--num_workers", 0]
+    call(log, "image_sample.py", *words, "--results_path", folder / "samples")
+    words = ["--data_dir", real, "--synthetic", folder / "samples"]
+    judge = ["--metrics", "kid,colour,structure", "--model_path", segmenter(run.out, few, run.seed)]
+    call(log, "scripts/evaluate.py", *words, "--results_path", folder / "evaluation", *judge)
+    call(log, "scripts/filter_ood.py", *words, "--results_path", folder / "filter")
+    (found,) = json.loads((folder / "evaluation/metrics.json").read_text())["runs"].values()
+    auroc = json.loads((folder / "filter/report.json").read_text())["auroc"]
+    f1, f1_real = (found[name]["value"] for name in ("f1", "f1_originals"))
+    return dict(kid=found["kid"]["value"], colour_od=found["colour_od"], f1=f1, auroc=auroc, f1_real=f1_real)
+
+
+# ---- results ----
+
+
+def read_rows(out: Path) -> list[dict[str, object]]:
+    if not (out / "recipes.csv").exists():
+        return []
+    with open(out / "recipes.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_out(out: Path, rows: list[dict[str, object]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(out / "recipes.csv", text.getvalue())
+    write_text(out / "recipes.md", as_markdown(rows))
+    with writing(out / "recipes.png") as file:
+        draw(rows, file)
+
+
+def means(rows: list[dict[str, object]], recipe: str, figure: str) -> dict[float, float]:
+    """:return: minutes -> a figure's mean over the seeds."""
+    own = [(float(row["minutes"]), float(row[figure])) for row in rows if row["recipe"] == recipe]
+    return {mark: float(np.mean([value for at, value in own if at == mark])) for mark in sorted({at for at, _ in own})}
+
+
+def reached(rows: list[dict[str, object]], recipe: str) -> str:
+    """:return: the first mark at which a recipe's kernel distance and colour error are today's at the last one."""
+    goals = [max(means(rows, TODAY, figure).items(), default=(0, -np.inf))[1] for figure in ("kid", "colour_od")]
+    own = [means(rows, recipe, figure) for figure in ("kid", "colour_od")]
+    return next((f"{mark:g}" for mark in own[0] if all(part[mark] <= goal for part, goal in zip(own, goals))), "")
+
+
+def as_markdown(rows: list[dict[str, object]]) -> str:
+    """A table: a line a recipe; a cell holds the means over the seeds at the marks, in order."""
+    marks = " / ".join(f"{mark:g}" for mark in sorted({float(row["minutes"]) for row in rows}))
+    titles = ["recipe", "seeds", "steps", *(title for title, _ in FIGURES.values()), f"minutes to what {TODAY} has"]
+    lines = [f"After {marks} minutes:", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for recipe in RECIPES:
+        seeds = len({row["seed"] for row in rows if row["recipe"] == recipe})
+        if seeds:
+            steps = f"{max(means(rows, recipe, 'steps').values()):.0f}"
+            cells = [" / ".join(f"{value:.3f}" for value in means(rows, recipe, name).values()) for name in FIGURES]
+            goal = "" if RECIPES[recipe].few else reached(rows, recipe)
+            lines.append(f"| {' | '.join([recipe, str(seeds), steps, *cells, goal])} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, object]], file: io.BufferedIOBase) -> None:
+    """Draw each figure over the minutes, a line a recipe; those of a few slides are dashed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for number, (name, (title, less)) in enumerate(FIGURES.items()):
+        axes = figure.add_subplot(2, 2, number + 1)
+        for index, (recipe, what) in enumerate(RECIPES.items()):
+            values = means(rows, recipe, name)
+            if values:
+                line = axes.plot(
+                    list(values), list(values.values()), "--" if what.few else "-", marker="o", color=f"C{index % 10}"
+                )
+                line[0].set_label(recipe)
+        axes.set(title=f"{title} ({'lower' if less else 'higher'} is better)", xlabel="minutes of one core")
+        axes.set_ylim(bottom=0 if less else None)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    save_png(figure, file)
+
+
+if __name__ == "__main__":
+    cli.run(main)
