@@ -68,6 +68,15 @@ def check_last_step(options: TrainOptions, resume_checkpoint: str) -> None:
         raise ValueError(f"--max_steps {options.last_step} is below the resumed step {step}: give more")
 
 
+def check_begun_with(args: argparse.Namespace) -> None:
+    """:raises ValueError: where a checkpoint to begin with is of another model; one without the mark can be taught it."""
+    if args.resume_checkpoint:
+        checkpoint.check_config(args.resume_checkpoint, vars(args))
+    if args.init_checkpoint:
+        taught = {"mark_unknown"} if args.mark_unknown else set()
+        checkpoint.check_config(args.init_checkpoint, args_to_dict(args, vars(args).keys() - taught))
+
+
 def load_parts(args: argparse.Namespace, spec: ConditionSpec) -> tuple[NucleiDataset, NucleiDataset | None]:
     """:return: what to train on, and what to validate on by --val_split, None where there is nothing. Collective."""
     load = functools.partial(load_dataset, spec=spec, image_size=args.image_size, ids=False)
@@ -125,11 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         logger.set_level(logger.ERROR)
     options = options.shared_by(dist_util.world_size())
     dtype = compute_dtype(args.use_fp16, dist_util.dev(), args.precision)
-    if args.resume_checkpoint:
-        checkpoint.check_config(args.resume_checkpoint, vars(args))
-    if args.init_checkpoint:  # a model that knows no mark can be taught it
-        taught = {"mark_unknown"} if args.mark_unknown else set()
-        checkpoint.check_config(args.init_checkpoint, args_to_dict(args, vars(args).keys() - taught))
+    check_begun_with(args)
     model.place(dist_util.dev(), args.compile, training=True)
     model.convert_to(dtype)
     with Checkpointer(logger.environment_dir(), options.kept_checkpoints) as checkpointer:
