@@ -69,7 +69,7 @@ def check_last_step(options: TrainOptions, resume_checkpoint: str) -> None:
 
 
 def check_begun_with(args: argparse.Namespace) -> None:
-    """:raises ValueError: where a checkpoint to begin with is of another model; one without the mark can be taught it."""
+    """:raises ValueError: where a checkpoint to begin with is of another model; but the mark can be taught to one."""
     if args.resume_checkpoint:
         checkpoint.check_config(args.resume_checkpoint, vars(args))
     if args.init_checkpoint:
