@@ -105,8 +105,12 @@ def update_ema(
     :param moved: a 0-d boolean tensor on their device: at False the averages stay. None is True.
     """
     target = list(target)
+    if moved is not None and moved.device.type == "cpu":  # where its value is at hand
+        if not moved:
+            return
+        moved = None
     if moved is None:
-        th._foreach_lerp_(target, [p.detach() for p in source], 1 - rate)
+        th._foreach_lerp_(target, [p.detach() for p in source], 1 - rate)  # in one pass over the memory
         return
     towards = th._foreach_sub([p.detach() for p in source], target)
     th._foreach_mul_(towards, (1 - rate) * moved)

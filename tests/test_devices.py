@@ -1,5 +1,8 @@
 """The choice of a device, on a machine without GPUs; an nvidia-smi of the test's own lists some."""
 
+import resource
+
+import numpy as np
 import pytest
 import torch as th
 
@@ -79,3 +82,13 @@ def test_programs_compute_where_they_are_told(driver, capsys, main, flag, missin
             cli.run(lambda: main([flag, "nowhere", "--device", device]))  # noqa: B023
         out, err = capsys.readouterr()
         assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith(f"error: {said}"), err
+
+
+def test_memory_of_a_cpu_is_used_again():
+    """No page of a tensor of 40 MiB, 10240 of them, is new once there has been room for some."""
+    devices.find_device("cpu")
+    faults = []
+    for _ in range(10):
+        th.ones(10 * 2**20)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert min(np.diff(faults)) < 100

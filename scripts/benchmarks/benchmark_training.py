@@ -1,7 +1,7 @@
 """Measure what training's savings bring, each row against a plain loop in the same run.
 
     python scripts/benchmarks/benchmark_training.py
-        [--config tiny|small|readme] [--batch_size 8] [--max_steps 4] [--repeats 3] [--compile True]
+        [--config tiny|small|readme] [--batch_size 2 8] [--max_steps 4] [--repeats 3] [--compile True]
 
 The plain loop computes in fp32 on a CPU and in fp16 on a GPU, in NCHW, with every layer in its textbook form
 (plain_path.py), attention always checkpointed, optimiser and averages looping over tensors, and batches made in the
@@ -191,7 +191,9 @@ def create_argparser() -> argparse.ArgumentParser:
     """:return: a parser of every flag, with its default."""
     parser = cli.FlagParser(description=__doc__)
     parser.add_argument("--config", choices=CONFIGS, default="small", help="the model to measure")
-    parser.add_argument("--batch_size", "--batch", type=int, default=8, help="images a step")
+    parser.add_argument(
+        "--batch_size", "--batch", type=int, nargs="+", default=[2, 8], help="images a step, a table each"
+    )
     parser.add_argument("--max_steps", "--steps", type=int, default=4, help="of each way in a repeat")
     parser.add_argument("--repeats", type=int, default=3, help="over which the median is taken")
     parser.add_argument(
@@ -206,25 +208,26 @@ def main(argv: list[str] | None = None) -> None:
     logger.set_level(logger.ERROR)
     device = find_device()
     config = CONFIGS[args.config]
-    ways = ways_to_measure(device, args.compile)
     with tempfile.TemporaryDirectory() as folder:
-        data_dir = write_patches(Path(folder), config["image_size"], max(64, args.batch_size))
-        bench = Bench(config, args.batch_size, data_dir, device)
-        for way in tqdm(ways * args.repeats, unit="way"):
-            bench.measure(way, args.max_steps)
-            th._dynamo.reset()  # a compiled model stays in memory until then
-            gc.collect()  # as do a loop and its workers, which know each other
-    report(ways, args)
+        data_dir = write_patches(Path(folder), config["image_size"], max(64, *args.batch_size))
+        for batch in args.batch_size:
+            ways = ways_to_measure(device, args.compile)
+            bench = Bench(config, batch, data_dir, device)
+            for way in tqdm(ways * args.repeats, unit="way"):
+                bench.measure(way, args.max_steps)
+                th._dynamo.reset()  # a compiled model stays in memory until then
+                gc.collect()  # as do a loop and its workers, which know each other
+            report(ways, args.config, batch)
 
 
-def report(ways: list[Way], args: argparse.Namespace) -> None:
-    """Print the table."""
+def report(ways: list[Way], config: str, batch: int) -> None:
+    """Print the table of a batch size."""
     card = th.cuda.get_device_name() if th.cuda.is_available() else "cpu"
     peak = next((value for key, value in PEAK.items() if key in card), None)
     flops = ways[2].flops
     base = float(np.median(ways[0].seconds))
-    print(f"training, {args.config} configuration, batch {args.batch_size}, {card}, {th.get_num_threads()} threads")
-    print(f"{flops / args.batch_size / 1e9:.0f} GFLOP an image, forward and backward")
+    print(f"training, {config} configuration, batch {batch}, {card}, {th.get_num_threads()} threads")
+    print(f"{flops / batch / 1e9:.0f} GFLOP an image, forward and backward")
     print("| way | images/s | s a step | times plain | data wait | peak memory | share of peak |")
     print("|---|---|---|---|---|---|---|")
     for way in ways:
@@ -232,9 +235,10 @@ def report(ways: list[Way], args: argparse.Namespace) -> None:
         memory = f"{way.memory:.0f} MiB" if way.memory else "-"
         share = f"{flops / seconds / peak:.1%}" if peak else "-"
         print(
-            f"| {way.name} | {args.batch_size / seconds:.2f} | {seconds:.3f} | {base / seconds:.2f} | "
+            f"| {way.name} | {batch / seconds:.2f} | {seconds:.3f} | {base / seconds:.2f} | "
             f"{np.median(way.waits):.1%} | {memory} | {share} |"
         )
+    print()
 
 
 if __name__ == "__main__":
