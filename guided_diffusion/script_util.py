@@ -126,13 +126,8 @@ def create_model(
     """
     cond_channels = num_classes
     if class_cond:
-        cond_channels = ConditionSpec(
-            class_cond=True,
-            num_classes=num_classes,
-            in_channels=in_channels,
-            no_instance=no_instance,
-            use_col_map=use_col_map,
-        ).channels
+        others = dict(in_channels=in_channels, no_instance=no_instance, use_col_map=use_col_map)
+        cond_channels = ConditionSpec(class_cond=True, num_classes=num_classes, **others).channels
     return UNetModel(
         image_size=image_size,
         in_channels=in_channels,

@@ -64,12 +64,9 @@ class UNetModel(nn.Module):
         super().__init__()
         _check_values(num_res_blocks, dropout, dims)
         _check_sizes(image_size, model_channels, channel_mult)
-        self.image_size = image_size
-        self.model_channels = model_channels
-        self.in_channels = in_channels
-        self.num_classes = num_classes
+        self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
+        self.model_channels, self.levels = model_channels, len(channel_mult)
         self.dtype = th.float16 if use_fp16 else th.float32
-        self.levels = len(channel_mult)
         emb_channels = 4 * model_channels
         make = BlockMaker(
             emb_channels=emb_channels,
