@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
+from quick_python import quick_python
 
 from guided_diffusion import logger
 
@@ -119,6 +120,13 @@ def logdir(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "log,csv")
     yield tmp_path / "log"
     logger.close()  # which a run that failed has not done
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> Iterator[Path]:
+    """An interpreter that starts this repository's programs at once."""
+    with quick_python(tmp_path_factory.mktemp("quick")) as program:
+        yield program
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -354,7 +353,7 @@ def test_finetune_ends_where_its_training_was_stopped(launch, clusters, tmp_path
 
 
 @pytest.mark.slow
-def test_finetune_for_real_and_once_more(tmp_path):
+def test_finetune_for_real_and_once_more(tmp_path, quick):
     """Two clusters, from a small pretrained model; the same command again finds all done and sums up the same."""
     data, logs = tmp_path / "data", tmp_path / "logs" / "run"
     for i, label in enumerate(("0", "1")):
@@ -373,7 +372,7 @@ def test_finetune_for_real_and_once_more(tmp_path):
         "False",
     ]
     env = {**os.environ, "OPENAI_LOGDIR": str(tmp_path / "pre"), "OPENAI_LOG_FORMAT": "log", "OMP_NUM_THREADS": "1"}
-    env |= {"NPROC": "1", "PYTHON": sys.executable, "BATCH_SIZE": "2", "MAX_STEPS": "2"}
+    env |= {"NPROC": "1", "PYTHON": str(quick), "BATCH_SIZE": "2", "MAX_STEPS": "2"}
     run = functools.partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True, text=True)
     run(["bash", ROOT / "scripts/train.sh", data / "0", *options, "--use_fp16", "False"], env=env)
     env |= {"OPENAI_LOGDIR": str(logs), "MAX_STEPS": "4"}

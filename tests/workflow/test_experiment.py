@@ -28,7 +28,7 @@ def slides(tmp_path_factory) -> Path:
 
 
 def experiment(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, "PYTHON": sys.executable, "ENGINE": sys.executable, "NPROC": "1", **environment}
     command = ["bash", SCRIPTS / "experiment.sh", *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1500)
 
@@ -45,12 +45,12 @@ def spans_of(stages: Path, cell: str) -> list[tuple[float, float]]:
 
 
 @pytest.mark.slow
-def test_two_cells_at_once(slides, tmp_path):
+def test_two_cells_at_once(slides, quick, tmp_path):
     config, out = tmp_path / "toy.conf", tmp_path / "out"
     config.write_text(CONFIG.read_text())  # of 100 and 50 %
-    first = experiment(slides, out, config, CELLS="none")
+    first = experiment(slides, out, config, CELLS="none", PYTHON=str(quick))
     assert first.returncode == 0 and sorted(rules(first)) == ["all", "patches", "test"], first.stderr[-3000:]
-    run = experiment(slides, out, config, "--cores", "2")
+    run = experiment(slides, out, config, "--cores", "2", PYTHON=str(quick))
     assert run.returncode == 0 and not {"patches", "test"} & set(rules(run)), run.stderr[-3000:]
     # Some stage of the one began and ended while one of the other ran.
     spans = {cell: spans_of(out / "stages", cell) for cell in ("f100-s0", "f50-s0")}
