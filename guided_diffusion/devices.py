@@ -10,7 +10,8 @@ from pathlib import Path
 import torch as th
 
 PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+# malloc.h: option -> its values to keep what is freed, and as glibc comes to have them by itself.
+_MALLOC = {"M_MMAP_MAX": (-4, 0, 65536), "M_TRIM_THRESHOLD": (-1, -1, 2**26), "M_MMAP_THRESHOLD": (-3, 2**25, 2**25)}
 UNSCALED = ("fp32", "bf16")  # those that need no scaled loss, which all programs but image_train.py offer
 
 
@@ -59,15 +60,23 @@ def find_device(text: str = "auto", number: int = 0) -> th.device:
 
 
 def _cpu() -> th.device:
+    keep_memory()
+    return th.device("cpu")
+
+
+def keep_memory(keep: bool = True) -> None:
     """
-    The CPU, with a C library that keeps what is freed for the next tensor. By itself glibc hands large blocks back to
-    the system, which clears each page anew when it is next touched: some 7 % of a training step.
+    Have the C library keep what is freed for the next tensor. By itself glibc hands large blocks back to the system,
+    which clears each page anew when it is next touched: some 7 % of a training step on a CPU.
+
+    :param keep: False has glibc hand back what it holds, and do so again, as a benchmark may want to.
     """
     with contextlib.suppress(AttributeError, OSError):  # of other C libraries
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
-    return th.device("cpu")
+        library = ctypes.CDLL(None)
+        for option, kept, own in _MALLOC.values():
+            library.mallopt(option, kept if keep else own)
+        if not keep:
+            library.malloc_trim(0)
 
 
 def _listed_gpus() -> list[str]:

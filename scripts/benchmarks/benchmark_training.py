@@ -5,8 +5,8 @@
 
 The plain loop computes in fp32 on a CPU and in fp16 on a GPU, in NCHW, with every layer in its textbook form
 (plain_path.py), attention always checkpointed, optimiser and averages looping over tensors, and batches made in the
-main thread as they are needed. One way at a time is in memory: each repeat builds them all in turn, and times are
-medians over the repeats, so that a busy machine slows all rows alike.
+main thread as they are needed; freed memory is the C library's business. One way at a time is in memory: each repeat
+builds them all in turn, and times are medians over the repeats, so that a busy machine slows all rows alike.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from guided_diffusion import cli, logger
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
-from guided_diffusion.devices import find_device, has_bf16
+from guided_diffusion.devices import find_device, has_bf16, keep_memory
 from guided_diffusion.ema import Ema
 from guided_diffusion.histology.slides.toy import draw_slide
 from guided_diffusion.image_datasets import load_dataset
@@ -77,6 +77,7 @@ class Way:
 
     :param textbook: every layer in its textbook form, attention always checkpointed.
     :param plain_loop: by PlainLoop.
+    :param keep_memory: see devices.keep_memory.
     :param workers: processes that make batches.
     """
 
@@ -84,6 +85,7 @@ class Way:
     dtype: th.dtype
     textbook: bool = False
     plain_loop: bool = False
+    keep_memory: bool = True
     channels_last: bool = True
     workers: int = 1
     compiled: bool = False
@@ -117,6 +119,7 @@ class Bench:
 
     def measure(self, way: Way, steps: int) -> None:
         """Build one way, time some steps of it, and let go of it."""
+        keep_memory(way.keep_memory)
         _, diffusion = create_model_and_diffusion(**model_flags(self.config))
         size = self.config["image_size"]
         dataset = load_dataset(data_dir=self.data_dir, dataset_mode="monuseg", spec=SPEC, image_size=size, ids=False)
@@ -169,11 +172,12 @@ def ways_to_measure(device: th.device, compiled: bool) -> list[Way]:
     """:return: the plain way first."""
     plain = th.float16 if device.type == "cuda" else th.float32
     name = str(plain).removeprefix("torch.")
-    as_was = dict(channels_last=False, workers=0)
+    as_was = dict(keep_memory=False, channels_last=False, workers=0)
     ways = [
         Way(f"plain {name}", plain, textbook=True, plain_loop=True, **as_was),
         Way("+ our layers, attention kept", plain, plain_loop=True, **as_was),
         Way("+ fused optimiser and averages", plain, **as_was),
+        Way("+ memory kept", plain, channels_last=False, workers=0),
         Way("+ data in a worker", plain, channels_last=False),
         Way("+ channels_last", plain),
     ]
