@@ -93,7 +93,7 @@ def check_files(args: argparse.Namespace, model: UNetModel, weights: list[str], 
     """Collective. :raises ValueError: where results cannot go to --results_path, or weights are of another model."""
 
     def check() -> None:
-        check_results_path(args.results_path, args.data_dir, args.appearance_dir)
+        check_results_path(args.results_path, args.data_dir, args.appearance_dir, args.structure_dir)
         if not args.overwrite:
             check_same_run(args.results_path, run)
         for path in weights:
@@ -111,7 +111,7 @@ def load_conditions(args: argparse.Namespace, spec: ConditionSpec) -> NucleiData
         is_train=args.use_train,
         image_size=args.image_size,
         features=load_features(args.features).of if args.features else None,
-        **args_to_dict(args, ["match_other_slide", "appearance_dir"]),
+        **args_to_dict(args, ["match_other_slide", "appearance_dir", "structure_dir", "min_nucleus"]),
         **args_to_dict(args, data_defaults().keys() - {"num_workers"}),
     )
 

@@ -6,22 +6,21 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch as th
-from scipy import ndimage
 from torch.utils.data import Dataset
 
 from . import data_util, dist_util, magnification, streams
 from .conditioning import ConditionSpec, as_rgb, as_signed
 from .data_stream import Key, stream
 from .files import fingerprint
-from .image_files import read_image, read_inst_mask, read_mask
 from .image_transforms import center_crop, random_crop, random_flip_turn
-from .images import Item, list_images, list_items, list_test_images, split_slides
+from .images import Item, list_images, list_items, list_structures, list_test_images, split_slides
 from .pairing import Pairing
 from .pairing import check as check_pairing
+from .reading import Sample, read_sample, read_structure
 from .stains import jitter_stains
 from .unlabelled import list_unlabelled
 
@@ -29,62 +28,6 @@ from .unlabelled import list_unlabelled
 # begin with what is there when they are started, and share out what is left.
 CACHE_BYTES = 2 << 30
 CHECKED = 32  # files of each kind that are read at the start, evenly chosen, so that what is wrong with all shows then
-
-
-@dataclass(frozen=True)
-class Sample:
-    """
-    One item's arrays.
-
-    :param image: [H x W x C] uint8.
-    :param masks: class map, [H x W] uint8 or int32, and instance map, [H x W] int32; empty of an item without masks.
-    """
-
-    image: np.ndarray
-    masks: tuple[np.ndarray, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        return self.image.nbytes + sum(mask.nbytes for mask in self.masks)
-
-
-def read_sample(item: Item, spec: ConditionSpec, image_size: int) -> Sample:
-    """
-    Read an item's files; what is missing is derived: instances are the connected parts of the class mask, the class
-    mask is 255 (1 with class_cond) in every instance.
-
-    :raises ValueError: where sizes differ or are below image_size, or a class id is out of range.
-    """
-    image = read_image(item.image, spec.in_channels)
-    if min(image.shape[:2]) < image_size:
-        raise ValueError(
-            f"{item.image} is {image.shape[1]} x {image.shape[0]} px, smaller than --image_size {image_size}: "
-            "prepare larger patches or lower --image_size"
-        )
-    masks = {}
-    for path, read in ((item.class_mask, read_mask), (item.inst_mask, read_inst_mask)):
-        if path is not None:
-            masks[path] = read(path)
-            if masks[path].shape != image.shape[:2]:
-                raise ValueError(
-                    f"{path} is {masks[path].shape[1]} x {masks[path].shape[0]} px, its image {item.image} "
-                    f"{image.shape[1]} x {image.shape[0]}: they must be of one size"
-                )
-    if not masks:
-        return Sample(image)
-    class_map, inst_map = masks.get(item.class_mask), masks.get(item.inst_mask)
-    if inst_map is None:
-        inst_map = ndimage.label(class_map)[0].astype(np.int32)
-    if class_map is None:
-        class_map = (inst_map != 0) * np.int32(1 if spec.class_cond else 255)
-    spec.check_classes(class_map, item.class_mask or item.inst_mask)
-    if class_map.max(initial=0) <= 255:
-        class_map = class_map.astype(np.uint8)
-    return Sample(image, (class_map, inst_map))
-
-
-# ---- the data set ----
 
 
 class NucleiDataset(Dataset):
@@ -103,6 +46,7 @@ class NucleiDataset(Dataset):
     :param augment: crop at random places, flip and turn; else crop centrally.
     :param stain_jitter: by how much the stains of an appearance vary, see jitter_stains; 0: not at all.
     :param preserve_nuclei_col: see ConditionSpec.encode; so is ids.
+    :param min_nucleus: see read_structure.
     """
 
     def __init__(
@@ -117,6 +61,7 @@ class NucleiDataset(Dataset):
         stain_jitter: float = 0.0,
         preserve_nuclei_col: bool = False,
         ids: bool = True,
+        min_nucleus: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.items = items
@@ -131,6 +76,7 @@ class NucleiDataset(Dataset):
         self.stain_jitter = stain_jitter
         self.preserve_nuclei_col = preserve_nuclei_col
         self.ids = ids
+        self.min_nucleus = min_nucleus
         self.seed = seed
         self._cache: dict[int, Sample] = {}
         self._hv_maps: dict[int, np.ndarray] = {}
@@ -159,7 +105,8 @@ class NucleiDataset(Dataset):
     def read(self, index: int) -> Sample:
         """:return: a source's arrays, from memory where they are still there."""
         if index not in self._cache:
-            sample = read_sample(self.sources[index], self.spec, self.image_size)
+            item, how = self.sources[index], (self.spec, self.image_size)
+            sample = read_sample(item, *how) if item.image else read_structure(item, *how, self.min_nucleus)
             # Of a hundred thousand images, those that memory keeps would hardly ever be asked for.
             many = not sample.masks and self.unlabelled * sample.nbytes > self._limit // 2
             if many or not self._takes(sample.nbytes):
@@ -193,7 +140,7 @@ class NucleiDataset(Dataset):
         """
         :param key: (epoch, index), or (epoch, index, source) for another source of the appearance than the usual one.
         :return: the appearance, [C x H x W] uint8, and a dict: the parts that ConditionSpec.encode makes; "path" and
-            "structure_path", the images that appearance and structure come from; "index".
+            "structure_path", the images that appearance and structure come from, or the structure's mask; "index".
         """
         epoch, index = key[:2]
         own = int(self.appearance[index]) if index < len(self) else index
@@ -212,7 +159,7 @@ class NucleiDataset(Dataset):
         colours = streams.generator("colour map", self.seed, epoch, index)
         hv_map = self._hv_map(index, inst_map)
         parts = self.spec.encode(image, class_map, inst_map, colours, self.preserve_nuclei_col, hv_map, self.ids)
-        paths = {"path": self.sources[source].image, "structure_path": self.sources[index].image}
+        paths = {"path": self.sources[source].image, "structure_path": self.sources[index].path}
         return image, {**parts, **paths, "index": index}
 
     def _cut(self, arrays: tuple[np.ndarray, ...], rng: np.random.Generator | None) -> tuple[np.ndarray, ...]:
@@ -238,6 +185,8 @@ def load_dataset(
     match_app: bool = False,
     match_other_slide: bool = False,
     appearance_dir: str = "",
+    structure_dir: str = "",
+    min_nucleus: float = 0.0,
     unlabelled_dir: str = "",
     features: Callable[[list[str]], np.ndarray] | None = None,
     seed: int = 0,
@@ -251,36 +200,49 @@ def load_dataset(
     when they are read. Where images are matched, every file is.
 
     :param data_dir: see list_items; so are dataset_mode and is_train. Where the spec has no mpp, it is the folder's.
-    :param subsample: use only this share of the items.
-    :param shuffle_masks: give each structure the image of another item, by a fixed permutation.
+    :param subsample: use only this share of the items; shuffle_masks: give each the image of another, by a permutation.
     :param match_struct: give it that of an item with similar nuclei.
     :param match_app: give it that of an item with a similar image: by `features`, else by its stain.
     :param match_other_slide: choose a similar item from other slides only.
     :param appearance_dir: give it one of the images in this folder, which need no masks: any, or with match_struct one
         that seems to hold as much of nuclei.
-    :param unlabelled_dir: folders of images that are samples, too; see list_unlabelled.
+    :param structure_dir: take the structures from these instance masks, and the appearances as with appearance_dir.
+    :param unlabelled_dir: images that are samples, too, see list_unlabelled; min_nucleus: see read_structure.
     :param features: gives an [N x D] array for N paths of images, or raises ValueError for the first it has none of.
     :param seed: of the choices above and of all samples; other parameters as NucleiDataset's.
-    :param val_share: the share of the slides that are held out, see split_slides.
-    :param part: which items to load: "train", "held_out", which may be none, or "" for all.
+    :param val_share: see split_slides; part: what to load: "train", "held_out", which may be none, or "" for all.
     """
     choice = dict(
         shuffle_masks=shuffle_masks, match_struct=match_struct, match_app=match_app, match_other_slide=match_other_slide
     )
-    check_pairing(**choice, appearance_dir=appearance_dir)
-    items, others = _split(list_items(data_dir, dataset_mode, is_train), subsample, part, val_share, seed)
+    check_pairing(**choice, appearance_dir=appearance_dir, structure_dir=structure_dir)
+    listed = list_items(data_dir, dataset_mode, is_train) if data_dir or not (structure_dir and appearance_dir) else []
+    items, others = _split(listed, subsample, part, val_share, seed)
     spec = spec if spec.mpp else replace(spec, mpp=magnification.of_data(data_dir) or magnification.REFERENCE_MPP)
-    appearances = list_images(appearance_dir, "--appearance_dir") if appearance_dir else []
     hidden = [*others, *(list_test_images(data_dir, dataset_mode) if unlabelled_dir and is_train else [])]
     unlabelled, copies = dist_util.from_rank_0(lambda: list_unlabelled(unlabelled_dir, items, hidden))
-    looks = dict(augment=augment, stain_jitter=stain_jitter, preserve_nuclei_col=preserve_nuclei_col)
-    dataset = NucleiDataset(items, spec, image_size, unmasked=appearances or unlabelled, **looks, ids=ids, seed=seed)
-    dataset.copies = copies
-    vectors = features([item.image for item in items]) if features is not None else None
-    pairing = Pairing(items, appearances, **choice, vectors=vectors, seed=seed)
+    items, appearances = _lenders(items, appearance_dir, structure_dir)
+    looks = dict(augment=augment, stain_jitter=stain_jitter, preserve_nuclei_col=preserve_nuclei_col, ids=ids)
+    looks |= dict(unmasked=appearances or unlabelled, min_nucleus=min_nucleus, seed=seed)
+    dataset = NucleiDataset(items, spec, image_size, **looks)
+    dataset.copies, vectors = copies, features and features([item.image for item in items])
+    _pair(dataset, Pairing(items, appearances, **choice, vectors=vectors, seed=seed))
+    return dataset
+
+
+def _lenders(items: list[Item], appearance_dir: str, structure_dir: str) -> tuple[list[Item], list[Item]]:
+    """The structures, and the images that lend them their colours, where these are not those of the items."""
+    appearances = list_images(appearance_dir, "--appearance_dir") if appearance_dir else []
+    if not structure_dir:
+        return items, appearances
+    own = [replace(item, class_mask=None, inst_mask=None) for item in items]
+    return list_structures(structure_dir, "--structure_dir"), appearances or own
+
+
+def _pair(dataset: NucleiDataset, pairing: Pairing) -> None:
+    """Choose appearances. Collective."""
     dataset.choose = functools.partial(pairing.choose, pairing.look(_read(dataset, pairing)))
     dataset.appearance = dataset.choose()
-    return dataset
 
 
 def _split(items: list[Item], subsample: float, part: str, share: float, seed: int) -> tuple[list[Item], list[Item]]:
@@ -303,7 +265,8 @@ def _read(dataset: NucleiDataset, pairing: Pairing) -> list:
 
     def describe(index: int) -> object:
         sample = dataset.read(index)
-        return pairing.describe(index, as_rgb(sample.image), *sample.masks[1:]) if pairing.looks_at_all else None
+        image = None if sample.image is None else as_rgb(sample.image)
+        return pairing.describe(index, image, *sample.masks[1:]) if pairing.looks_at_all else None
 
     def read_share() -> list:
         everything = range(len(dataset.sources))

@@ -38,6 +38,7 @@ class Item:
 
     :param stem: the image's path below images/, without suffix, which its masks share below their folders.
     :param slide: that it was cut from, see slides_of.
+    :param image: "" of an instance mask without an image.
     """
 
     stem: str
@@ -45,6 +46,11 @@ class Item:
     image: str
     class_mask: str | None = None
     inst_mask: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The path that it is known by: the image's, else the instance mask's."""
+        return self.image or self.inst_mask
 
 
 def list_items(data_dir: str, dataset_mode: str, is_train: bool = True) -> list[Item]:
@@ -106,6 +112,21 @@ def list_images(folder: str, flag: str) -> list[Item]:
     if not images:
         raise ValueError(f"{flag} {folder} holds no image ({', '.join(EXTENSIONS)})")
     return list(map(Item, images, slides_of(folder, list(images.values())), images.values()))
+
+
+def list_structures(folder: str, flag: str) -> list[Item]:
+    """
+    List instance masks that have no images; parameters, order and errors as list_images'.
+
+    :param folder: of masks, or one whose inst_masks holds them.
+    """
+    _require_folder(flag, folder, "one of instance masks")
+    inner = bf.join(folder, "inst_masks")
+    masks = by_stem(inner if bf.isdir(inner) else folder, EXTENSIONS)
+    if not masks:
+        raise ValueError(f"{flag} {folder} holds no mask ({', '.join(EXTENSIONS)})")
+    slides = slides_of(folder, list(masks.values()))
+    return [Item(stem, slide, "", None, mask) for (stem, mask), slide in zip(masks.items(), slides)]
 
 
 def _slides(data_dir: str, images: dict[str, str], other_split: str) -> list[str]:

@@ -11,16 +11,22 @@ from .images import Item
 
 
 def check(
-    shuffle_masks: bool, match_struct: bool, match_app: bool, match_other_slide: bool, appearance_dir: str
+    shuffle_masks: bool,
+    match_struct: bool,
+    match_app: bool,
+    match_other_slide: bool,
+    appearance_dir: str,
+    structure_dir: str,
 ) -> None:
     """:raises ValueError: where flags contradict each other."""
     if match_struct and shuffle_masks:
         raise ValueError("--match_struct True with --shuffle_masks True: both choose the appearance; turn one off")
-    if appearance_dir and (match_app or match_other_slide or shuffle_masks):
-        raise ValueError(
-            f"--appearance_dir {appearance_dir} with --match_app, --match_other_slide or --shuffle_masks True, which "
-            "choose among the images of --data_dir: turn them off"
-        )
+    for flag, folder in (("--appearance_dir", appearance_dir), ("--structure_dir", structure_dir)):
+        if folder and (match_app or match_other_slide or shuffle_masks):
+            raise ValueError(
+                f"{flag} {folder} with --match_app, --match_other_slide or --shuffle_masks True, which go by the "
+                "images that structures have of their own: turn them off"
+            )
     if match_other_slide and not (match_struct or match_app):
         raise ValueError("--match_other_slide True needs --match_struct True or --match_app True: turn one on")
 
@@ -30,7 +36,7 @@ class Pairing:
     """
     How appearances are chosen. Sources are numbered: the items, then the images without masks.
 
-    :param items: the structures with images of their own.
+    :param items: the structures, with images of their own unless unmasked are given.
     :param unmasked: images without masks, which the appearances then come from.
     :param vectors: an [N x D] array that match_app goes by, a row an item; None goes by stain.
     :param seed: of the choice; other parameters see load_dataset.
@@ -50,10 +56,11 @@ class Pairing:
         """Whether the choice depends on what is in the files."""
         return self.match_struct or (self.match_app and self.vectors is None)
 
-    def describe(self, index: int, image: np.ndarray, inst_map: np.ndarray | None = None) -> object:
+    def describe(self, index: int, image: np.ndarray | None, inst_map: np.ndarray | None = None) -> object:
         """
         :param index: the source's number.
-        :param image: its pixels, [H x W x 3] uint8; inst_map: its instance ids, [H x W], if it has any.
+        :param image: its pixels, [H x W x 3] uint8; inst_map: its instance ids, [H x W]. Either is None where it has
+            none; a structure without an image is an item, and takes images without masks.
         :return: what `choose` needs to know of it.
         """
         if index >= len(self.items):

@@ -13,9 +13,10 @@ from .magnification import REFERENCE_MPP
 from .results import FOLDERS, MANIFEST, RUN, ResultFolder, folder_name
 
 
-def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "") -> None:
+def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "", structure_dir: str = "") -> None:
     """
-    :param data_dir: the data that are sampled from; appearance_dir: the images without masks.
+    :param data_dir: the data that are sampled from; appearance_dir: the images without masks; structure_dir: the masks
+        without images.
     :raises ValueError: where a results folder cannot be made at the path, or would mix with the data.
     """
     if not path:
@@ -27,8 +28,9 @@ def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "") 
     split = results.relative_to(data).parts[:1] if data_dir and results.is_relative_to(data) else None
     if (split is not None and (data.joinpath(*split) / "images").is_dir()) or split == ():
         raise ValueError(f"--results_path {path} lies among the images of --data_dir {data_dir}: give another folder")
-    if appearance_dir and results.is_relative_to(Path(appearance_dir).resolve()):
-        raise ValueError(f"--results_path {path} lies in --appearance_dir {appearance_dir}: give another folder")
+    for flag, folder in (("--appearance_dir", appearance_dir), ("--structure_dir", structure_dir)):
+        if folder and results.is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"--results_path {path} lies in {flag} {folder}: give another folder")
     nearest = Path(path)
     while not os.path.lexists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent

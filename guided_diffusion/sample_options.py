@@ -58,6 +58,18 @@ class SampleOptions(RunOptions):
     )
     match_other_slide: bool = flag(False, "the appearance comes from another slide than the structure", ours=True)
     appearance_dir: str = flag("", "a folder of images without masks to take the appearances from", ours=True)
+    structure_dir: str = flag(
+        "",
+        "a folder of instance masks without images to take the structures from; the appearances are then those of "
+        "--appearance_dir or --data_dir, any or by --match_struct",
+        ours=True,
+    )
+    min_nucleus: float = flag(
+        10.0,
+        "of --structure_dir: parts of nuclei below so many px at 40x, but for those that the border cuts, are an error",
+        within="[0, inf)",
+        ours=True,
+    )
     features: str = flag(
         "", "with --match_app True: a file of extract_features.py, by whose vectors images are alike", ours=True
     )

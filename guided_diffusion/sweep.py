@@ -286,7 +286,7 @@ class Sweep:
             index=k,
             stem=self.stems[path, scale][k],
             seed=self.plan.seed,
-            structure=structure.image,
+            structure=structure.path,
             appearance=appearance.image,
             s=scale.text,
             checkpoint=path,

@@ -625,6 +625,13 @@ MISTAKES = {
     ),
     "no appearances": (["--appearance_dir", "nowhere"], "--appearance_dir 'nowhere' is not a folder: give one"),
     "no appearance": (["--appearance_dir", str(ROOT / "scripts")], "--appearance_dir .*/scripts holds no image"),
+    "no structures": (["--structure_dir", "nowhere"], "--structure_dir 'nowhere' is not a folder: give one"),
+    "no structure": (["--structure_dir", str(ROOT / "scripts")], "--structure_dir .*/scripts holds no mask"),
+    "structures alike": (
+        ["--structure_dir", "m", "--match_app", "True"],
+        "--structure_dir m with --match_app, .*: turn them off",
+    ),
+    "smallest nucleus": (["--min_nucleus", "-1"], "--min_nucleus -1.0 must be at least 0"),
     "jitter": (["--stain_jitter", "-0.1"], r"--stain_jitter -0.1 must lie in \[0, 1\)"),
     "other slide": (["--match_other_slide", "True"], "--match_other_slide True needs --match_struct"),
 }
@@ -693,3 +700,59 @@ def test_a_mistake_in_a_process_of_its_own(data_dir, model_path, tmp_path):
     assert "NAME_000 is taken for a patch of slide NAME" in guessed
     assert re.fullmatch(r"error: .*slide-0_002\.png cannot be decoded .*", error), error
     assert not (tmp_path / "out").exists()
+
+
+def structures(folder, *arrays):
+    """Instance masks without images."""
+    folder.mkdir()
+    for number, array in enumerate(arrays):
+        Image.fromarray(array.astype(np.uint16)).save(folder / f"made_{number:03d}.tif")
+    return folder
+
+
+def test_structures_without_images(data_dir, model_path, tmp_path):
+    """Their ids as they stand, cut as images are; the colours of any image, or one of as many nuclei."""
+    few, many = np.zeros((20, 22), int), np.zeros((20, 22), int)
+    few[4:9, 4:9] = 700
+    many[2:18, 2:10], many[2:18, 11:20] = 3, 60_000
+    folder = structures(tmp_path / "masks", few, many)
+    images = [str(path) for path in (data_dir / "MoNuSegTrainingData" / "images").iterdir()]
+    for extra in ([], ["--match_struct", "True"]):
+        out = tmp_path / f"out{len(extra)}"
+        rows = manifest(run(data_dir, model_path, out, "--structure_dir", str(folder), "--num_samples", "0", *extra))
+        assert [row["structure"] for row in sorted(rows, key=lambda row: row["structure"])] == [
+            str(folder / f"made_{number:03d}.tif") for number in (0, 1)
+        ]
+        for row in rows:
+            assert row["appearance"] in images and row["structure_slide"] == Path(row["structure"]).stem
+            expected = (few, many)[int(Path(row["structure"]).stem[-3:])][2:18, 3:19]
+            np.testing.assert_array_equal(np.asarray(Image.open(out / f"inst_masks/{row['stem']}.tif")), expected)
+            np.testing.assert_array_equal(np.asarray(Image.open(out / f"labels/{row['stem']}.png")) > 0, expected > 0)
+        again = manifest(run(data_dir, model_path, out, "--structure_dir", str(folder), "--num_samples", "0", *extra))
+        assert again == rows
+    appearances = tmp_path / "images"
+    appearances.mkdir()
+    Image.fromarray(draw_patch(50)[0]).save(appearances / "other_000.png")
+    extra = ["--structure_dir", str(folder), "--appearance_dir", str(appearances), "--num_samples", "2"]
+    rows = manifest(run("", model_path, tmp_path / "no data", *extra))
+    assert [row["appearance"] for row in rows] == 2 * [str(appearances / "other_000.png")]
+
+
+@pytest.mark.parametrize(
+    ("shape", "part", "message"),
+    [
+        ((20, 20), (slice(5, 8), slice(5, 8)), "made_000.tif has a part of nucleus 4 of 9 px, below 10 px: remove"),
+        ((12, 20), (slice(5, 9), slice(5, 9)), "made_000.tif is 20 x 12 px, smaller than --image_size 16"),
+    ],
+)
+def test_a_structure_that_will_not_do(data_dir, model_path, tmp_path, capsys, shape, part, message):
+    mask = np.zeros(shape, int)
+    mask[part] = 4
+    extra = ["--structure_dir", str(structures(tmp_path / "masks", mask)), "--num_samples", "1"]
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: run(data_dir, model_path, tmp_path / "out", *extra))
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error, error
+    if "below" in message:
+        run(data_dir, model_path, tmp_path / "out", *extra, "--min_nucleus", "0")

@@ -1,0 +1,98 @@
+"""From the files of an item to arrays, and what is wrong with them. Knows nothing of pairs, epochs and batches."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from . import magnification
+from .conditioning import ConditionSpec
+from .image_files import read_image, read_inst_mask, read_mask
+from .images import Item
+from .structures import fragments, oddities
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    One item's arrays.
+
+    :param image: [H x W x C] uint8; None of a structure without an image.
+    :param masks: class map, [H x W] uint8 or int32, and instance map, [H x W] int32; empty of an item without masks.
+    """
+
+    image: np.ndarray | None
+    masks: tuple[np.ndarray, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(array.nbytes for array in (self.image, *self.masks) if array is not None)
+
+
+def read_sample(item: Item, spec: ConditionSpec, image_size: int) -> Sample:
+    """
+    Read an item's files; what is missing is derived: instances are the connected parts of the class mask, the class
+    mask is 255 (1 with class_cond) in every instance.
+
+    :raises ValueError: where sizes differ or are below image_size, or a class id is out of range.
+    """
+    image = read_image(item.image, spec.in_channels)
+    _check_size(image, item.image, image_size)
+    masks = {}
+    for path, read in ((item.class_mask, read_mask), (item.inst_mask, read_inst_mask)):
+        if path is not None:
+            masks[path] = read(path)
+            if masks[path].shape != image.shape[:2]:
+                raise ValueError(
+                    f"{path} is {masks[path].shape[1]} x {masks[path].shape[0]} px, its image {item.image} "
+                    f"{image.shape[1]} x {image.shape[0]}: they must be of one size"
+                )
+    if not masks:
+        return Sample(image)
+    class_map, inst_map = masks.get(item.class_mask), masks.get(item.inst_mask)
+    if inst_map is None:
+        inst_map = ndimage.label(class_map)[0].astype(np.int32)
+    if class_map is None:
+        class_map = _one_class(inst_map, spec)
+    spec.check_classes(class_map, item.class_mask or item.inst_mask)
+    if class_map.max(initial=0) <= 255:
+        class_map = class_map.astype(np.uint8)
+    return Sample(image, (class_map, inst_map))
+
+
+def read_structure(item: Item, spec: ConditionSpec, image_size: int, min_nucleus: float) -> Sample:
+    """
+    Read an instance mask that has no image. What is odd in it is warned of.
+
+    :param min_nucleus: the smallest part of a nucleus that may be, in pixels at 40x; those that the border cuts may be
+        smaller.
+    :raises ValueError: where a part is smaller, or the mask is below image_size.
+    """
+    inst_map = read_inst_mask(item.inst_mask)
+    _check_size(inst_map, item.inst_mask, image_size)
+    least = magnification.area(min_nucleus, spec.mpp or magnification.REFERENCE_MPP)
+    small = fragments(inst_map, least)
+    if small:
+        (number, size), others = small[0], f", and {len(small) - 1} more" if len(small) > 1 else ""
+        raise ValueError(
+            f"{item.inst_mask} has a part of nucleus {number} of {size} px, below {least:.3g} px{others}: remove "
+            "it, or give a smaller --min_nucleus, such as 0"
+        )
+    if odd := oddities(inst_map):
+        logging.getLogger(__name__).warning(f"{item.inst_mask}: {odd}")
+    return Sample(None, (_one_class(inst_map, spec), inst_map))
+
+
+def _one_class(inst_map: np.ndarray, spec: ConditionSpec) -> np.ndarray:
+    """The class map of nuclei whose classes are not known."""
+    return (inst_map != 0) * np.uint8(1 if spec.class_cond else 255)
+
+
+def _check_size(array: np.ndarray, path: str, image_size: int) -> None:
+    if min(array.shape[:2]) < image_size:
+        raise ValueError(
+            f"{path} is {array.shape[1]} x {array.shape[0]} px, smaller than --image_size {image_size}: "
+            "prepare larger patches or lower --image_size"
+        )
