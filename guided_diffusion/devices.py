@@ -31,7 +31,7 @@ def has_bf16(device: th.device) -> bool:
 
 def find_device(text: str = "auto", number: int = 0) -> th.device:
     """
-    Find the device that a --device names, and make a GPU the current one; on a CPU, memory is kept from then on.
+    Find the device that a --device names, and make a GPU the current one.
 
     :param text: auto, or "", is a GPU where there is one; cuda, or cuda:1, needs one; cpu takes none.
     :param number: which of the GPUs auto and cuda take, from 0; beyond the last it begins at the first again.
@@ -42,7 +42,7 @@ def find_device(text: str = "auto", number: int = 0) -> th.device:
     if kind not in ("", "auto", "cuda", "cpu") or (place and not (kind == "cuda" and place.isdecimal())):
         raise ValueError(f"--device {text}: give auto, cpu, cuda, or one GPU such as cuda:1")
     if kind == "cpu":
-        return _cpu()
+        return th.device("cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of a driver that is too old; the error says so
         usable = th.cuda.is_available()
@@ -50,18 +50,13 @@ def find_device(text: str = "auto", number: int = 0) -> th.device:
         gpus = _listed_gpus()
         if gpus or kind == "cuda":
             raise ValueError(f"--device {text}: {_unusable(gpus)}")
-        return _cpu()
+        return th.device("cpu")
     count = th.cuda.device_count()
     if place and int(place) >= count:
         raise ValueError(f"--device {text}: torch sees {count} GPU{'s' * (count > 1)}, numbered from 0")
     device = th.device("cuda", int(place) if place else number % count)
     th.cuda.set_device(device)
     return device
-
-
-def _cpu() -> th.device:
-    keep_memory()
-    return th.device("cpu")
 
 
 def keep_memory(keep: bool = True) -> None:

@@ -1,10 +1,8 @@
 """The choice of a device, on a machine without GPUs; an nvidia-smi of the test's own lists some."""
 
-import resource
-
-import numpy as np
 import pytest
 import torch as th
+from conftest import new_pages
 
 import image_sample
 import image_train
@@ -84,17 +82,9 @@ def test_programs_compute_where_they_are_told(driver, capsys, main, flag, missin
         assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith(f"error: {said}"), err
 
 
-def test_memory_of_a_cpu_is_used_again():
-    """No page of a tensor of 40 MiB, 10240 of them, is new once there has been room for some."""
-
-    def new_pages() -> int:
-        faults = []
-        for _ in range(10):
-            th.ones(10 * 2**20)
-            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        return min(np.diff(faults))
-
+def test_memory_is_used_again():
     devices.keep_memory(False)
     assert new_pages() > 10000
-    devices.find_device("cpu")
+    devices.keep_memory()
     assert new_pages() < 100
+    devices.keep_memory(False)

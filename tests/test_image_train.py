@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch as th
-from conftest import TINY, write_images, write_patches
+from conftest import TINY, new_pages, write_images, write_patches
 from forked import start_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 import image_sample
 import image_train
-from guided_diffusion import checkpoint, checkpoint_sets, cli, dist_util, sweep
+from guided_diffusion import checkpoint, checkpoint_sets, cli, devices, dist_util, sweep
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +40,7 @@ def largest_difference(a, b):
 
 
 def test_a_run_writes_checkpoints_config_and_logs(data_dir, logdir):
+    devices.keep_memory(False)
     train(data_dir, "--max_steps", "3", "--save_interval", "2", "--ema_rate", "0.9,0.99", "--drop_rate", "0.3")
     names = {path.name for path in logdir.iterdir()}
     for step in ("000002", "000003"):
@@ -54,6 +55,8 @@ def test_a_run_writes_checkpoints_config_and_logs(data_dir, logdir):
     assert [row["step"] for row in rows] == ["1", "2", "3"] and [row["samples"] for row in rows] == ["4", "8", "12"]
     for key in ("loss", "mse", "vb", "grad_norm"):
         assert all(float(row[key]) >= 0 for row in rows), key
+    assert new_pages() < 100
+    devices.keep_memory(False)
 
 
 @pytest.mark.parametrize("extra", [[], ["--augment", "True", "--schedule_sampler", "loss-second-moment"]])
