@@ -34,7 +34,8 @@ def list_unlabelled(folders: str, labelled: Sequence[Item], hidden: Sequence[Ite
     images = [item for name in folder_names(folders) for item in list_images(name, "--unlabelled_dir")]
     slides = {item.slide for item in hidden}
     for item in images:
-        for slide in slides & {item.slide, without_number(item.stem)}:
+        # The second is of a name: where slides are guessed and each image is one, it has the patch's number.
+        for slide in slides & {item.slide, without_number(item.slide.rpartition("/")[2])}:
             raise ValueError(
                 f"--unlabelled_dir: {item.image} is of slide {slide}, which is held out of --data_dir or in its test "
                 "set: remove it; if it is of another slide, say so in a slides.csv beside it"

@@ -78,6 +78,19 @@ def test_what_is_hidden_is_refused(data, other, slide):
         (other / name).unlink()
 
 
+def test_the_slide_is_what_slides_csv_says(data, other):
+    """As the error advises, where a name is that of a hidden slide by chance."""
+    write_images(other, count=1, first=400).joinpath("other-100_000.png").rename(other / "slide-25_999.png")
+    with pytest.raises(ValueError, match=r"is of slide slide-25.*if it is of another slide, say so in a slides\.csv"):
+        load(data, str(other))
+    rows = [f"{path.name},foreign\n" for path in other.iterdir()]
+    (other / "slides.csv").write_text("file,slide\n" + "".join(rows))
+    assert load(data, str(other)).unlabelled == 9
+    (other / "slides.csv").write_text("file,slide\n" + "".join(rows).replace("foreign", "slide-25", 1))
+    with pytest.raises(ValueError, match="is of slide slide-25"):
+        load(data, str(other))
+
+
 def test_copies_of_labelled_images_are_left_out(data, other):
     _, seen, _ = hidden_and_seen(data)
     shutil.copy(seen, other / "copy.png")
