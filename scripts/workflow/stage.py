@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from guided_diffusion import cli, failures, files, processes
+from guided_diffusion import cli, failures, files, processes, signals
 
 STAGES = Path("stages")
 REPLACED = Path("replaced")
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         failures.write(STAGES, args.name, failures.MISTAKE, f"error: {' '.join(str(error).split())}", args.log)
         raise
+    except signals.Stopped:  # while it waited for a GPU, or cleared the way
+        code, printed = cli.NOT_FINISHED, ""
     for line in dict.fromkeys(printed.splitlines()):
         if line.startswith("WARNING: "):
             sys.stderr.write(f"{args.name}: {line}\n")

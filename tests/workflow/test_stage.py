@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from guided_diffusion import cli, failures
+from guided_diffusion import cli, failures, files
 from scripts.workflow import choose_clusters, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +111,16 @@ def test_stages_at_once_get_gpus_of_their_own(tmp_path):
     assert time.monotonic() - began > 2  # b and c cannot run at once
     code, _ = stage(tmp_path, "d", "--makes", "d", "--gpus", "1", *show, "d", SDM_GPUS="0", SLURM_JOB_ID="7")
     assert code == 0 and (tmp_path / "d").read_text() == "\n"
+
+
+def test_a_stage_that_is_stopped_while_it_waits_for_a_gpu_is_not_finished(tmp_path):
+    with files.locked(tmp_path / "stages/locks" / f"gpu-{socket.gethostname()}-0", "GPU"):
+        process = start(tmp_path, "one", "--gpus", "1", "--", "false", SDM_GPUS="0", SDM_RUN="this")
+        while not (tmp_path / "stages/locks/one" / files.LOCK).exists():
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(timeout=60) == cli.NOT_FINISHED
+    assert failures.report(tmp_path, "this", 1)[0] == cli.NOT_FINISHED
 
 
 @pytest.mark.parametrize(
