@@ -100,6 +100,23 @@ def test_recipes_are_summed_up(tmp_path):
     assert Image.open(tmp_path / "recipes.png").size == (1100, 770)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--recipes x,y", "unknown --recipes y: choose some of eps, "),
+        ("--seeds 0,one", "--seeds 0,one: 'one' is not a number"),
+        ("--minutes 5,nan", "--minutes 5,nan: 'nan' is not a number"),
+        ("--minutes 0", "--minutes, --samples and --jobs must be above 0"),
+        ("--jobs 0", "--minutes, --samples and --jobs must be above 0"),
+        ("", "RAW: found no slides"),
+    ],
+)
+def test_mistakes_in_what_recipes_are_to_do(tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.main([str(tmp_path), str(tmp_path / "out"), *flags.split()])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_recipe_is_stopped_by_its_process_time(tmp_path):
     spin = "import signal, sys\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))\nwhile True: pass"
     assert 0.5 <= recipes.train([sys.executable, "-c", spin], tmp_path, 0.5) < 2

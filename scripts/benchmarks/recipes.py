@@ -20,6 +20,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,7 +39,7 @@ from guided_diffusion import cli, magnification, processes
 from guided_diffusion.figures import save_png
 from guided_diffusion.files import write_text, writing
 from guided_diffusion.histology.features.cluster_folders import list_patches
-from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
+from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, find_slides
 from guided_diffusion.slides import write_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,12 +115,16 @@ def main(argv: list[str] | None = None) -> None:
     for name in names:
         if name not in RECIPES:
             raise ValueError(f"unknown --recipes {name}: choose some of {', '.join(RECIPES)}")
-    minutes = tuple(sorted(float(number) for number in args.minutes.split(",")))
+    minutes = tuple(sorted(float(number) for number in listed("--minutes", args.minutes, r"\d+(\.\d+)?")))
+    seeds = [int(seed) for seed in listed("--seeds", args.seeds, r"\d+")]
+    if min(*minutes, args.samples, args.jobs) <= 0:
+        raise ValueError("--minutes, --samples and --jobs must be above 0")
+    find_slides(args.raw)  # which raises where there are none
     args.out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(args.out)
     done = {(row["recipe"], int(row["seed"])) for row in rows}
     # Seed by seed, so that what there is after each compares.
-    runs = [Run(name, int(seed), minutes, args.samples, args.out) for seed in args.seeds.split(",") for name in names]
+    runs = [Run(name, seed, minutes, args.samples, args.out) for seed in seeds for name in names]
     runs = [run for run in runs if (run.recipe, run.seed) not in done]
     prepare(args.raw, args.out, runs)
     # The with block's end ends what still runs.
@@ -128,6 +133,14 @@ def main(argv: list[str] | None = None) -> None:
             rows += found
             write_out(args.out, rows)
     print(as_markdown(rows))
+
+
+def listed(flag: str, text: str, pattern: str) -> list[str]:
+    """:return: the numbers of a flag, with commas between them; :raises ValueError: where one does not fit."""
+    for number in text.split(","):
+        if not re.fullmatch(pattern, number):
+            raise ValueError(f"{flag} {text}: {number!r} is not a number that it takes: give some such as 1,2")
+    return text.split(",")
 
 
 # ---- data ----
@@ -179,7 +192,13 @@ def link_tests(patches: Path, folder: Path) -> None:
 def call(log: Path, script: str, *words: object) -> None:
     """Run one of the project's programs on one thread. :raises RuntimeError: where it fails."""
     with open(log, "a", encoding="utf-8") as file:
-        done = subprocess.run(command(script, *words), stdout=file, stderr=file, env=environment())
+        done = subprocess.run(
+            command(script, *words),
+            stdout=file,
+            stderr=file,
+            env=environment(),
+            preexec_fn=lambda: processes.end_with_parent(signal.SIGKILL),
+        )
     if done.returncode:
         raise RuntimeError(f"{script} failed: see {log}")
 
