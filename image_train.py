@@ -102,8 +102,11 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, str]:
     """
     parser = create_argparser()
     args = parser.parse_args(argv)
-    begun_with = args.resume_checkpoint or args.init_checkpoint
-    if args.unlabelled_dir or (begun_with and (checkpoint.load_config(begun_with) or {}).get("mark_unknown")):
+    begun_with, folder = args.resume_checkpoint or args.init_checkpoint, logger.environment_dir()
+    # Where the checkpoint has gone since, the run in the folder, which began with it, says so.
+    places = [begun_with, f"{folder}/" if folder else ""] if begun_with else []
+    configs = filter(None, map(checkpoint.load_config, filter(None, places)))
+    if args.unlabelled_dir or next(configs, {}).get("mark_unknown"):
         parser.set_defaults(mark_unknown=True)
         args = parser.parse_args(argv)
     check(args)

@@ -110,8 +110,8 @@ class Checkpointer:
         if facts.get("unlabelled", "") != self.facts.get("unlabelled", ""):
             raise ValueError(
                 f"--unlabelled_dir {flags.get('unlabelled_dir', '')!r} does not hold the images that the run in "
-                f"{self.folder} began with, in {before.get('unlabelled_dir', '')!r}: give those, or another "
-                "OPENAI_LOGDIR"
+                f"{self.folder} began with, in {before.get('unlabelled_dir', '')!r}: give those; or, to go "
+                "on with others, its last model by --resume_checkpoint and another OPENAI_LOGDIR"
             )
         allowed |= {"unlabelled_dir"}
         for name, value in flags.items():

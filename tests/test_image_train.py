@@ -340,9 +340,11 @@ def test_images_without_masks_are_learned_from(data_dir, logdir, tmp_path, monke
         ValueError, match="trained with --mark_unknown True, this run has --mark_unknown False: give the"
     ):
         train(data_dir, *flags, "--init_checkpoint", path, "--mark_unknown", "False")
+    logdir.rename(logdir.parent / "away")  # the same command goes on without it
+    train(data_dir, *flags, "--max_steps", "4", "--init_checkpoint", path)
 
 
-def test_other_images_without_masks_are_another_run(data_dir, logdir, tmp_path):
+def test_other_images_without_masks_are_another_run(data_dir, logdir, tmp_path, monkeypatch):
     other = write_images(tmp_path / "other")
     flags = ["--max_steps", "1"]
     train(data_dir, *flags, "--unlabelled_dir", str(other))
@@ -360,9 +362,13 @@ def test_other_images_without_masks_are_another_run(data_dir, logdir, tmp_path):
         train(data_dir, *flags)
     write_images(other, count=1, first=300)
     with pytest.raises(
-        ValueError, match=f"--unlabelled_dir '{other}' does not hold .* give those, or another OPENAI_LOG"
-    ):
+        ValueError, match=f"--unlabelled_dir '{other}' does not hold .* give those; or, to go on with others"
+    ) as caught:
         train(data_dir, *flags, "--unlabelled_dir", str(other))
+    assert str(caught.value).endswith("its last model by --resume_checkpoint and another OPENAI_LOGDIR")
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "second"))
+    resumed = ["--max_steps", "2", "--resume_checkpoint", str(logdir / "model000001.pt")]
+    train(data_dir, *resumed, "--unlabelled_dir", str(other))
 
 
 def test_a_model_without_the_mark_can_be_taught_it(data_dir, logdir, tmp_path, monkeypatch):
