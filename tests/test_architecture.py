@@ -99,6 +99,10 @@ RANKS = {
     "histology.segmenter.decoding": 2,
     "histology.segmenter.data": 3,
     "histology.segmenter.training": 4,
+    "histology.structures.bank": 0,
+    "histology.structures.layouts": 1,
+    "histology.structures.statistics": 0,
+    "histology.structures.picture": 1,
     "histology.assembly": 4,
 }
 
@@ -109,6 +113,7 @@ ROOMS = {
     "evaluation": set(),
     "features": {"slides"},
     "filtering": set(),
+    "structures": set(),
     "segmenter": {"evaluation", "features", "slides"},
     "assembly": {"evaluation", "features", "slides"},
     "bridge": {"", "features"},
@@ -187,7 +192,7 @@ def test_library_code_does_not_print():
 
 def test_draws_have_a_purpose():
     """[s, n] and [s, n, 0] are one seed to NumPy; these draw one fixed thing, or from what their caller gives."""
-    others = {"bridge", "resample", "histology.slides.toy"}
+    others = {"bridge", "resample", "histology.slides.toy", "histology.structures.picture"}
     drawing = {name for name, path in module_files().items() if "default_rng(" in path.read_text()}
     assert drawing == {"streams", *others}
 

@@ -1,0 +1,238 @@
+"""
+New layouts of nuclei: put together from a bank, or a real one with each nucleus moved a little.
+
+Knows no files. All lengths are pixels of the data, whatever their magnification.
+"""
+
+import cv2
+import numpy as np
+from skimage.measure import regionprops
+
+from .bank import Bank, Nucleus, Pattern, angle_of
+
+PLACES = 64  # that are tried for a nucleus
+PAIRED = 0.7  # share of the nuclei that are put beside one that is there; the others fall where there is room
+TRIES = 8  # to move a nucleus, each by less
+MOVE = 0.25  # standard deviation of a nucleus's move, in its radii
+OUTLINE = 48  # points of a nucleus's edge that are looked at
+SMOOTH = 0.9  # px, of edges: with it, turned nuclei have the solidity of real ones
+_PAD = 4
+
+
+def recombine(bank: Bank, size: int, rng: np.random.Generator) -> np.ndarray:
+    """
+    Make a layout as a real mask's nuclei lie, of the nuclei of all: as dense, of such sizes, directions and gaps.
+
+    :param bank: of real masks.
+    :param size: height and width, in pixels.
+    :return: a [size x size] int32 instance map. No two nuclei overlap; the border cuts some.
+    """
+    pattern = bank.patterns[int(rng.integers(len(bank.patterns)))]
+    margin = max(max(nucleus.mask.shape) for nucleus in bank.nuclei) // 2 + 1
+    ground = Ground(size + 2 * margin)
+    for area in _areas(pattern, ground.side**2, rng):
+        ground.place(_drawn(bank, pattern, area, rng), _gap(pattern, rng), rng.random() < PAIRED, rng)
+    return numbered(ground.inst_map[margin:-margin, margin:-margin])
+
+
+def perturb(inst_map: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """
+    Move, turn, scale and bend each nucleus of a layout a little. Those that the border cuts move along it or over it,
+    so that no cut edge comes into sight.
+
+    :param inst_map: a [size x size] integer array.
+    :return: another one, int32. Nuclei that find no place of their own lose what lies under others.
+    """
+    ground = Ground(len(inst_map))
+    regions = regionprops(inst_map.astype(np.int32))
+    # The cut ones first, which have the least choice, then the largest.
+    for region in sorted(regions, key=lambda region: (not any(_sides(region.bbox, ground.side)), -region.area)):
+        top, left = region.bbox[:2]
+        nucleus, sides = Nucleus(region.image, angle_of(region.orientation), 1.0), _sides(region.bbox, ground.side)
+        tried = (_moved(nucleus, sides, strength, rng) for strength in np.linspace(1, 0, TRIES))
+        if not any(ground.put(mask, top + down, left + right) for mask, down, right in tried):
+            ground.put_under(region.image, top, left)
+    return numbered(ground.inst_map)
+
+
+def _moved(
+    nucleus: Nucleus, sides: tuple[bool, bool, bool, bool], strength: float, rng: np.random.Generator
+) -> tuple[np.ndarray, int, int]:
+    """A nucleus changed a little, and how far down and to the right it has come; of strength 0 it is as it was."""
+    shift, mask = rng.normal(0, MOVE * np.sqrt(nucleus.area / np.pi), 2), nucleus.mask
+    if any(sides):
+        shift = np.array([_outward(shift[0], *sides[:2]), _outward(shift[1], *sides[2:])])
+    else:
+        turn, growth, bend = rng.normal(0, (0.25, 0.08, 0.05)) * strength
+        mask = changed(nucleus, nucleus.angle + turn, float(np.exp(growth)), bend)
+    down, right = np.round((np.array(nucleus.mask.shape) - mask.shape) / 2 + strength * shift).astype(int)
+    return mask, int(down), int(right)
+
+
+def _sides(box: tuple[int, int, int, int], side: int) -> tuple[bool, bool, bool, bool]:
+    """Whether a box (top, left, bottom, right) lies at the top, the bottom, the left, the right."""
+    return box[0] == 0, box[2] == side, box[1] == 0, box[3] == side
+
+
+def _outward(step: float, at_start: bool, at_end: bool) -> float:
+    """A step along one axis, turned away from what is cut there."""
+    if at_start and at_end:
+        return 0.0
+    return -abs(step) if at_start else abs(step) if at_end else step
+
+
+def _areas(pattern: Pattern, pixels: int, rng: np.random.Generator) -> np.ndarray:
+    """The areas of the nuclei that lie in so many pixels, the largest first, which find a place the least easily."""
+    count = int(pattern.density * pixels + rng.random())
+    chance = pattern.weights / pattern.weights.sum()
+    areas = rng.choice(pattern.areas, count, p=chance) * np.exp(rng.normal(0, 0.1, count))
+    return np.sort(areas)[::-1]
+
+
+def _gap(pattern: Pattern, rng: np.random.Generator) -> float:
+    return float(rng.choice(pattern.gaps)) if len(pattern.gaps) else 0.0
+
+
+def _drawn(bank: Bank, pattern: Pattern, area: float, rng: np.random.Generator) -> np.ndarray:
+    """A nucleus of the bank, of about this area and a direction as the pattern's."""
+    nucleus = bank.like(area, rng)
+    angle = float(rng.choice(pattern.angles)) + rng.normal(0, 0.2)
+    scale = float(np.clip(np.sqrt(area / nucleus.area), 0.85, 1.18))
+    return changed(nucleus, angle, scale, bend=rng.normal(0, 0.08), mirrored=rng.random() < 0.5)
+
+
+def changed(nucleus: Nucleus, angle: float, scale: float, bend: float = 0.0, mirrored: bool = False) -> np.ndarray:
+    """
+    Turn, mirror, scale and bend a nucleus.
+
+    :param angle: of its longer axis afterwards, see Nucleus.
+    :param scale: of its lengths.
+    :param bend: by how much of its half length its ends move across it.
+    :return: a boolean array that just holds it, in one part.
+    """
+    height, width = nucleus.mask.shape
+    reach = 0.5 * np.hypot(height, width)
+    side = int(np.ceil(2 * scale * reach * (1 + abs(bend)))) + 4
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    # Backwards, from the new pixels to the old: first along and across the new direction.
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    along, across = along / scale, across / scale
+    across = (-across if mirrored else across) + bend * (along**2 / reach - reach / 3)
+    old_x = along * np.cos(nucleus.angle) - across * np.sin(nucleus.angle) + (width - 1) / 2
+    old_y = along * np.sin(nucleus.angle) + across * np.cos(nucleus.angle) + (height - 1) / 2
+    old = (old_x + _PAD).astype(np.float32), (old_y + _PAD).astype(np.float32)
+    # By the depth below the edge, smoothed: turning the pixels themselves would make the edge rough.
+    depth = cv2.GaussianBlur(_depth(np.pad(nucleus.mask, _PAD)), (0, 0), SMOOTH)
+    return trimmed(largest_part(cv2.remap(depth, *old, cv2.INTER_LINEAR, borderValue=-1.0) > 0))
+
+
+class Ground:
+    """
+    A square on which nuclei are put, none over another.
+
+    :param side: in pixels.
+    """
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+        self.inst_map = np.zeros((side, side), np.int32)
+        self.count = 0
+
+    def place(self, mask: np.ndarray, gap: float, paired: bool, rng: np.random.Generator) -> bool:
+        """
+        Put a nucleus somewhere.
+
+        :param mask: a boolean array that just holds it.
+        :param gap: pixels to the nearest of the others: about so many where it is paired, else that or more.
+        :return: whether there was room.
+        """
+        if not mask.any():
+            return False
+        height, width = mask.shape
+        rows, columns = np.nonzero(mask & ~_eroded(mask))
+        chosen = np.linspace(0, len(rows) - 1, min(OUTLINE, len(rows))).astype(int)
+        rows, columns = rows[chosen] - height // 2, columns[chosen] - width // 2
+        away = self._away()
+        radius = np.sqrt(mask.sum() / np.pi)
+        if paired and self.count:
+            good = np.abs(away - gap - radius) <= 0.3 * radius + 1
+        else:
+            good = away >= gap + 0.8 * radius
+        for wanted in (good, away > 0.6 * radius):
+            places = np.flatnonzero(wanted)
+            if not len(places):
+                continue
+            centres = rng.choice(places, min(PLACES, len(places)), replace=False)
+            y, x = np.divmod(centres, self.side)
+            seen_y = np.clip(y[:, None] + rows, 0, self.side - 1)
+            seen_x = np.clip(x[:, None] + columns, 0, self.side - 1)
+            nearest = away[seen_y, seen_x].min(axis=1)
+            wrong = np.abs(nearest - gap) if paired and self.count else np.maximum(gap - nearest, 0)
+            for choice in np.argsort(wrong, kind="stable"):
+                if nearest[choice] >= 1 and self.put(mask, int(y[choice]) - height // 2, int(x[choice]) - width // 2):
+                    return True
+        return False
+
+    def _away(self) -> np.ndarray:
+        """[side x side] pixels to the nearest nucleus; far where there is none."""
+        if not self.count:
+            return np.full((self.side, self.side), np.float32(2 * self.side))
+        return cv2.distanceTransform((self.inst_map == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+
+    def put(self, mask: np.ndarray, top: int, left: int) -> bool:
+        """Put a nucleus at a place, what goes over the side cut off, unless it lies on another."""
+        rows = slice(max(0, top), min(self.side, top + mask.shape[0]))
+        columns = slice(max(0, left), min(self.side, left + mask.shape[1]))
+        part = mask[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+        if self.inst_map[rows, columns][part].any():
+            return False
+        if not part.any():
+            return False
+        self.count += 1
+        self.inst_map[rows, columns][part] = self.count
+        return True
+
+    def put_under(self, mask: np.ndarray, top: int, left: int) -> None:
+        """Put what others leave of a nucleus at a place in the square, if that is most of it."""
+        rows, columns = slice(top, top + mask.shape[0]), slice(left, left + mask.shape[1])
+        free = largest_part(mask & (self.inst_map[rows, columns] == 0))
+        if 2 * free.sum() > mask.sum():
+            self.count += 1
+            self.inst_map[rows, columns][free] = self.count
+
+
+def numbered(inst_map: np.ndarray) -> np.ndarray:
+    """:return: an instance map with ids from 1 without gaps, and of each nucleus its largest part alone."""
+    result = np.zeros(inst_map.shape, np.int32)
+    for number, own in enumerate(np.unique(inst_map[inst_map != 0]), 1):
+        result[largest_part(inst_map == own)] = number
+    return result
+
+
+def largest_part(mask: np.ndarray) -> np.ndarray:
+    """:return: the largest connected part of a mask, without holes."""
+    count, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+    if count < 2:
+        return mask
+    part = (parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()).astype(np.uint8)
+    outlines, _ = cv2.findContours(part, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(part, outlines, -1, 1, cv2.FILLED).astype(bool)
+
+
+def trimmed(mask: np.ndarray) -> np.ndarray:
+    """:return: the part of a mask that just holds what is in it."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if len(rows) else mask[:0, :0]
+
+
+def _depth(mask: np.ndarray) -> np.ndarray:
+    """Pixels to the edge of a mask, positive in it and negative outside."""
+    inside, outside = (
+        cv2.distanceTransform(part.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for part in (mask, ~mask)
+    )
+    return np.where(mask, inside - 0.5, 0.5 - outside).astype(np.float32)
+
+
+def _eroded(mask: np.ndarray) -> np.ndarray:
+    padded = np.pad(mask, 1).astype(np.uint8)
+    return cv2.erode(padded, np.ones((3, 3), np.uint8))[1:-1, 1:-1].astype(bool)

@@ -1,0 +1,61 @@
+"""structures.png: how made layouts compare with real ones, in figures and to the eye. Knows no files but its own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ...figures import save_png
+from .statistics import FIGURES
+
+SHOWN = 12  # layouts of each kind
+_BINS = 30
+
+
+def draw_structures(
+    real: dict[str, np.ndarray],
+    made: dict[str, np.ndarray],
+    report: dict[str, dict[str, float]],
+    layouts: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
+    file: Path | IO[bytes],
+) -> None:
+    """
+    Draw histograms of each figure, and layouts of both kinds.
+
+    :param real: figure -> values; made: the same.
+    :param report: figure -> "distance" and "between_halves".
+    :param layouts: real and made instance maps of one size, of which the first SHOWN are drawn.
+    :param file: where to write the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    above, *below = figure.subfigures(3, 1, height_ratios=[3.4, 1, 1])
+    for number, (name, title) in enumerate(FIGURES.items()):
+        axes = above.add_subplot(2, 4, number + 1)
+        top = np.quantile(np.concatenate([real[name], made[name]]), 0.995)
+        bins = np.linspace(0, max(top, 1e-9), _BINS + 1)
+        for values, label in ((real[name], "real"), (made[name], "made")):
+            axes.hist(values, bins, density=True, histtype="step", label=label)
+        own = report[name]
+        axes.set_title(f"{title}\ndistance {own['distance']:.2f}, real halves {own['between_halves']:.2f}", fontsize=8)
+        axes.set_yticks([])
+        axes.tick_params(labelsize=7)
+    axes.legend(fontsize=8)
+    for part, maps, title in zip(below, layouts, ("real", "made")):
+        part.suptitle(title, fontsize=9)
+        for number, inst_map in enumerate(maps[:SHOWN]):
+            axes = part.add_subplot(1, SHOWN, number + 1)
+            axes.imshow(_coloured(inst_map), interpolation="nearest")
+            axes.axis("off")
+    save_png(figure, file)
+
+
+def _coloured(inst_map: np.ndarray) -> np.ndarray:
+    """[H x W x 3] uint8: a colour a nucleus, by its place, so that ids tell nothing."""
+    colours = np.zeros((int(inst_map.max()) + 1, 3), np.uint8)
+    for own in np.unique(inst_map[inst_map != 0]):
+        place = int(np.flatnonzero(inst_map == own)[0])
+        colours[own] = np.random.default_rng(place).integers(70, 255, 3)
+    return colours[inst_map]

@@ -1,0 +1,98 @@
+"""Layouts from the command line: files, going on, the report, mistakes."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import write_patches
+from PIL import Image
+
+from guided_diffusion import cli, magnification
+from guided_diffusion.histology.slides import toy
+from guided_diffusion.histology.structures.statistics import FIGURES
+from guided_diffusion.images import list_structures
+from scripts import make_structures
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Four masks of two toy slides."""
+    folder = tmp_path / "data" / "MoNuSegTrainingData"
+    for number in range(4):
+        slide = toy.draw_slide(number, 96)
+        for name, array, suffix in (("images", slide.image, "png"), ("inst_masks", slide.inst_map, "tif")):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(folder / name / f"slide-{number // 2}_{number % 2:03d}.{suffix}")
+    (tmp_path / "data" / "prepare.json").write_text('{"mpp": 0.5}')
+    return tmp_path / "data"
+
+
+def make(data, out, *flags):
+    make_structures.main([str(data), "--out", str(out), "--num_workers", "1", *flags])
+    return {path.name: np.asarray(Image.open(path)) for path in sorted((out / "inst_masks").iterdir())}
+
+
+@pytest.mark.parametrize("method", make_structures.METHODS)
+def test_layouts_report_and_going_on(data, tmp_path, capsys, method):
+    flags = ["--size", "64", "--method", method]
+    made = make(data, tmp_path / "out", "--count", "3", *flags)
+    assert list(made) == [f"made_{number:06d}.tif" for number in range(3)]
+    assert all(layout.shape == (64, 64) and layout.dtype == np.uint16 and layout.any() for layout in made.values())
+    report = json.loads((tmp_path / "out/structures.json").read_text())
+    assert report["count"] == 3 and list(report["figures"]) == list(FIGURES)
+    assert all(row["between_halves"] >= 0 <= row["distance"] for row in report["figures"].values())
+    assert Image.open(tmp_path / "out/structures.png").width > 1000
+    assert magnification.of_data(tmp_path / "out") == 0.5
+    assert [item.slide for item in list_structures(str(tmp_path / "out"), "--structure_dir")] == [
+        f"made_{number:06d}" for number in range(3)
+    ]
+    (tmp_path / "out/inst_masks/made_000001.tif").unlink()
+    more = make(data, tmp_path / "out", "--count", "4", *flags)
+    assert len(more) == 4 and all(np.array_equal(more[name], layout) for name, layout in made.items())
+    with pytest.raises(ValueError, match=f"was begun with method {method}, this run has"):
+        make(
+            data,
+            tmp_path / "out",
+            "--count",
+            "4",
+            "--size",
+            "64",
+            "--method",
+            "recombine perturb".replace(method, "").strip(),
+        )
+    assert "4 layouts; look at" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "count": (["--count", "0"], "--count 0 must be at least 1"),
+    "method": (["--method", "paint"], "unknown --method paint: choose one of recombine, perturb"),
+    "small": (["--size", "9"], r"--size 9 is below the largest nucleus of DATA, \d+ px"),
+    "large": (["--size", "97", "--method", "perturb"], "--size 97: the smallest mask of DATA is 96 px"),
+    "among the data": (["--out", "data/masks"], "lies among the data"),
+    "file": (["--out", "file"], "--results_path file is a file"),
+    "strange": (["--out", "strange"], "--results_path strange holds inst_masks that this program did not make"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_give_one_line_and_write_nothing(data, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "strange/inst_masks").mkdir(parents=True)
+    flags, message = MISTAKES[name]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: make_structures.main(["data", "--out", "out", "--count", "2", *flags]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and re.search(message, error), error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_whole_nucleus(tmp_path, capsys):
+    folder = write_patches(tmp_path / "data" / "MoNuSegTrainingData", count=2)
+    for path in (folder / "inst_masks").iterdir():
+        Image.fromarray(np.ones((24, 24), np.uint16)).save(path)
+    with pytest.raises(SystemExit):
+        cli.run(lambda: make(tmp_path / "data", tmp_path / "out", "--count", "1"))
+    assert "no mask has a nucleus that its border does not cut" in capsys.readouterr().err
