@@ -4,7 +4,7 @@ Anomaly Detection", arXiv 2106.08265) on the two middle maps of a backbone, over
 
 Owns local features, the coreset, distances and scores. Sees tensors and arrays: nothing of files.
 
-Beside the paper, each by what it brought on planted failures of MoNuSeg patches (README):
+Beside the paper, each by what it brought on planted failures of MoNuSeg patches (docs/pipeline.md):
 - neighbourhoods of 21 x 21 cells at a stride of 4 (the reference: 9 at 4), where the paper has 3 x 3 at 1: the farthest
   of 256 small spots says how rare a patch's rarest spot is, the farthest of 16 larger ones what a patch is like;
 - maps of more than 128 channels are averaged down to 128, as the paper does to 1024;
