@@ -55,7 +55,7 @@ def list_unlabelled(folders: str, labelled: Sequence[Item], hidden: Sequence[Ite
 def folder_names(folders: str) -> list[str]:
     """:return: the folders that a text names, with commas between them; a comma may be part of one that is alone."""
     names = [folders] if bf.isdir(folders) else folders.split(",")
-    return list(dict.fromkeys(filter(None, names)))
+    return list(dict.fromkeys(name.rstrip("/") or name for name in names))
 
 
 def _copies(paths: Sequence[str], originals: Sequence[str]) -> dict[str, str]:

@@ -63,7 +63,7 @@ def find_slides(raw: Path) -> list[Slide]:
 
     A folder of slides holds `Tissue Images` or `images` beside `Annotations` or `inst_masks` (an .xml goes before
     a mask of the same stem), or .tif and .xml files side by side. It feeds the split that its name, or else that of
-    its nearest ancestor below `raw`, has as a word: train or training, test or testing, as in MoNuSegTestData. A
+    its nearest ancestor up to `raw`, has as a word: train or training, test or testing, as in MoNuSegTestData. A
     folder with a manifest of prepared patches, one named `patches_*` (the reference's output) and hidden ones are
     skipped.
 
@@ -290,8 +290,7 @@ def _pair(images: dict[str, Path], annotations: dict[str, Path], folder: Path, r
 
 
 def _split_of(folder: Path, raw: Path) -> str:
-    names = folder.relative_to(raw).parts or (folder.resolve().name,)
-    for name in reversed(names):
+    for name in reversed((raw.resolve().name, *folder.relative_to(raw).parts)):
         splits = [split for split, words in _SPLIT_WORDS.items() if not _words(name).isdisjoint(words)]
         if len(splits) > 1:
             raise ValueError(f"{folder}: '{name}' has the words train and test; name the folder after one of them")

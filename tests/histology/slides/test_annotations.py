@@ -227,17 +227,21 @@ def test_raw_itself_may_hold_the_slides(tmp_path):
         *((name, TRAIN_SPLIT) for name in ("train_1", "MoNuSeg 2018 Training Data", "MoNuSegTrainingData", "TrainSet")),
         ("train/latest", TRAIN_SPLIT),
         ("test/Strain_B", TEST_SPLIT),
+        ("training_slides/latest", TRAIN_SPLIT),
         *((name, None) for name in ("latest", "contest", "Strain_B", "attestation", "retrain", "contestée")),
     ],
 )
 def test_only_words_speak_of_a_split(tmp_path, folder, split):
-    add(tmp_path, f"{folder}/a.tif", f"{folder}/a.xml")
+    raw = tmp_path / "raw"
+    add(raw, f"{folder}/a.tif", f"{folder}/a.xml")
     if split is None:
-        assert found(tmp_path / folder) == {(TRAIN_SPLIT, "a"): ".xml"}
+        assert found(raw / folder) == {(TRAIN_SPLIT, "a"): ".xml"}
         with pytest.raises(ValueError, match="training or test data"):
-            found(tmp_path)
+            found(raw)
     else:
-        assert found(tmp_path) == {(split, "a"): ".xml"}
+        assert found(raw) == {(split, "a"): ".xml"}
+        if "/" in folder:  # also where the one that says it is what is given
+            assert found(raw / folder.partition("/")[0]) == {(split, "a"): ".xml"}
 
 
 @pytest.mark.parametrize("suffix", EXTENSIONS)
@@ -294,9 +298,9 @@ def test_prepared_patches_and_leftovers_are_no_slides(tmp_path):
 )
 def test_what_cannot_be_paired_is_named(tmp_path, files, what):
     for image, annotation in files:
-        add(tmp_path, image, annotation)
+        add(tmp_path / "raw", image, annotation)
     with pytest.raises(ValueError, match=what):
-        annotations.find_slides(tmp_path)
+        annotations.find_slides(tmp_path / "raw")
 
 
 def test_a_missing_folder_is_named(tmp_path):
