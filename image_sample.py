@@ -15,7 +15,7 @@ from guided_diffusion.model_options import DiffusionOptions, ModelOptions
 from guided_diffusion.options import add_flags
 from guided_diffusion.results_path import check_results_path, check_same_run, claimed
 from guided_diffusion.run_options import DataOptions, RunOptions
-from guided_diffusion.sample_options import SampleOptions, trained_null_condition
+from guided_diffusion.sample_options import SampleOptions
 from guided_diffusion.sampling_plan import SamplingPlan, process_for
 from guided_diffusion.script_util import (
     args_to_dict,
@@ -68,7 +68,7 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     for name, value in known.items():
         if type(value) is not type(parser.get_default(name)):
             raise ValueError(f"config.json beside {args.model_path} has --{name} {value!r}: restore it or remove it")
-    parser.set_defaults(**known, null_condition=trained_null_condition(config))
+    parser.set_defaults(**known, null_condition=checkpoint.trained_null_condition(config))
     return parser.parse_args(argv), paths
 
 

@@ -289,6 +289,15 @@ def load_config(checkpoint_path: str) -> dict[str, Any] | None:
     return {**BEFORE_FLAGS, **config, "mpp": config.get("mpp") or REFERENCE_MPP}
 
 
+def trained_null_condition(config: dict[str, Any]) -> str:
+    """
+    :param config: the flags that a model was trained with, as far as they are known.
+    :return: the null condition that it has seen. Without dropped conditions, that is images without masks.
+    """
+    kept = config.get("drop_hvb_only") or (config.get("unlabelled_dir") and not config.get("drop_rate"))
+    return "keep_colour" if kept and config.get("use_col_map") else "zeros"
+
+
 def meaning(value: Any) -> Any:
     """:return: a flag's value, in which lists of numbers such as 1,2 and 1.0,2 are alike."""
     try:
@@ -300,7 +309,7 @@ def meaning(value: Any) -> Any:
 def check_config(checkpoint_path: str, flags: dict[str, Any]) -> None:
     """
     Compare flags with those a checkpoint was trained with, as far as these are known; and warn where it was trained at
-    another magnification than that of --data_dir.
+    another magnification than that of --data_dir or --structure_dir.
 
     :param flags: flag -> value of this run.
     :raises ValueError: naming the first of MODEL_FIELDS that differs.
@@ -313,5 +322,6 @@ def check_config(checkpoint_path: str, flags: dict[str, Any]) -> None:
                 f"this run has --{field} {flags[field]}: give the same"
             )
     mpp = check(config.get("mpp") or REFERENCE_MPP, f"config.json beside {checkpoint_path}: mpp")
-    if line := mismatch(checkpoint_path, mpp, flags.get("data_dir", "")):
-        logger.warn(line)
+    for folder in ("data_dir", "structure_dir"):
+        if line := mismatch(checkpoint_path, mpp, flags.get(folder, "")):
+            logger.warn(line)

@@ -10,6 +10,7 @@ from . import signals
 
 # The exit code of what was stopped before it was done, and goes on with the same command: sysexits.h's EX_TEMPFAIL.
 NOT_FINISHED = 75
+MISTAKE = 2  # of what a user can mend
 
 
 class FlagFormatter(argparse.RawDescriptionHelpFormatter):
@@ -77,7 +78,7 @@ def run(
             _report(line)
         if not leave() and rank() != 0:
             _report(line)
-        sys.exit(error.code if stopped else 2)
+        sys.exit(error.code if stopped else MISTAKE)
 
 
 def _report(line: str) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from . import cli, files
 
-MISTAKE = 2
 RUN = "SDM_RUN"  # in the environment: which run a stage belongs to
 LINES = 50  # of what a program printed
 
@@ -47,7 +46,7 @@ def report(out: Path, run: str, code: int) -> tuple[int, str]:
     found = sorted((out / "stages").glob("*.failed"), key=lambda path: path.stat().st_mtime)
     failed = {path.name.removesuffix(".failed"): json.loads(path.read_text(encoding="utf-8")) for path in found}
     failed = {name: told for name, told in failed.items() if told["run"] == run}
-    mistaken = {name: told for name, told in failed.items() if told["code"] == MISTAKE and told["error"]}
+    mistaken = {name: told for name, told in failed.items() if told["code"] == cli.MISTAKE and told["error"]}
     unfinished = [name for name, told in failed.items() if told["code"] == cli.NOT_FINISHED]
     lines = []
     for name, told in failed.items():
@@ -55,7 +54,7 @@ def report(out: Path, run: str, code: int) -> tuple[int, str]:
             lines += [*told["end"], f"{name} failed with exit code {told['code']}, see {out / told['log']}"]
     lines += [f"error: {name}: {told['error']} ({out / told['log']})" for name, told in mistaken.items()]
     if mistaken:
-        code = MISTAKE
+        code = cli.MISTAKE
     elif unfinished and len(unfinished) == len(failed):
         code = cli.NOT_FINISHED
         lines.append(f"{', '.join(unfinished)}: not finished, the same command goes on")

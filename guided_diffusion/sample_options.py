@@ -1,8 +1,6 @@
 """The flags of sampling. Knows nothing of what they are used for."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from .options import flag
 from .run_options import RunOptions
@@ -10,15 +8,6 @@ from .samplers import SAMPLERS
 
 SPADE_CACHE = ("auto", "on", "off")
 NULL_CONDITIONS = ("zeros", "keep_colour")
-
-
-def trained_null_condition(config: Mapping[str, Any]) -> str:
-    """
-    :param config: the flags that a model was trained with, as far as they are known.
-    :return: the null condition that it has seen. Without dropped conditions, that is images without masks.
-    """
-    kept = config.get("drop_hvb_only") or (config.get("unlabelled_dir") and not config.get("drop_rate"))
-    return "keep_colour" if kept and config.get("use_col_map") else "zeros"
 
 
 @dataclass(frozen=True)
@@ -85,3 +74,5 @@ class SampleOptions(RunOptions):
         super().__post_init__()
         if self.use_ddim and self.sampler not in ("", "ddim"):
             raise ValueError(f"--use_ddim True with --sampler {self.sampler}: give one of them")
+        if not self.structure_dir and self.min_nucleus != self.flags()["min_nucleus"]:
+            raise ValueError(f"--min_nucleus {self.min_nucleus} without --structure_dir: nothing reads it")

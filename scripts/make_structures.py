@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     masks = [read_inst_mask(item.inst_mask) for item in tqdm(items, "reading", leave=False, delay=1)]
     make = maker(args, masks)
     settings = dict(method=args.method, seed=args.seed, size=args.size, masks=fingerprint([i.inst_mask for i in items]))
-    begin(args.out, settings)
+    begin(args.out, settings, args.count)
     magnification.pass_on(args.data, args.out)
     paths = [args.out / FOLDER / f"made_{number:06d}.tif" for number in range(args.count)]
     write_table(args.out, [(path.name, path.stem) for path in paths])
@@ -123,7 +123,7 @@ def window(mask: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     return mask[top : top + size, left : left + size]
 
 
-def begin(out: Path, settings: dict[str, object]) -> None:
+def begin(out: Path, settings: dict[str, object], count: int) -> None:
     """Make the folder, and note what is made in it. :raises ValueError: where it holds something else."""
     path = out / REPORT
     if path.exists():
@@ -134,6 +134,9 @@ def begin(out: Path, settings: dict[str, object]) -> None:
                     f"--results_path {out} was begun with {name} {before.get(name)}, this run has {value}: give "
                     "another folder"
                 )
+        made = sum(1 for _ in (out / FOLDER).glob("made_*.tif"))
+        if made > count:
+            raise ValueError(f"--results_path {out} holds {made} layouts, more than --count {count}: give as many")
     elif (out / FOLDER).exists():
         raise ValueError(f"--results_path {out} holds {FOLDER} that this program did not make: give another folder")
     (out / FOLDER).mkdir(parents=True, exist_ok=True)

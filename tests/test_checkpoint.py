@@ -120,7 +120,8 @@ def test_data_of_another_magnification_than_the_model_knows_is_said(tmp_path, mo
     for mpp in (0.5, 0.25):
         write_json(tmp_path / "prepare.json", {"mpp": mpp})
         checkpoint.check_config(str(tmp_path / "model000001.pt"), {"data_dir": str(tmp_path)})
-    assert len(said) == 1 and "was trained at 0.5 um a pixel" in said[0] and "has 0.25" in said[0]
+    checkpoint.check_config(str(tmp_path / "model000001.pt"), {"structure_dir": str(tmp_path)})
+    assert len(said) == 2 and all("was trained at 0.5 um a pixel" in line and "has 0.25" in line for line in said)
 
 
 def test_a_file_says_which_run_wrote_it_and_loads_as_any_other(tmp_path):

@@ -632,6 +632,7 @@ MISTAKES = {
         "--structure_dir m with --match_app, .*: turn them off",
     ),
     "smallest nucleus": (["--min_nucleus", "-1"], "--min_nucleus -1.0 must be at least 0"),
+    "unread smallest nucleus": (["--min_nucleus", "5"], "--min_nucleus 5.0 without --structure_dir: nothing reads it"),
     "jitter": (["--stain_jitter", "-0.1"], r"--stain_jitter -0.1 must lie in \[0, 1\)"),
     "other slide": (["--match_other_slide", "True"], "--match_other_slide True needs --match_struct"),
 }

@@ -61,6 +61,8 @@ def test_layouts_report_and_going_on(data, tmp_path, capsys, method):
             "--method",
             "recombine perturb".replace(method, "").strip(),
         )
+    with pytest.raises(ValueError, match="holds 4 layouts, more than --count 3: give as many"):
+        make(data, tmp_path / "out", "--count", "3", *flags)
     assert "4 layouts; look at" in capsys.readouterr().out
 
 

@@ -66,7 +66,7 @@ class Recipe:
     unlabelled: bool = False
 
 
-BEST = V  # by the table of the recipes before; what has no masks is tried with it
+BEST = V  # what has few masks is tried with it: the best of the others, once their table says which that is
 TODAY = "x"  # whose figures at the last mark are what others are to reach
 RECIPES = {
     "eps": Recipe(EPS),

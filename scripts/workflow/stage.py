@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         code, printed = attempt(args)
     except (ValueError, OSError) as error:
-        failures.write(STAGES, args.name, failures.MISTAKE, f"error: {' '.join(str(error).split())}", args.log)
+        failures.write(STAGES, args.name, cli.MISTAKE, f"error: {' '.join(str(error).split())}", args.log)
         raise
     except signals.Stopped:  # while it waited for a GPU, or cleared the way
         code, printed = cli.NOT_FINISHED, ""
