@@ -19,6 +19,7 @@ RANKS = {
     "unlabelled": 0,
     "devices": -2,
     "magnification": -1,
+    "cell_classes": -1,
     "stains": -1,
     "signals": -2,
     "streams": -2,
@@ -127,6 +128,7 @@ SHARED = {
     "stains",
     "devices",
     "magnification",
+    "cell_classes",
     "signals",
     "streams",
 }
