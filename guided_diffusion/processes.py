@@ -5,12 +5,22 @@ Knows nothing of what they do.
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from types import FrameType
-from typing import IO
+from typing import IO, TypeVar
 
+from . import signals
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_WAITING = 8  # results of each worker that may wait until they are asked for: memory does not grow with the items
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -51,3 +61,28 @@ def run(command: list[str], output: IO[str], environment: dict[str, str]) -> tup
         child.send_signal(received[-1])
     code = child.wait()
     return code if code >= 0 else 128 - code, bool(received)
+
+
+def each(task: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+    """
+    :param task: what is done with an item; it and the items can be pickled.
+    :param workers: processes; with one, or one item, it is done in this process.
+    :return: the result of every item, in order. The first error ends it.
+    """
+    count = min(workers, len(items))
+    if count <= 1:
+        yield from map(task, items)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=signals.leave_to_parent) as pool:
+        waiting: deque[Future] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(task, item))
+                if len(waiting) > _WAITING * count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -13,28 +13,25 @@ nothing it did not write is touched.
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from tqdm import tqdm
 
-from guided_diffusion import cli, magnification, signals
+from guided_diffusion import cli, magnification
 from guided_diffusion.files import write_text
 from guided_diffusion.histology.slides import annotations, patches, scales
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, Slide
+from guided_diffusion.processes import each
 from guided_diffusion.slides import MANIFEST
 
 Counts = dict[str, dict[str, int]]
-Result = TypeVar("Result")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,21 +105,6 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num_workers", "--workers", type=int, default=2, help="processes")
     return parser
-
-
-def each(task: Callable[[Slide], Result], slides: list[Slide], workers: int) -> Iterator[Result]:
-    """`task` of every slide, in order, over `workers` processes; the first error ends it."""
-    if workers == 1 or len(slides) == 1:
-        yield from map(task, slides)
-        return
-    context = multiprocessing.get_context("spawn")
-    count = min(workers, len(slides))
-    with ProcessPoolExecutor(count, mp_context=context, initializer=signals.leave_to_parent) as pool:
-        try:
-            yield from pool.map(task, slides)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def read_at(slide: Slide, zoom: float) -> tuple[np.ndarray, np.ndarray]:

@@ -46,3 +46,37 @@ def test_code_and_environment(tmp_path):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def square(number: int) -> int:
+    if number < 0:
+        raise ValueError(f"{number} is negative")
+    return number**2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_is_in_order_and_ends_with_the_first_error(workers):
+    assert list(processes.each(square, range(100), workers)) == [k**2 for k in range(100)]
+    assert list(processes.each(square, [], workers)) == []
+    with pytest.raises(ValueError, match="-1 is negative"):
+        list(processes.each(square, [3, -1, 5, -2], workers))
+
+
+def test_each_waits_for_who_takes_the_results():
+    """Of many items only a few are done ahead."""
+
+    class Many:
+        taken = 0
+
+        def __len__(self):
+            return 10**9
+
+        def __iter__(self):
+            while True:
+                self.taken += 1
+                yield self.taken
+
+    many = Many()
+    results = processes.each(square, many, 2)
+    assert next(results) == 1 and many.taken < 100
+    results.close()
