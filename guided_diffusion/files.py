@@ -6,15 +6,17 @@ Knows nothing of what the files hold, of flags but by the names it is told, and 
 """
 
 import contextlib
+import csv
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import socket
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -170,6 +172,15 @@ def write_json(path: str | Path, value: Any, durable: bool = True) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n", durable)
 
 
+def csv_text(fields: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """:return: a CSV with a header; a field that a row lacks is empty, and others than `fields` are left out."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def write_link(path: str | Path, target: str | Path) -> None:
     """Make a symbolic link, in the place of what file or link was there."""
     path = Path(path)
@@ -179,6 +190,23 @@ def write_link(path: str | Path, target: str | Path) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def check_apart(out: Path, inputs: Sequence[Path], replaced: Path, flag: str = "--results_path") -> None:
+    """
+    Refuse an output that lies in an input, and one that would replace an input.
+
+    :param out: where files are to be written; replaced: the folder in it, or itself, that is rewritten.
+    :param flag: what `out` was given by.
+    :raises ValueError: naming the two.
+    """
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"{flag} {out} is a file, or a link that leads nowhere: give a folder")
+    for folder in inputs:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{flag} {out} lies in the input {folder}: give a folder outside")
+        if folder.resolve().is_relative_to(replaced.resolve()):
+            raise ValueError(f"{flag} {out} would replace the input {folder}: give another folder")
 
 
 def replace_folder(path: str | Path, fill: Callable[[Path], None], flag: str) -> None:

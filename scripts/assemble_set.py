@@ -27,9 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.files import list_files, replace_folder, write_text
+from guided_diffusion.files import check_apart, list_files, replace_folder, write_text
 from guided_diffusion.histology.assembly import (
-    check_apart,
     check_sizes,
     draw,
     is_kept,

@@ -37,12 +37,10 @@ from tqdm import tqdm
 from guided_diffusion import cli, results
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
-from guided_diffusion.files import list_files, replace_folder, write_bytes, write_text
+from guided_diffusion.files import check_apart, csv_text, list_files, replace_folder, write_bytes, write_text
 from guided_diffusion.histology.assembly import (
     Kept,
-    check_apart,
     is_kept,
-    table,
     write_kept,
 )
 from guided_diffusion.histology.evaluation.runs import Sample, add_run_flags, find_runs, slides_of_sample
@@ -337,7 +335,7 @@ def write_out(out: Path, judged: list[Kept], kept: np.ndarray, picture: bytes, r
         }
         for item, keeps in zip(judged, kept)
     ]
-    write_text(out / "scores.csv", table(SCORE_FIELDS, rows))
+    write_text(out / "scores.csv", csv_text(SCORE_FIELDS, rows))
     write_bytes(out / "ood.png", picture)
     write_text(out / REPORT, json.dumps(report, indent=1) + "\n")
 

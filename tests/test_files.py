@@ -259,3 +259,17 @@ def test_a_forked_child_holds_no_lock(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_outputs_among_inputs_are_refused(tmp_path):
+    inner = tmp_path / "in" / "deep"
+    inner.mkdir(parents=True)
+    for out in (tmp_path / "in", inner / "out"):
+        with pytest.raises(ValueError, match="lies in the input"):
+            files.check_apart(out, [tmp_path / "in"], out)
+    with pytest.raises(ValueError, match="would replace the input"):
+        files.check_apart(tmp_path, [inner], tmp_path)
+    files.check_apart(tmp_path, [inner], tmp_path / "kept")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        files.check_apart(tmp_path / "file", [inner], tmp_path / "file")

@@ -4,12 +4,10 @@ Folders made of other folders' files: the samples that a filter keeps, and train
 Owns names, links and manifests of both. Knows nothing of how samples are scored.
 """
 
-import csv
-import io
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -17,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .. import streams
-from ..files import write_text
+from ..files import csv_text, write_text
 from ..image_files import check_image, read_inst_mask
 from ..magnification import pass_on
 from ..slides import write_table
@@ -37,37 +35,12 @@ FIRST_NUMBER = 100_000  # of synthetic patches' running numbers; a slide's own a
 # ---- writing ----
 
 
-def table(fields: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
-    """:return: a CSV with a header; a field that a row lacks is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fields, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def put(source: Path, target: Path, copy: bool = False) -> None:
     """Place a file: a relative link to what `source` is in the end, or a copy of it."""
     if copy:
         shutil.copyfile(source, target)
     else:
         target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
-
-
-def check_apart(out: Path, inputs: Sequence[Path], replaced: Path) -> None:
-    """
-    Refuse an output that lies in an input, and one that would replace an input.
-
-    :param out: where files are to be written; replaced: the folder in it, or itself, that is rewritten.
-    :raises ValueError: naming the two.
-    """
-    if os.path.lexists(out) and not out.is_dir():
-        raise ValueError(f"--results_path {out} is a file, or a link that leads nowhere: give a folder")
-    for folder in inputs:
-        if out.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"--results_path {out} lies in the input {folder}: give a folder outside")
-        if folder.resolve().is_relative_to(replaced.resolve()):
-            raise ValueError(f"--results_path {out} would replace the input {folder}: give another folder")
 
 
 # ---- the samples that are kept ----
@@ -105,7 +78,7 @@ def write_kept(
                 put(source, folder / name / f"{stem}{source.suffix}")
         run = {"run": item.run.name, "sample": item.sample.stem, "score": item.score, "weight": item.weight}
         rows.append({**item.sample.row, "index": index, "stem": stem, **run})
-    write_text(folder / MANIFEST, table([*fields, *KEPT_FIELDS], rows))
+    write_text(folder / MANIFEST, csv_text([*fields, *KEPT_FIELDS], rows))
 
 
 def is_kept(folder: Path) -> bool:
@@ -270,7 +243,7 @@ def write_set(
         put(data / TEST_SPLIT, folder / TEST_SPLIT)
     pass_on(data, folder)
     write_table(folder, ((patch.file, patch.slide) for patch in (*real, *synthetic)))
-    write_text(folder / MANIFEST, table(SET_FIELDS, rows))
+    write_text(folder / MANIFEST, csv_text(SET_FIELDS, rows))
 
 
 def _write_binary(inst_mask: Path, target: Path) -> None:
