@@ -58,13 +58,9 @@ def slides_of(
     """
     stems = [_stem(image) for image in images]
     for place in owners(folder):
-        table = bf.join(place, TABLE)
-        if bf.exists(table):
-            recorded = _of_table(table)
-            found = [next((recorded[end] for end in _ends(stem) if end in recorded), "") for stem in stems]
-            if "" in found:
-                raise ValueError(f"{table} has no row of {images[found.index('')]}: add its file and slide")
-            return found
+        rows = recorded(place, images)
+        if rows is not None:
+            return [row["slide"] for row in rows]
         manifest = read_manifest(place)
         if manifest is not None:
             counts = _prepared(manifest, bf.join(place, MANIFEST))
@@ -73,6 +69,22 @@ def slides_of(
                 return found
             return _guessed(found, stems, beside(), f"{place}/{MANIFEST} does not name all images of {folder}")
     return _guessed([""] * len(stems), stems, beside(), f"{folder} has neither {TABLE} nor {MANIFEST}")
+
+
+def recorded(place: str | Path, images: Sequence[str | Path]) -> list[dict[str, str]] | None:
+    """
+    :param place: a folder that may hold a slides.csv. :param images: paths below it.
+    :return: the row of each, by columns: `FIELDS` and whatever else the file has; None where there is none.
+    :raises ValueError: where it cannot be read, or lacks an image.
+    """
+    table = bf.join(str(place), TABLE)
+    if not bf.exists(table):
+        return None
+    rows = _of_table(table)
+    found = [next((rows[end] for end in _ends(_stem(image)) if end in rows), None) for image in images]
+    if None in found:
+        raise ValueError(f"{table} has no row of {images[found.index(None)]}: add its file and slide")
+    return found
 
 
 def read_manifest(place: str | Path) -> dict[str, Any] | None:
@@ -93,15 +105,16 @@ def read_manifest(place: str | Path) -> dict[str, Any] | None:
     return manifest
 
 
-def write_table(folder: Path, rows: Iterable[tuple[str, str]]) -> None:
+def write_table(folder: Path, rows: Iterable[tuple[str, ...]], columns: Sequence[str] = ()) -> None:
     """
     Write a data folder's slides.csv.
 
-    :param rows: an image's path below the folder and its slide.
+    :param rows: an image's path below the folder, its slide, and what other columns hold.
+    :param columns: their names.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(FIELDS)
+    writer.writerow((*FIELDS, *columns))
     writer.writerows(sorted(rows))
     write_text(folder / TABLE, text.getvalue())
 
@@ -112,9 +125,9 @@ def without_number(stem: str) -> str:
     return matched[1] if matched else stem
 
 
-def _of_table(path: str) -> dict[str, str]:
-    """Path without suffix -> slide."""
-    found: dict[str, str] = {}
+def _of_table(path: str) -> dict[str, dict[str, str]]:
+    """Path without suffix -> its row."""
+    found: dict[str, dict[str, str]] = {}
     rows = csv.DictReader(io.StringIO(_read(path)))
     if not {*FIELDS} <= {*(rows.fieldnames or ())}:
         raise ValueError(f"{path} has no columns {' and '.join(FIELDS)}: begin it with the line {','.join(FIELDS)}")
@@ -124,8 +137,9 @@ def _of_table(path: str) -> dict[str, str]:
             raise ValueError(f"{path}, line {rows.line_num} lacks a file or a slide: give both")
         if slide[0] in "=+-@":
             raise ValueError(f"{path}: slide {slide} is a formula to spreadsheets, which read manifests: rename it")
-        if found.setdefault(_stem(file), slide) != slide:
-            raise ValueError(f"{path} names two slides of {file}, {found[_stem(file)]} and {slide}: give one")
+        first = found.setdefault(_stem(file), {**row, "slide": slide})["slide"]
+        if first != slide:
+            raise ValueError(f"{path} names two slides of {file}, {first} and {slide}: give one")
     return found
 
 

@@ -1,37 +1,59 @@
 """
-Cut the raw MoNuSeg archives into the patches that training reads.
+Cut raw slides, MoNuSeg's archives or what import_dataset.py makes of others, into the patches that training reads.
 
     python scripts/prepare_monuseg.py RAW OUT [--patch_size 128] [--stride 128] [--mode valid|mirror] [--resize N]
         [--mpp 0.5] [--slide_mpp NAME=0.5,...]
 
 RAW is the folder the archives were unpacked in: `Tissue Images` (or `images`) beside `Annotations` (or `inst_masks`
-where there is no XML), or .tif and .xml side by side, at most three folders deep and in any mixture.
-OUT becomes {MoNuSegTrainingData,MoNuSegTestData}/{images,bin_masks,inst_masks}/STEM_###.png|tif, and prepare.json says
-their micrometres a pixel. All input is checked before anything is written. Running it again writes the same bytes;
-nothing it did not write is touched.
+where there is no XML), or .tif and .xml side by side, at most three folders deep and in any mixture. `class_masks`
+beside `inst_masks` say which class of RAW's classes.json a nucleus is of. RAW's slides.csv (columns file, slide and,
+where known, mpp) says which slide or patient an image is of.
+OUT becomes {MoNuSegTrainingData,MoNuSegTestData}/{images,bin_masks,inst_masks}/SLIDE_###.png|tif, with class_masks and
+classes.json where RAW has them, and prepare.json says their micrometres a pixel. All input is checked before anything
+is written. Running it again writes the same bytes; nothing it did not write is touched.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from tqdm import tqdm
 
-from guided_diffusion import cli, magnification
+from guided_diffusion import cell_classes, cli, magnification
+from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.files import write_text
-from guided_diffusion.histology.slides import annotations, patches, scales
+from guided_diffusion.histology.slides import annotations, aperio, patches, scales
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, Slide
 from guided_diffusion.processes import each
 from guided_diffusion.slides import MANIFEST
 
-Counts = dict[str, dict[str, int]]
+Counts = dict[str, dict[str, int]]  # split -> slide -> its number of patches
+
+
+class Job(NamedTuple):
+    """A slide, what to multiply its size by, and the number of its first patch."""
+
+    slide: Slide
+    zoom: float
+    first: int = 0
+
+
+class Findings(NamedTuple):
+    """What reading a slide has shown: its number of patches, what is odd in it, its nuclei, and those that are lost."""
+
+    patches: int
+    remark: str
+    nuclei: int
+    lost: int
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,34 +66,34 @@ def main(argv: list[str] | None = None) -> None:
         magnification.check(args.mpp, "--mpp is")
     patches.mirror_margins(args.patch_size, args.stride, args.mode)
     slides = annotations.find_slides(args.raw)
+    classes = classes_of(args.raw, slides)
     check_out(args.raw, args.out, slides)
     known = scales.read_scales(slides, args.slide_mpp)
     mpp_of = scales.nominal_scales(known)
     cut = {name: getattr(args, name) for name in ("patch_size", "stride", "mode")}
     settings = {**cut, "resize": args.resize, "mpp": args.mpp, "slide_mpp": args.slide_mpp or None}
-    check_manifest(args.out, settings)
+    check_manifest(args.out, settings, classes)
     for line in scales.in_words(known, args.mpp):
         print(line)
 
     zooms = scales.zooms(mpp_of, args.mpp)
-    check = partial(count_patches, zooms=zooms, **cut)
-    counts: Counts = {TRAIN_SPLIT: {}, TEST_SPLIT: {}}
-    checks = each(check, slides, args.num_workers)
-    remarks = []
-    for slide, (count, remark) in zip(slides, tqdm(checks, "checking", len(slides), leave=False, disable=None)):
-        counts[slide.split][slide.stem] = count
-        remarks += [remark] if remark else []
-    check_recorded_slides(args.out, counts)
+    jobs = [Job(slide, zooms[slide.stem]) for slide in slides]
+    checks = each(partial(look_at, classes=classes, **cut), jobs, args.num_workers)
+    findings = list(tqdm(checks, "checking", len(slides), leave=False, disable=None))
+    jobs, counts = numbered(jobs, findings)
+    check_recorded_slides(args.out, counts, bool(classes))
 
-    for remark in remarks:
-        print(f"warning: {remark}", file=sys.stderr)
-    make_folders(args.out, counts)
+    for line in in_words(findings):
+        print(f"warning: {line}", file=sys.stderr)
+    make_folders(args.out, counts, bool(classes))
     # The manifest goes first, so that what an interrupted run leaves is not taken for a finished set of other settings.
     zoom = args.patch_size / (args.resize or args.patch_size)
     facts = {"settings": settings, "mpp": (args.mpp or scales.common(mpp_of)) * zoom, "slides_mpp": known}
     write_manifest(args.out, facts, counts, complete=False)
-    write = partial(write_patches, out=args.out, zooms=zooms, resize=args.resize, **cut)
-    for _ in tqdm(each(write, slides, args.num_workers), "slides", len(slides), mininterval=1):
+    if classes:
+        cell_classes.write_classes(args.out, classes)
+    write = partial(write_patches, out=args.out, resize=args.resize, classes=classes, **cut)
+    for _ in tqdm(each(write, jobs, args.num_workers), "slides", len(slides), mininterval=1):
         pass
     write_manifest(args.out, facts, counts, complete=True)
     summary = "; ".join(f"{split}: {len(c)} slides, {sum(c.values())} patches" for split, c in counts.items())
@@ -107,28 +129,65 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_at(slide: Slide, zoom: float) -> tuple[np.ndarray, np.ndarray]:
-    """A slide's image and instance map, at `zoom` times its size."""
-    image, inst_map = annotations.read_slide(slide)
-    height, width = (max(1, round(side * zoom)) for side in inst_map.shape)
+def classes_of(raw: Path, slides: list[Slide]) -> list[CellClass]:
+    """The classes that class masks name; none where there are no such masks, which is so of all slides or of none."""
+    if slides[0].class_mask is None:
+        return []
+    classes = cell_classes.read_classes(raw)
+    if not classes:
+        raise ValueError(
+            f"RAW: {slides[0].class_mask} has classes, but {raw} lacks the {cell_classes.TABLE} that names them: write "
+            'it, a list of {"id": 1, "name": "lymphocyte", "colour": [0, 114, 178]}'
+        )
+    return classes
+
+
+def zoomed(job: Job, image: np.ndarray, inst_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A slide's image and instance map, at the job's times their size."""
+    height, width = (max(1, round(side * job.zoom)) for side in inst_map.shape)
     return (image, inst_map) if inst_map.shape == (height, width) else patches.resized(image, inst_map, width, height)
 
 
-def count_patches(slide: Slide, patch_size: int, stride: int, mode: str, zooms: dict[str, float]) -> tuple[int, str]:
-    """Read a slide for no other purpose than to meet all its errors; its number of patches, and what is odd in it."""
-    image, _ = read_at(slide, zooms[slide.stem])
+def look_at(job: Job, patch_size: int, stride: int, mode: str, classes: list[CellClass]) -> Findings:
+    """Read a slide for no other purpose than to meet all its errors, and to count."""
+    image, inst_map = annotations.read_slide(job.slide)
+    annotations.read_classes_of(job.slide, inst_map, classes)
+    _, smaller = zoomed(job, image, inst_map)
+    before, after = (np.count_nonzero(np.unique(ids)) for ids in (inst_map, smaller))
     try:
-        return patches.patch_count(*image.shape[:2], patch_size, stride, mode), remark_on(slide)
+        count = patches.patch_count(*smaller.shape, patch_size, stride, mode)
     except ValueError as error:
-        raise ValueError(f"{slide.image}: {error}") from error
+        raise ValueError(f"{job.slide.image}: {error}") from error
+    return Findings(count, remark_on(job.slide), before, before - after)
+
+
+def numbered(jobs: list[Job], findings: list[Findings]) -> tuple[list[Job], Counts]:
+    """The jobs with the numbers of their first patches, which run on over all images of a slide, and their counts."""
+    counts: Counts = {TRAIN_SPLIT: {}, TEST_SPLIT: {}}
+    placed = []
+    for job, found in zip(jobs, findings):
+        split = counts[job.slide.split]
+        placed.append(job._replace(first=split.get(job.slide.name, 0)))
+        split[job.slide.name] = placed[-1].first + found.patches
+    return placed, counts
+
+
+def in_words(findings: list[Findings]) -> list[str]:
+    """What a user should know of before patches are cut."""
+    lines = [found.remark for found in findings if found.remark]
+    lost = sum(found.lost for found in findings)
+    if lost:
+        nuclei = sum(found.nuclei for found in findings)
+        lines.append(f"--mpp loses {lost} of {nuclei} nuclei, which are too small at that size")
+    return lines
 
 
 def remark_on(slide: Slide) -> str:
     """What is odd in a slide's outlines, but no mistake for certain; "" where nothing is."""
-    if slide.annotation.suffix.lower() not in annotations.XML_SUFFIXES:
+    if not slide.outlined:
         return ""
-    polygons = annotations.read_polygons(slide.annotation)
-    frame = annotations.frame_among(polygons)
+    polygons = aperio.read_polygons(slide.annotation)
+    frame = aperio.frame_among(polygons)
     if frame is None:
         return ""
     return (
@@ -138,18 +197,22 @@ def remark_on(slide: Slide) -> str:
 
 
 def write_patches(
-    slide: Slide, out: Path, patch_size: int, stride: int, mode: str, zooms: dict[str, float], resize: int | None
-) -> int:
-    """Write all patches of a slide; their number."""
-    index = -1
-    pieces = patches.extract_patches(*read_at(slide, zooms[slide.stem]), patch_size, stride, mode)
-    for index, (image, inst_map) in enumerate(pieces):
+    job: Job, out: Path, patch_size: int, stride: int, mode: str, resize: int | None, classes: list[CellClass]
+) -> None:
+    """Write all patches of a slide."""
+    slide = job.slide
+    image, inst_map = annotations.read_slide(slide)
+    # Classes are painted by instances, after all that is done to these.
+    of_nucleus = annotations.read_classes_of(slide, inst_map, classes)
+    pieces = patches.extract_patches(*zoomed(job, image, inst_map), patch_size, stride, mode)
+    for index, (piece, instances) in zip(itertools.count(job.first), pieces):
         if resize:
-            image, inst_map = patches.resized(image, inst_map, resize, resize)
+            piece, instances = patches.resized(piece, instances, resize, resize)
+        class_map = cell_classes.painted(instances, of_nucleus) if classes else None
         if mode == "mirror":
-            inst_map = patches.parted(inst_map)
-        patches.save_patch(patches.patch_files(out / slide.split, slide.stem, index), image, inst_map)
-    return index + 1
+            instances = patches.parted(instances)
+        files = patches.patch_files(out / slide.split, slide.name, index, bool(classes))
+        patches.save_patch(files, piece, instances, class_map)
 
 
 def check_out(raw: Path, out: Path, slides: Iterable[Slide]) -> None:
@@ -159,8 +222,9 @@ def check_out(raw: Path, out: Path, slides: Iterable[Slide]) -> None:
     if out.resolve() == raw.resolve():
         raise ValueError(f"OUT: {out} is RAW itself; choose another folder")
     splits = [(out / split).resolve() for split in (TRAIN_SPLIT, TEST_SPLIT)]
-    targets = [out.resolve(), *(split / name for split in splits for name in patches.SUFFIXES)]
-    read_from = {path.parent.resolve() for slide in slides for path in (slide.image, slide.annotation)}
+    targets = [out.resolve(), *(split / name for split in splits for name in folders(True))]
+    paths = (path for slide in slides for path in (slide.image, slide.annotation, slide.class_mask) if path)
+    read_from = {path.parent.resolve() for path in paths}
     within = any(not read_from.isdisjoint((target, *target.parents)) for target in targets)
     if within or any(slide.folder.resolve() in splits for slide in slides):
         raise ValueError(f"OUT: patches in {out} would lie among the raw data; choose another folder")
@@ -177,11 +241,13 @@ def read_manifest(out: Path) -> dict | None:
         raise ValueError(f"{path} is not readable; choose another OUT or delete this one") from error
 
 
-def check_manifest(out: Path, settings: dict) -> None:
+def check_manifest(out: Path, settings: dict, classes: list[CellClass]) -> None:
     """Refuse to mix patches of two settings in one folder."""
     manifest = read_manifest(out)
     if manifest is None:
         return
+    if (cell_classes.read_classes(out) if (out / cell_classes.TABLE).exists() else []) != classes:
+        raise ValueError(f"{out} was prepared with other classes of cells; choose another OUT or delete it")
     for name, value in settings.items():
         before = manifest["settings"].get(name)
         if before != value:
@@ -190,13 +256,13 @@ def check_manifest(out: Path, settings: dict) -> None:
             )
 
 
-def check_recorded_slides(out: Path, counts: Counts) -> None:
+def check_recorded_slides(out: Path, counts: Counts, classes: bool) -> None:
     """Refuse to leave behind patches of an earlier run, or to overwrite what it did not write."""
     manifest = read_manifest(out) or {"patches": {}}
     for split, stems in counts.items():
         for stem in stems.keys() - manifest["patches"].get(split, {}).keys():
             for index in range(stems[stem]):
-                for path in patches.patch_files(out / split, stem, index).values():
+                for path in patches.patch_files(out / split, stem, index, classes).values():
                     if os.path.lexists(path):
                         raise ValueError(f"{path} is there but not by this command; choose another OUT or delete it")
     for split, stems in manifest["patches"].items():
@@ -209,9 +275,14 @@ def check_recorded_slides(out: Path, counts: Counts) -> None:
                 )
 
 
-def make_folders(out: Path, counts: Counts) -> None:
+def folders(classes: bool) -> list[str]:
+    """The folders of a split."""
+    return [*patches.SUFFIXES, *([cell_classes.FOLDER] if classes else [])]
+
+
+def make_folders(out: Path, counts: Counts, classes: bool) -> None:
     for split, stems in counts.items():
-        for name in patches.SUFFIXES if stems else ():
+        for name in folders(classes) if stems else ():
             (out / split / name).mkdir(parents=True, exist_ok=True)
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from PIL import Image
 from skimage import measure
 
-from guided_diffusion import cli
+from guided_diffusion import cell_classes, cli
 from guided_diffusion.histology.slides import annotations, patches, toy
+from guided_diffusion.images import list_items
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "prepare_monuseg.py"
@@ -196,6 +198,102 @@ def test_toy_slides_are_prepared_like_real_ones(tmp_path):
     prepare(tmp_path / "raw", tmp_path / "out", "--patch_size", 64, "--stride", 64)
     mask = np.asarray(Image.open(tmp_path / "out" / TRAIN / "inst_masks" / "TCGA-TOY-A000-01Z-00-DX1_003.tif"))
     assert np.array_equal(mask, toy.draw_slide([0, 0, 0], 96, 0).inst_map[32:, 32:])
+
+
+@pytest.fixture
+def classed(tmp_path):
+    """Three training images of two patients and a test image, 40 x 40 px, of two classes; one nucleus is tiny."""
+    root, rng = tmp_path / "classed", np.random.default_rng(0)
+    inst_map = np.zeros((40, 40), np.int32)
+    inst_map[2:20, 2:20], inst_map[22:38, 5:30], inst_map[21, 0] = 7, 90_000, 8
+    of_nucleus = {7: 1, 8: 2, 90_000: 2}
+    for name in ("train/A_001", "train/A_002", "train/B_001", "test/C_001"):
+        split, stem = name.split("/")
+        pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        class_map = cell_classes.painted(inst_map, of_nucleus)
+        for folder, array in (("images", pixels), ("class_masks", class_map), ("inst_masks", inst_map)):
+            (root / split / folder).mkdir(parents=True, exist_ok=True)
+            save_mask(root / split / folder / f"{stem}.{'tif' if folder == 'inst_masks' else 'png'}", array)
+    cell_classes.write_classes(root, cell_classes.named(["round", "long"]))
+    rows = [f"{stem}.png,{stem[0]},0.25" for stem in ("A_001", "A_002", "B_001", "C_001")]
+    (root / "slides.csv").write_text("\n".join(["file,slide,mpp", *rows]) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("flags", [(), ("--mode", "mirror", "--stride", 8), ("--mpp", 0.5), ("--resize", 8)])
+def test_classes_are_cut_with_their_nuclei(classed, tmp_path, flags):
+    prepare(classed, tmp_path / "out", *SIZE, *flags)
+    out = tmp_path / "out"
+    assert cell_classes.read_classes(out / TRAIN) == cell_classes.read_classes(classed)
+    masks = sorted(out.rglob("class_masks/*.png"))
+    assert len(masks) == len(list(out.rglob("inst_masks/*.tif"))) > 0
+    for path in masks:
+        class_map = np.asarray(Image.open(path))
+        inst_map = np.asarray(Image.open(path.parents[1] / "inst_masks" / f"{path.stem}.tif"))
+        of_nucleus = cell_classes.of_nuclei(inst_map, class_map, cell_classes.read_classes(out), "")
+        # A nucleus and its mirror image have numbers of their own.
+        assert "mirror" in flags or {7: 1, 8: 2, 90_000: 2}.items() >= of_nucleus.items()
+    assert {2, 1, 0} == {int(v) for path in masks for v in np.unique(np.asarray(Image.open(path)))}
+    before = snapshot(out)
+    prepare(classed, out, *SIZE, *flags)
+    assert snapshot(out) == before
+
+
+def test_patches_are_named_after_the_patient(classed, tmp_path):
+    prepare(classed, tmp_path / "out", *SIZE)
+    manifest = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    assert manifest["patches"] == {TRAIN: {"A": 18, "B": 9}, TEST: {"C": 9}}
+    assert manifest["slides_mpp"]["A_002"] == 0.25
+    slides = annotations.find_slides(classed)
+    for slide, first in zip(slides, (0, 9, 0, 0)):
+        image, _ = annotations.read_slide(slide)
+        files = patches.patch_files(tmp_path / "out" / slide.split, slide.name, first)
+        assert np.array_equal(np.asarray(Image.open(files["images"])), image[:16, :16])
+    items = list_items(str(tmp_path / "out"), "monuseg")
+    assert Counter(item.slide for item in items) == {"A": 18, "B": 9}
+
+
+def test_nuclei_that_resampling_loses_are_counted(classed, tmp_path, capsys):
+    prepare(classed, tmp_path / "out", *SIZE, "--mpp", 0.5)
+    assert "warning: --mpp loses 4 of 12 nuclei, which are too small at that size" in capsys.readouterr().err
+    prepare(classed, tmp_path / "same", *SIZE, "--mpp", 0.25)
+    assert "warning" not in capsys.readouterr().err
+
+
+CLASS_FLAWS = {
+    "no table": (lambda r: (r / "classes.json").unlink(), "lacks the classes.json"),
+    "a class outside the table": (lambda r: cell_classes.write_classes(r, cell_classes.named(["a"])), "not in classes"),
+    "two classes in a nucleus": (lambda r: spoil(r, (3, 3), 2), "A_002.png: nucleus 7 has pixels of classes 1, 2"),
+    "a class outside nuclei": (lambda r: spoil(r, (0, 0), 2), "A_002.png: 1 px outside nuclei"),
+    "a nucleus without class": (lambda r: spoil(r, (21, 0), 0), "A_002.png: nucleus 8 has none"),
+    "a mask of another size": (
+        lambda r: save_mask(r / "train/class_masks/A_002.png", np.zeros((4, 4), np.uint8)),
+        "A_002.png is 4 x 4 px",
+    ),
+    "a mask that is missing": (lambda r: (r / "train/class_masks/A_002.png").unlink(), "no file of class_masks"),
+}
+
+
+def spoil(root, pixel, value):
+    path = root / "train/class_masks/A_002.png"
+    class_map = np.array(Image.open(path))
+    class_map[pixel] = value
+    save_mask(path, class_map)
+
+
+@pytest.mark.parametrize("flaw", CLASS_FLAWS)
+def test_bad_classes_are_one_line_and_nothing_is_written(classed, tmp_path, capsys, flaw):
+    damage, what = CLASS_FLAWS[flaw]
+    damage(classed)
+    assert what in refusal(capsys, classed, tmp_path / "out", *SIZE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sets_of_other_classes_are_not_mixed(classed, tmp_path, capsys):
+    prepare(classed, tmp_path / "out", *SIZE)
+    cell_classes.write_classes(classed, cell_classes.named(["square", "long"]))
+    capsys.readouterr()
+    assert "other classes of cells" in refusal(capsys, classed, tmp_path / "out", *SIZE)
 
 
 def truncate(path):

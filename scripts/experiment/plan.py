@@ -74,7 +74,8 @@ def count_patches(raw: Path, flags: list[str]) -> dict[str, int]:
         if slide.split == TRAIN_SPLIT:
             with Image.open(slide.image) as image:
                 height, width = (round(side * zooms[slide.stem]) for side in (image.height, image.width))
-            counts[slide.stem] = patch_count(height, width, args.patch_size, args.stride, args.mode)
+            count = patch_count(height, width, args.patch_size, args.stride, args.mode)
+            counts[slide.name] = counts.get(slide.name, 0) + count
     return counts
 
 

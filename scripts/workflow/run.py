@@ -26,9 +26,10 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from guided_diffusion import cli, failures, files, processes
+from guided_diffusion import cell_classes, cli, failures, files, processes
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, Slide, find_slides
 from guided_diffusion.image_files import EXTENSIONS
+from guided_diffusion.slides import TABLE
 from guided_diffusion.unlabelled import folder_names
 
 # The outputs of jobs are seals, whose content decides. Another version of a program does not redo days of training.
@@ -131,7 +132,9 @@ def images_without_masks(folders: str) -> dict[str, str]:
 def checksum(raw: Path, slides: list[Slide]) -> str:
     """:return: a checksum of the names, in their folder, and the content of slides."""
     total = hashlib.sha256()
-    for path in sorted({path for slide in slides for path in (slide.image, slide.annotation)}):
+    files = {path for slide in slides for path in (slide.image, slide.annotation, slide.class_mask) if path}
+    facts = {raw / name for name in (TABLE, cell_classes.TABLE) if (raw / name).exists()}
+    for path in sorted(files | (facts if slides else set())):
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{path.relative_to(raw)} {content}\n".encode())

@@ -1,28 +1,29 @@
 """
-The raw MoNuSeg archives: which slides there are, their pixels and their nuclei as an instance map.
+Raw slides, as the MoNuSeg archives and scripts/import_dataset.py have them: which there are, their pixels, and their
+nuclei as an instance map, with classes where there are any.
 
-Owns the folder layouts the data is published in, Aperio XML and how its outlines become pixels. Knows nothing of
-patches nor of what the maps are used for, and writes nothing.
+Owns the folder layouts the data is published in. Knows nothing of patches nor of what the maps are used for, and writes
+nothing.
 """
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from xml.etree import ElementTree
 
-import cv2
 import numpy as np
 
-from ...files import by_stem
-from ...image_files import EXTENSIONS, read_image, read_inst_mask
-from ...slides import MANIFEST
+from ...cell_classes import FOLDER as CLASS_FOLDER
+from ...cell_classes import CellClass, of_nuclei
+from ...files import by_stem, nfc
+from ...image_files import EXTENSIONS, read_image, read_inst_mask, read_mask
+from ...magnification import check
+from ...slides import MANIFEST, TABLE, recorded
+from . import aperio
 
 TRAIN_SPLIT = "MoNuSegTrainingData"
 TEST_SPLIT = "MoNuSegTestData"
-
-XML_SUFFIXES = (".xml",)
 
 _IMAGE_FOLDERS = ("images", "tissue images")
 _XML_FOLDERS = ("annotations",)
@@ -35,7 +36,6 @@ _SPLIT_WORDS = {
 # What the reference's mask script writes beside the images; its masks and overlays are no slides.
 _DERIVED_FOLDERS = ("bin_masks", "overlay", "rgb_image")
 _MAX_DEPTH = 3
-_HEAD = 4096  # bytes of an XML that hold its first element
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class Slide:
     :param image: the image file.
     :param annotation: an Aperio .xml, or an instance mask.
     :param folder: the folder both were found under.
+    :param class_mask: says which classes the nuclei are of.
+    :param name: the slide or patient that the image is of, which other images may be of, too: what goes by slides goes
+        by it, and patches are named after it.
+    :param mpp: micrometres a pixel, where slides.csv says them.
     """
 
     split: str
@@ -55,6 +59,14 @@ class Slide:
     image: Path
     annotation: Path
     folder: Path
+    class_mask: Path | None = None
+    name: str = ""
+    mpp: float | None = None
+
+    @property
+    def outlined(self) -> bool:
+        """Whether the annotation is an XML."""
+        return self.annotation.suffix.lower() in aperio.SUFFIXES
 
 
 def find_slides(raw: Path) -> list[Slide]:
@@ -62,10 +74,11 @@ def find_slides(raw: Path) -> list[Slide]:
     Find all slides at most three folders below `raw`, in any mixture of the layouts they are published in.
 
     A folder of slides holds `Tissue Images` or `images` beside `Annotations` or `inst_masks` (an .xml goes before
-    a mask of the same stem), or .tif and .xml files side by side. It feeds the split that its name, or else that of
-    its nearest ancestor up to `raw`, has as a word: train or training, test or testing, as in MoNuSegTestData. A
-    folder with a manifest of prepared patches, one named `patches_*` (the reference's output) and hidden ones are
-    skipped.
+    a mask of the same stem) and perhaps `class_masks`, or .tif and .xml files side by side. It feeds the split that
+    its name, or else that of its nearest ancestor up to `raw`, has as a word: train or training, test or testing, as
+    in MoNuSegTestData. A folder with a manifest of prepared patches, one named `patches_*` (the reference's output)
+    and hidden ones are skipped. A slides.csv in `raw`, or above a `raw` that is one split, says which slide or patient
+    an image is of.
 
     :param raw: the folder to search.
     :return: the slides, training before test, sorted by stem.
@@ -89,7 +102,7 @@ def find_slides(raw: Path) -> list[Slide]:
             raise ValueError(
                 f"{other.image} and {slide.image} are the same slide by name; remove or rename one of them"
             )
-    return sorted(slides, key=lambda slide: (slide.split != TRAIN_SPLIT, slide.stem))
+    return _checked(_with_facts(sorted(slides, key=lambda slide: (slide.split != TRAIN_SPLIT, slide.stem)), raw))
 
 
 def read_slide(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +114,7 @@ def read_slide(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
     """
     image = read_image(slide.image)
     height, width = image.shape[:2]
-    if slide.annotation.suffix.lower() not in XML_SUFFIXES:
+    if not slide.outlined:
         inst_map = read_inst_mask(slide.annotation)
         if inst_map.shape != (height, width):
             raise ValueError(
@@ -109,125 +122,27 @@ def read_slide(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
                 f"{width} x {height} px; give the mask that was made for this image"
             )
         return image, inst_map
-    polygons = read_polygons(slide.annotation)
+    polygons = aperio.read_polygons(slide.annotation)
     drawn = [polygon for polygon in polygons if len(polygon)]
     if drawn and not any(_touches(polygon, height, width) for polygon in drawn):
         raise ValueError(
             f"{slide.annotation}: every region lies outside its image {slide.image} ({width} x {height} px); "
             f"give the annotation that was made for this image"
         )
-    return image, rasterise(polygons, height, width)
+    return image, aperio.rasterise(polygons, height, width)
 
 
-def read_polygons(path: Path) -> list[np.ndarray]:
+def read_classes_of(slide: Slide, inst_map: np.ndarray, classes: Sequence[CellClass]) -> dict[int, int]:
     """
-    Read the outlines of an Aperio XML: every `Region` of every layer, in document order.
+    Read which classes a slide's nuclei are of.
 
-    :return: per region a [V x 2] int32 array of (x, y), truncated toward zero; V = 0 if it has no vertex.
-    :raises ValueError: not well-formed, has a document type, has no region, or a vertex that is not two numbers.
+    :param inst_map: its instance map. :param classes: those that there are.
+    :return: instance id -> class id; empty where it has no class mask.
+    :raises ValueError: see cell_classes.of_nuclei.
     """
-    parser = ElementTree.XMLParser(target=_RegionCollector())
-    try:
-        parser.feed(Path(path).read_bytes())
-        regions = parser.close()
-    except (ElementTree.ParseError, LookupError, ValueError) as error:
-        raise ValueError(f"{path}: not a usable Aperio XML ({error}); export or download it again") from error
-    if not regions:
-        raise ValueError(f"{path}: no Region in this XML; give the annotation of the nuclei, exported from ImageScope")
-    return [_to_pixels(vertices, path, number) for number, vertices in enumerate(regions, start=1)]
-
-
-def frame_among(polygons: Sequence[np.ndarray]) -> tuple[int, int] | None:
-    """
-    Find a region that surrounds the field, as an outline of what was annotated does: filled, it swallows the nuclei
-    before it, or turns what lies between those after it into a nucleus.
-
-    :param polygons: as read_polygons gives them.
-    :return: the first one's number, from 1, that has more than half of the others' middles inside, and how many.
-    """
-    drawn = [number for number, polygon in enumerate(polygons, start=1) if len(polygon)]
-    low, high = (np.array([bound(polygons[n - 1], axis=0) for n in drawn]).reshape(-1, 2) for bound in (np.min, np.max))
-    middles = (low + high) / 2
-    for place, number in enumerate(drawn):
-        near = ((middles >= low[place]) & (middles <= high[place])).all(axis=1)
-        near[place] = False
-        if 2 * near.sum() >= len(drawn):
-            outline = polygons[number - 1].astype(np.float32)
-            count = sum(cv2.pointPolygonTest(outline, middle, False) >= 0 for middle in middles[near].tolist())
-            if 2 * count > len(drawn) - 1:
-                return number, count
-    return None
-
-
-def read_mpp(slide: Slide) -> float | None:
-    """:return: the micrometres a pixel that a slide's Aperio XML begins with; None where it has no such number."""
-    if slide.annotation.suffix.lower() not in XML_SUFFIXES:
-        return None
-    collector = _RegionCollector()
-    try:
-        with open(slide.annotation, "rb") as file:
-            ElementTree.XMLParser(target=collector).feed(file.read(_HEAD))
-        value = float(collector.attributes.get("MicronsPerPixel", "nan"))
-    except (ElementTree.ParseError, LookupError, ValueError):
-        return None  # what is wrong with the file is read_polygons' to say
-    return value if 0 < value <= 100 else None
-
-
-def rasterise(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """
-    Fill outlines into an instance map, number n (from 1) with id n; later ones overwrite earlier ones.
-
-    OpenCV's rules: border pixels belong to the shape, a loop within a loop is a hole (even-odd), and what lies
-    outside the map is cut off. An outline without vertices leaves its number unused.
-
-    :param polygons: [V x 2] int32 arrays of (x, y).
-    :return: an [H x W] int32 map, 0 = background.
-    """
-    inst_map = np.zeros((height, width), dtype=np.int32)
-    for number, polygon in enumerate(polygons, start=1):
-        if len(polygon):
-            cv2.fillPoly(inst_map, [np.ascontiguousarray(polygon, dtype=np.int32)], number)
-    return inst_map
-
-
-class _RegionCollector:
-    """A parser target that keeps the vertices of each region and builds no tree."""
-
-    def __init__(self):
-        self.attributes: dict[str, str] = {}  # of the outermost element
-        self.regions: list[list[tuple[float, float]]] = []
-        self._open: list[list[tuple[float, float]]] = []
-
-    def doctype(self, name, public_id, system):
-        raise ValueError("it has a document type declaration, which could define entities")
-
-    def start(self, tag, attributes):
-        tag = tag.rpartition("}")[2]
-        self.attributes = self.attributes or {"": tag, **attributes}
-        if tag == "Region":
-            self.regions.append([])
-            self._open.append(self.regions[-1])
-        elif tag == "Vertex" and self._open:
-            try:
-                vertex = float(attributes["X"]), float(attributes["Y"])
-            except KeyError as error:
-                raise ValueError(f"a Vertex in region {len(self.regions)} has no {error.args[0]}") from error
-            for region in self._open:
-                region.append(vertex)
-
-    def end(self, tag):
-        if tag.rpartition("}")[2] == "Region":
-            self._open.pop()
-
-    def close(self):
-        return self.regions
-
-
-def _to_pixels(vertices: list[tuple[float, float]], path: Path, number: int) -> np.ndarray:
-    points = np.trunc(np.array(vertices, dtype=np.float64).reshape(-1, 2))
-    if not (np.abs(points) < 2**31).all():
-        raise ValueError(f"{path}: region {number} has a vertex that is no pixel position; export the XML again")
-    return points.astype(np.int32)
+    if slide.class_mask is None:
+        return {}
+    return of_nuclei(inst_map, read_mask(slide.class_mask), classes, str(slide.class_mask))
 
 
 def _touches(polygon: np.ndarray, height: int, width: int) -> bool:
@@ -237,7 +152,7 @@ def _touches(polygon: np.ndarray, height: int, width: int) -> bool:
 
 def _walk(raw: Path) -> Iterator[Path]:
     """`raw` and the folders below it that may hold slides, in sorted order."""
-    named = _IMAGE_FOLDERS + _XML_FOLDERS + _MASK_FOLDERS + _DERIVED_FOLDERS
+    named = (*_IMAGE_FOLDERS, *_XML_FOLDERS, *_MASK_FOLDERS, CLASS_FOLDER, *_DERIVED_FOLDERS)
     for folder, subfolders, _ in os.walk(raw, followlinks=True):
         here = Path(folder)
         if len(here.relative_to(raw).parts) >= _MAX_DEPTH:
@@ -256,13 +171,14 @@ def _slides_in(folder: Path, raw: Path) -> list[Slide]:
     """Pair the files of one folder by stem; empty if it holds no slides."""
     children = {child.name.lower(): child for child in sorted(folder.iterdir()) if child.is_dir()}
     images = _by_stem([children[name] for name in _IMAGE_FOLDERS if name in children], EXTENSIONS)
-    outlines = _by_stem([children[name] for name in _XML_FOLDERS if name in children], XML_SUFFIXES)
+    outlines = _by_stem([children[name] for name in _XML_FOLDERS if name in children], aperio.SUFFIXES)
     masks = _by_stem([children[name] for name in _MASK_FOLDERS if name in children], EXTENSIONS)
-    slides = _pair(images, masks | outlines, folder, raw)
+    classes = _by_stem([children[CLASS_FOLDER]] if CLASS_FOLDER in children else [], EXTENSIONS)
+    slides = _pair(images, masks | outlines, folder, raw, classes)
     if any(
         path.suffix.lower() in (".xml", ".tif", ".tiff") for path in folder.iterdir() if not path.name.startswith(".")
     ):
-        slides += _pair(_by_stem([folder], EXTENSIONS), _by_stem([folder], XML_SUFFIXES), folder, raw)
+        slides += _pair(_by_stem([folder], EXTENSIONS), _by_stem([folder], aperio.SUFFIXES), folder, raw)
     return slides
 
 
@@ -276,26 +192,82 @@ def _by_stem(folders: Sequence[Path], suffixes: tuple[str, ...]) -> dict[str, Pa
     return found
 
 
-def _pair(images: dict[str, Path], annotations: dict[str, Path], folder: Path, raw: Path) -> list[Slide]:
+def _pair(
+    images: dict[str, Path], annotations: dict[str, Path], folder: Path, raw: Path, classes: Mapping[str, Path] = {}
+) -> list[Slide]:
     for stem, path in images.items():
         if stem not in annotations:
             raise ValueError(f"{path}: no annotation named {stem}.xml and no instance mask; add it or remove the image")
     for stem, path in annotations.items():
         if stem not in images:
             raise ValueError(f"{path}: no image named {stem}.tif belongs to it; add the image or remove this file")
+    for stem in sorted(images.keys() ^ classes.keys() if classes else ()):
+        there, missing = (images, CLASS_FOLDER) if stem in images else (classes, "images")
+        raise ValueError(f"{there[stem]}: no file of {missing} has this name; add it or remove this file")
     if not images:
         return []
     split = _split_of(folder, raw)
-    return [Slide(split, stem, path, annotations[stem], folder) for stem, path in images.items()]
+    return [Slide(split, stem, path, annotations[stem], folder, classes.get(stem)) for stem, path in images.items()]
+
+
+def _with_facts(slides: list[Slide], raw: Path) -> list[Slide]:
+    """The slides with what slides.csv says of them; without it each is a slide of its own."""
+    above = [raw.resolve().parent] if split_named(raw.resolve().name) else []
+    place = next((place for place in (raw, *above) if (place / TABLE).exists()), raw)
+    rows = recorded(place, [slide.image for slide in slides])
+    if rows is None:
+        return [replace(slide, name=slide.stem) for slide in slides]
+    return [
+        replace(slide, name=nfc(row["slide"]), mpp=_mpp(row.get("mpp"), f"{place / TABLE}: {slide.stem} has mpp"))
+        for slide, row in zip(slides, rows)
+    ]
+
+
+def _mpp(text: str | None, where: str) -> float | None:
+    if not (text or "").strip():
+        return None
+    try:
+        return check(float(text), where)
+    except ValueError:
+        raise ValueError(f"{where} {text!r}: give micrometres a pixel, such as 0.25, or nothing") from None
+
+
+def _checked(slides: list[Slide]) -> list[Slide]:
+    """:raises ValueError: where a slide is of both splits, or some slides alone have classes."""
+    splits: dict[str, Slide] = {}
+    for slide in slides:
+        other = splits.setdefault(slide.name, slide)
+        if other.split != slide.split:
+            raise ValueError(
+                f"{other.image} and {slide.image} are of one slide, {slide.name}, but in both splits: move one"
+            )
+    bare, classed = ([slide for slide in slides if (slide.class_mask is None) == none] for none in (True, False))
+    if bare and classed:
+        raise ValueError(
+            f"{bare[0].image} has no class mask, {classed[0].image} has one: give all of them, or remove {CLASS_FOLDER}"
+        )
+    return slides
+
+
+def split_named(name: str) -> str | None:
+    """
+    :return: the split that a folder of a name feeds; None where the name does not say.
+    :raises ValueError: where it says both.
+    """
+    splits = [split for split, words in _SPLIT_WORDS.items() if not _words(name).isdisjoint(words)]
+    if len(splits) > 1:
+        raise ValueError(f"'{name}' has the words train and test; name the folder after one of them")
+    return splits[0] if splits else None
 
 
 def _split_of(folder: Path, raw: Path) -> str:
     for name in reversed((raw.resolve().name, *folder.relative_to(raw).parts)):
-        splits = [split for split, words in _SPLIT_WORDS.items() if not _words(name).isdisjoint(words)]
-        if len(splits) > 1:
-            raise ValueError(f"{folder}: '{name}' has the words train and test; name the folder after one of them")
-        if splits:
-            return splits[0]
+        try:
+            split = split_named(name)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        if split:
+            return split
     if folder == raw:
         return TRAIN_SPLIT
     raise ValueError(

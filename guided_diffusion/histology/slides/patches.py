@@ -1,5 +1,5 @@
 """
-Cutting a slide into patches: where the windows lie, in which order, and the three files each patch becomes.
+Cutting a slide into patches: where the windows lie, in which order, and the files each patch becomes.
 
 Owns the patch folder's formats. Knows nothing of where a slide comes from.
 """
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from skimage.measure import label
 
+from ...cell_classes import FOLDER as CLASS_FOLDER
 from ...files import writing
 
 MODES = ("valid", "mirror")
@@ -117,34 +118,42 @@ def resized(image: np.ndarray, inst_map: np.ndarray, width: int, height: int) ->
     return np.asarray(picture), np.asarray(instances)
 
 
-def patch_files(folder: Path, stem: str, index: int) -> dict[str, Path]:
-    """The three files of patch `index` of slide `stem` below a split's folder, keyed by the subfolder's name."""
-    return {name: Path(folder) / name / f"{stem}_{index:03d}{suffix}" for name, suffix in SUFFIXES.items()}
+def patch_files(folder: Path, stem: str, index: int, classes: bool = False) -> dict[str, Path]:
+    """The files of patch `index` of slide `stem` below a split's folder, keyed by the subfolder's name."""
+    suffixes = SUFFIXES | ({CLASS_FOLDER: ".png"} if classes else {})
+    return {name: Path(folder) / name / f"{stem}_{index:03d}{suffix}" for name, suffix in suffixes.items()}
 
 
-def save_patch(files: dict[str, Path], image: np.ndarray, inst_map: np.ndarray) -> None:
+def save_patch(
+    files: dict[str, Path], image: np.ndarray, inst_map: np.ndarray, class_map: np.ndarray | None = None
+) -> None:
     """
-    Write one patch: an RGB PNG, a grey PNG of 0 and 255, and a 32-bit signed TIFF (which every torch can collate).
+    Write one patch: an RGB PNG, a grey PNG of 0 and 255, a 32-bit signed TIFF (which every torch can collate), and a
+    grey PNG of classes where there are any.
 
     Each file is written aside and then renamed, so a file is either whole or absent.
 
     :param files: from `patch_files`; the folders exist.
     :param image: an [H x W x 3] uint8 array.
     :param inst_map: an [H x W] integer array, ids up to 2^31 - 1.
+    :param class_map: an [H x W] uint8 array, for the file of class_masks.
     """
-    instances = np.ascontiguousarray(inst_map, np.int32)
-    binary = np.where(instances > 0, 255, 0).astype(np.uint8)
-    _save(Image.fromarray(np.ascontiguousarray(image)), files["images"], compress_level=_PNG_LEVEL)
-    _save(Image.fromarray(binary), files["bin_masks"], compress_level=_PNG_LEVEL)
-    _save(Image.fromarray(instances), files["inst_masks"])
+    binary = np.where(inst_map > 0, 255, 0).astype(np.uint8)
+    save_picture(files["images"], image)
+    save_picture(files["bin_masks"], binary)
+    save_picture(files["inst_masks"], inst_map.astype(np.int32))
+    if class_map is not None:
+        save_picture(files[CLASS_FOLDER], class_map)
+
+
+def save_picture(path: Path, pixels: np.ndarray) -> None:
+    """Write an [H x W] or [H x W x 3] array as a .png, of uint8, or .tif, of int32 as well, whole or not at all."""
+    options = {".png": {"format": "PNG", "compress_level": _PNG_LEVEL}, ".tif": {"format": "TIFF"}}[path.suffix]
+    with writing(path, durable=False) as file:
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, **options)
 
 
 def _starts(length: int, window: int, step: int) -> tuple[list[int], list[int]]:
     """Regular window starts on one axis, and the flush one (as a list of none or one)."""
     end = length - window
     return list(range(0, end + 1, step)), [end] if end % step else []
-
-
-def _save(picture: Image.Image, path: Path, **options) -> None:
-    with writing(path, durable=False) as file:
-        picture.save(file, format={".png": "PNG", ".tif": "TIFF"}[path.suffix], **options)

@@ -9,19 +9,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ...magnification import REFERENCE_MPP, nominal
-from .annotations import Slide, read_mpp
+from . import aperio
+from .annotations import Slide
 
 Scales = dict[str, float | None]  # slide -> micrometres a pixel, None where nothing says
 
 
 def read_scales(slides: Sequence[Slide], by_hand: str = "") -> Scales:
     """
-    :param by_hand: --slide_mpp, NAME=MPP with commas between, which goes before what a slide's annotation says; NAME
-        may be a pattern.
+    :param by_hand: --slide_mpp, NAME=MPP with commas between, which goes before what a slide's annotation or slides.csv
+        says; NAME may be a pattern.
     :return: what is known of each slide, by its stem.
     :raises ValueError: where by_hand does not parse, or names no slide.
     """
-    found: Scales = {slide.stem: read_mpp(slide) for slide in slides}
+    found: Scales = {slide.stem: _said(slide) for slide in slides}
     for part in filter(None, by_hand.split(",")):
         name, _, text = part.partition("=")
         stems = fnmatch.filter(found, name)
@@ -35,6 +36,10 @@ def read_scales(slides: Sequence[Slide], by_hand: str = "") -> Scales:
             raise ValueError(f"--slide_mpp {part}: {text!r} is no number of micrometres a pixel; give e.g. {name}=0.5")
         found |= dict.fromkeys(stems, value)
     return found
+
+
+def _said(slide: Slide) -> float | None:
+    return slide.mpp or (aperio.read_mpp(slide.annotation) if slide.outlined else None)
 
 
 def nominal_scales(scales: Scales) -> dict[str, float]:

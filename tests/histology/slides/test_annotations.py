@@ -1,172 +1,14 @@
-"""Aperio XML to instance maps: the rasteriser's rules pixel by pixel, and finding and pairing of slides."""
+"""Finding and pairing of raw slides, and what says whose they are and how large their pixels."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion.histology.slides import annotations
+from guided_diffusion.histology.slides import annotations, scales
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from guided_diffusion.image_files import EXTENSIONS
 
-SQUARE = [(3, 3), (8, 3), (8, 8), (3, 8)]
-
-
-def region(points, attributes=""):
-    vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in points)
-    return f"<Region {attributes}><Vertices>{vertices}</Vertices></Region>"
-
-
-def xml(*regions):
-    return f"<Annotations><Annotation><Regions>{''.join(regions)}</Regions></Annotation></Annotations>"
-
-
-@pytest.fixture
-def inst_map_of(tmp_path):
-    """Writes regions to a file and reads them back as a map."""
-
-    def draw(*regions, height=20, width=20):
-        path = tmp_path / "a.xml"
-        path.write_text(xml(*regions))
-        return annotations.rasterise(annotations.read_polygons(path), height, width)
-
-    return draw
-
-
-def test_square_includes_its_border(inst_map_of):
-    inst_map = inst_map_of(region(SQUARE))
-    assert inst_map.dtype == np.int32
-    assert inst_map.sum() == 36
-    assert inst_map[3:9, 3:9].all()
-
-
-def test_x_is_the_column(inst_map_of):
-    inst_map = inst_map_of(region([(1, 10), (4, 10), (4, 15), (1, 15)]), height=20, width=12)
-    assert inst_map.shape == (20, 12)
-    assert inst_map[10:16, 1:5].sum() == inst_map.sum() == 24
-
-
-def test_coordinates_are_truncated_toward_zero(inst_map_of):
-    assert np.argwhere(inst_map_of(region([(3.9, 5.99)]))).tolist() == [[5, 3]]
-    assert np.argwhere(inst_map_of(region([(-0.9, -0.1)]))).tolist() == [[0, 0]]
-    assert np.array_equal(inst_map_of(region([(x + 0.99, y + 0.5) for x, y in SQUARE])), inst_map_of(region(SQUARE)))
-
-
-def test_two_vertices_are_a_line(inst_map_of):
-    assert np.argwhere(inst_map_of(region([(2, 2), (5, 5)]))).tolist() == [[2, 2], [3, 3], [4, 4], [5, 5]]
-
-
-def test_a_loop_within_a_loop_is_a_hole(inst_map_of):
-    outer = [(0, 0), (18, 0), (18, 18), (0, 18), (0, 0)]
-    inner = [(5, 5), (12, 5), (12, 12), (5, 12), (5, 5)]
-    inst_map = inst_map_of(region(outer + inner))
-    assert inst_map[8, 8] == 0 and inst_map[6:12, 6:12].sum() == 0
-    assert inst_map[2, 15] == inst_map[15, 15] == inst_map[5, 8] == 1
-
-
-def test_what_lies_outside_is_cut_off(inst_map_of):
-    inst_map = inst_map_of(region([(-5, -5), (4, -5), (4, 4), (-5, 4)]), region([(15, 15), (10**9, 15), (15, 10**9)]))
-    assert (inst_map == 1).sum() == 25 and inst_map[:5, :5].all()
-    assert (inst_map[15:, 15:] == 2).all() and (inst_map == 2).sum() == 25
-
-
-def test_later_regions_overwrite_and_ids_are_positions(inst_map_of):
-    shifted = [(x + 2, y) for x, y in SQUARE]
-    inst_map = inst_map_of(region(SQUARE, 'Id="77"'), region([]), region(shifted, 'Id="5" NegativeROA="1"'))
-    assert np.unique(inst_map).tolist() == [0, 1, 3]
-    assert (inst_map == 1).sum() == 12 and (inst_map == 3).sum() == 36
-
-
-def test_all_layers_count_in_document_order(tmp_path):
-    path = tmp_path / "a.xml"
-    one, two = region([(1, 1)]), region([(2, 2)])
-    path.write_text(
-        f"<Annotations><Annotation Id='9'><Regions>{two}</Regions></Annotation>"
-        f"<Annotation Id='1'><Regions>{one}</Regions></Annotation></Annotations>"
-    )
-    assert [polygon.tolist() for polygon in annotations.read_polygons(path)] == [[[2, 2]], [[1, 1]]]
-
-
-def test_a_namespace_does_not_hide_regions(tmp_path):
-    path = tmp_path / "a.xml"
-    path.write_text(xml(region(SQUARE)).replace("<Annotations>", "<Annotations xmlns='http://aperio.example'>"))
-    assert len(annotations.read_polygons(path)[0]) == 4
-
-
-def test_ids_above_sixteen_bits_survive():
-    polygons = [np.zeros((0, 2), np.int32)] * 69_999 + [np.array(SQUARE, np.int32)]
-    assert np.unique(annotations.rasterise(polygons, 10, 10)).tolist() == [0, 70_000]
-
-
-def test_filling_agrees_with_point_in_polygon(inst_map_of):
-    """A pixel strictly inside (even-odd ray casting) is filled; one farther than a pixel outside is not."""
-    rng = np.random.default_rng(0)
-    rows, columns = np.mgrid[:40, :40]
-    for _ in range(20):
-        points = rng.integers(-5, 45, (rng.integers(3, 9), 2)).astype(float)
-        inside = np.zeros((40, 40), bool)
-        near = np.zeros((40, 40), bool)
-        for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0)):
-            span = (y0 > rows) != (y1 > rows)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                inside ^= span & (columns < (x1 - x0) * (rows - y0) / (y1 - y0) + x0)
-            length = max((x1 - x0) ** 2 + (y1 - y0) ** 2, 1e-9)
-            t = np.clip(((columns - x0) * (x1 - x0) + (rows - y0) * (y1 - y0)) / length, 0, 1)
-            near |= np.hypot(columns - x0 - t * (x1 - x0), rows - y0 - t * (y1 - y0)) <= 1
-        filled = inst_map_of(region(points.astype(int)), height=40, width=40) > 0
-        assert (filled == inside)[~near].all()
-
-
-@pytest.mark.parametrize(
-    ("text", "what"),
-    [
-        ("", "not a usable Aperio XML"),
-        ("<Annotations><Region>", "not a usable Aperio XML"),
-        ("no xml at all", "not a usable Aperio XML"),
-        ("<?xml version='1.0' encoding='nonsense'?><a/>", "not a usable Aperio XML"),
-        ("<Annotations/>", "no Region"),
-        (f"<!DOCTYPE a>{xml(region(SQUARE))}", "document type"),
-        (f'<!DOCTYPE a [<!ENTITY x "y">]>{xml(region(SQUARE))}', "document type"),
-        (f'<!ENTITY x "y">{xml(region(SQUARE))}', "not a usable Aperio XML"),
-        (xml('<Region><Vertex X="1"/></Region>'), "has no Y"),
-        (xml('<Region><Vertex X="1" Y="two"/></Region>'), "two"),
-        (xml(region([("nan", 1)])), "no pixel position"),
-        (xml(region([(1e300, 1)])), "no pixel position"),
-    ],
-)
-def test_a_bad_xml_is_named(tmp_path, text, what):
-    path = tmp_path / "slide.xml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=what) as caught:
-        annotations.read_polygons(path)
-    assert "slide.xml" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ('<Annotations MicronsPerPixel="0.252700"><Annotation/></Annotations>', 0.2527),
-        ('<?xml version="1.0"?>\n<x:A xmlns:x="u" MicronsPerPixel="0.5">' + "<Region/>" * 900 + "</x:A>", 0.5),
-        ('<A><B MicronsPerPixel="0.5"/></A>', None),
-        ('<A MicronsPerPixel="0"/>', None),
-        ('<A MicronsPerPixel="nan"/>', None),
-        ('<A MicronsPerPixel=""/>', None),
-        ('<!DOCTYPE A [<!ENTITY x "0.5">]><A MicronsPerPixel="&x;"/>', None),
-        ("no xml", None),
-        ("", None),
-    ],
-)
-def test_micrometres_a_pixel_are_read(tmp_path, text, found):
-    path = tmp_path / "s.xml"
-    path.write_text(text)
-    slide = annotations.Slide(annotations.TRAIN_SPLIT, "s", tmp_path / "s.tif", path, tmp_path)
-    assert annotations.read_mpp(slide) == found
-
-
-def test_a_document_type_in_utf16_is_refused(tmp_path):
-    path = tmp_path / "slide.xml"
-    path.write_bytes(f"<?xml version='1.0' encoding='utf-16'?><!DOCTYPE a>{xml(region(SQUARE))}".encode("utf-16"))
-    with pytest.raises(ValueError, match="document type"):
-        annotations.read_polygons(path)
+XML = '<A><Region><Vertex X="1" Y="1"/></Region></A>'
 
 
 def add(root, image, annotation):
@@ -177,7 +19,7 @@ def add(root, image, annotation):
     if image:
         Image.new("RGB", (8, 8)).save(root / image)
     if annotation and annotation.lower().endswith(".xml"):
-        (root / annotation).write_text(xml(region([(1, 1)])))
+        (root / annotation).write_text(XML)
     elif annotation:
         Image.fromarray(np.ones((8, 8), np.uint8)).save(root / annotation)
 
@@ -251,19 +93,6 @@ def test_images_and_masks_of_any_suffix_are_found(tmp_path, suffix):
     assert found(tmp_path / "raw") == {(TRAIN_SPLIT, "a"): ".xml", (TRAIN_SPLIT, "b"): suffix}
 
 
-@pytest.mark.parametrize("place", [0, 2, 4])
-def test_a_region_around_the_others_is_found(place):
-    nuclei = [np.array(SQUARE) + 10 * k for k in range(4)] + [np.zeros((0, 2), int)]
-    frame = np.array([(0, 0), (25, 0), (25, 25), (0, 25)])  # two of four lie inside: no more than half
-    around = [frame if k == 2 else 4 * frame if k == 1 else nuclei[0] for k in range(3)]
-    for number, region_around in enumerate(around):
-        polygons = [p.astype(np.int32) for p in (*nuclei[:place], region_around, *nuclei[place:])]
-        assert annotations.frame_among(polygons) == ((place + 1, 4) if number == 1 else None)
-    assert annotations.frame_among([]) is None
-    bent = np.array([(0, 0), (99, 0), (99, 99), (98, 99), (98, 1), (0, 1)], np.int32)  # its box alone holds them
-    assert annotations.frame_among([bent, *(n.astype(np.int32) for n in nuclei[:4])]) is None
-
-
 def test_the_nearest_name_decides_the_split(tmp_path):
     add(tmp_path, "contest/Training/a.tif", "contest/Training/a.xml")
     assert found(tmp_path) == {(TRAIN_SPLIT, "a"): ".xml"}
@@ -310,6 +139,62 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_an_annotation_of_another_image_is_refused(tmp_path):
     add(tmp_path, "train/a.tif", "train/a.xml")
-    (tmp_path / "train/a.xml").write_text(xml(region([(500, 500), (600, 500), (600, 600)])))
+    (tmp_path / "train/a.xml").write_text(XML.replace("1", "500"))
     with pytest.raises(ValueError, match="outside its image"):
         annotations.read_slide(annotations.find_slides(tmp_path)[0])
+
+
+def write_set(root, names, classes=()):
+    """Training slides of these names, and class masks of those."""
+    for name in names:
+        add(root, f"train/images/{name}.png", f"train/inst_masks/{name}.png")
+    for name in classes:
+        add(root, f"train/class_masks/{name}.png", "")
+
+
+def facts(raw):
+    return {slide.stem: (slide.name, slide.mpp) for slide in annotations.find_slides(raw)}
+
+
+def test_slides_csv_says_whose_images_are_and_how_large_their_pixels(tmp_path):
+    write_set(tmp_path, "abc")
+    assert facts(tmp_path) == {name: (name, None) for name in "abc"}
+    (tmp_path / "slides.csv").write_text("file,slide,mpp\ntrain/images/a.png,P,0.5\nb.png,P,\nc.png,Q,0.25\n")
+    assert facts(tmp_path) == facts(tmp_path / "train") == {"a": ("P", 0.5), "b": ("P", None), "c": ("Q", 0.25)}
+    assert scales.read_scales(annotations.find_slides(tmp_path), "b=1") == {"a": 0.5, "b": 1, "c": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ("a.png,P,x", "slides.csv: a has mpp 'x': give micrometres"),
+        ("a.png,P,-1", "slides.csv: a has mpp '-1': give micrometres"),
+        ("b.png,P,", "has no row of .*a.png"),
+        ("a.png,=P,", "formula"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_named(tmp_path, rows, what):
+    write_set(tmp_path, "a")
+    (tmp_path / "slides.csv").write_text(f"file,slide,mpp\n{rows}\n")
+    with pytest.raises(ValueError, match=what):
+        annotations.find_slides(tmp_path)
+
+
+def test_a_slide_of_both_splits_is_refused(tmp_path):
+    write_set(tmp_path, "a")
+    add(tmp_path, "test/images/t.png", "test/inst_masks/t.png")
+    (tmp_path / "slides.csv").write_text("file,slide\na.png,P\nt.png,P\n")
+    with pytest.raises(ValueError, match=r"a.png and .*t.png are of one slide, P, but in both splits"):
+        annotations.find_slides(tmp_path)
+
+
+def test_class_masks_are_found_for_all_slides_or_none(tmp_path):
+    write_set(tmp_path / "raw", "ab", classes="ab")
+    assert [slide.class_mask.name for slide in annotations.find_slides(tmp_path / "raw")] == ["a.png", "b.png"]
+    write_set(tmp_path / "raw/more", "c")
+    with pytest.raises(ValueError, match=r"c.png has no class mask, .*a.png has one"):
+        annotations.find_slides(tmp_path / "raw")
+    for names, classes, what in (("ab", "a", "b.png: no file of class_masks"), ("a", "ac", "c.png: no file of images")):
+        write_set(tmp_path / what, names, classes)
+        with pytest.raises(ValueError, match=what):
+            annotations.find_slides(tmp_path / what)
