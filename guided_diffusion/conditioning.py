@@ -167,7 +167,8 @@ class ConditionSpec(Options):
         """
         Make one sample's parts, after all cropping and turning, in as few bytes as hold them.
 
-        :param image: the appearance, an [in_channels x H x W] uint8 array.
+        :param image: the appearance, an [in_channels x H x W] uint8 array; of any size where the colours of nuclei are
+            not kept apart.
         :param class_map: an [H x W] integer array: class ids with class_cond, else non-zero in nuclei.
         :param inst_map: an [H x W] integer array of instance ids, 0 outside nuclei. Both are None where they are not
             known, which takes mark_unknown; the other parts are then those of a patch without nuclei.
@@ -199,8 +200,12 @@ class ConditionSpec(Options):
         elif not self.no_instance:
             parts["edge"] = instance_edges(instance)
         if self.use_col_map:
-            order = shuffled_order(class_map.shape, class_map != 0 if preserve_nuclei_col else None, generator)
-            parts["col_map"] = np.take(image.reshape(len(image), -1), order, axis=1).reshape(image.shape)
+            pixels = image.reshape(len(image), -1)
+            if preserve_nuclei_col or pixels.shape[1] == class_map.size:
+                order = shuffled_order(class_map.shape, class_map != 0 if preserve_nuclei_col else None, generator)
+            else:
+                order = drawn_order(class_map.size, pixels.shape[1], generator)
+            parts["col_map"] = np.take(pixels, order, axis=1).reshape(len(image), *class_map.shape)
         return parts
 
     # ---- a batch, torch ----
@@ -319,6 +324,17 @@ def shuffled_order(shape: tuple[int, int], mask: np.ndarray | None, generator: t
         where = np.flatnonzero(side)
         order[where] = where[th.randperm(len(where), generator=generator).numpy()]
     return order
+
+
+def drawn_order(count: int, pixels: int, generator: th.Generator) -> np.ndarray:
+    """
+    Say which pixel of an image comes where in a map of another size, at random; all come equally often, but for one.
+
+    :param count: the pixels of the map; pixels: those of the image.
+    :return: a [count] int64 array of positions in the raveled image.
+    """
+    turns = -(-count // pixels)
+    return th.cat([th.randperm(pixels, generator=generator) for _ in range(turns)])[:count].numpy()
 
 
 def instance_edges(instance: Ids) -> Ids:

@@ -3,10 +3,11 @@ only as what gives samples by their keys."""
 
 import contextlib
 import errno
+import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch as th
@@ -152,8 +153,12 @@ def stream(
 
 
 def read_batches(
-    dataset: Dataset, batches: Iterable[list[Key]], num_workers: int, ahead: int = PREFETCH
-) -> Iterator[tuple[th.Tensor, dict]]:
+    dataset: Dataset,
+    batches: Iterable[list[Key]],
+    num_workers: int,
+    ahead: int = PREFETCH,
+    collate: Callable[[list], Any] = default_collate,
+) -> Iterator[Any]:
     """
     Read batches, in their order; what is the matter with a file shows when its batch is due.
 
@@ -161,6 +166,7 @@ def read_batches(
     :param num_workers: processes that read and prepare; 0 does it in this one. They end with the iterator, or with this
         process.
     :param ahead: batches that each worker prepares before they are asked for.
+    :param collate: makes a batch of the samples.
     :return: what the samples are, collated; in page-locked memory where there are GPUs.
     :raises ValueError, OSError: by the data set; ValueError where workers lack shared memory.
     """
@@ -169,7 +175,7 @@ def read_batches(
         batch_sampler=batches,
         num_workers=num_workers,
         prefetch_factor=ahead if num_workers else None,
-        collate_fn=_collate,
+        collate_fn=functools.partial(_collate, collate),
         worker_init_fn=_prepare_worker,
         multiprocessing_context="fork" if num_workers else None,  # whatever Python's default: see signals
         pin_memory=dist_util.dev().type == "cuda",
@@ -212,8 +218,8 @@ class _Reported(Dataset):
             return error
 
 
-def _collate(samples: list) -> tuple | Exception:
-    return next((sample for sample in samples if isinstance(sample, Exception)), None) or default_collate(samples)
+def _collate(collate: Callable[[list], Any], samples: list) -> Any:
+    return next((sample for sample in samples if isinstance(sample, Exception)), None) or collate(samples)
 
 
 def _prepare_worker(worker: int) -> None:

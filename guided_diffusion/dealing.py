@@ -5,10 +5,13 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch as th
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from . import dist_util
 from .data_stream import Key, read_batches
+
+# A batch's data: images and conditions, collated as far as they are of one size.
+Groups = list[tuple[th.Tensor, dict]]
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,12 @@ def cut(
 
 
 def dealt(
-    batches: Sequence[Batch], dataset: Dataset, num_workers: int, key: Callable[[Batch, int], Key]
-) -> Iterator[tuple[Batch, th.Tensor, dict]]:
+    batches: Sequence[Batch],
+    dataset: Dataset,
+    num_workers: int,
+    key: Callable[[Batch, int], Key],
+    apart: bool = False,
+) -> Iterator[tuple[Batch, Groups]]:
     """
     Take batches, with their data, as this rank gets free. Collective, but no rank waits for another.
 
@@ -72,18 +79,19 @@ def dealt(
     :param batches: the same on every rank.
     :param num_workers: processes that read ahead.
     :param key: what the data set gives the condition of a batch's sample for.
+    :param apart: samples may differ in size, and each is a group of its own; else a batch is one.
     :return: an iterator over batches, in order, each with the data set's images and conditions.
     """
     ranks = dist_util.world_size()
     last = (num_workers + 1) * ranks if num_workers and ranks > 1 else 0
     shared = max(0, len(batches) - last)
-    yield from _loaded(batches[:shared], dataset, num_workers, key)
-    yield from _loaded(batches[shared:], dataset, 0, key)
+    yield from _loaded(batches[:shared], dataset, num_workers, key, apart)
+    yield from _loaded(batches[shared:], dataset, 0, key, apart)
 
 
 def _loaded(
-    batches: Sequence[Batch], dataset: Dataset, num_workers: int, key: Callable[[Batch, int], Key]
-) -> Iterator[tuple[Batch, th.Tensor, dict]]:
+    batches: Sequence[Batch], dataset: Dataset, num_workers: int, key: Callable[[Batch, int], Key], apart: bool
+) -> Iterator[tuple[Batch, Groups]]:
     own: deque[Batch] = deque()
 
     def keys() -> Iterator[list[Key]]:
@@ -92,5 +100,14 @@ def _loaded(
             yield [key(batches[place], k) for k in batches[place].numbers]
 
     if batches:
-        for images, cond in read_batches(dataset, keys(), num_workers, ahead=1):
-            yield own.popleft(), images, cond
+        collate = _apart if apart else _together
+        for groups in read_batches(dataset, keys(), num_workers, ahead=1, collate=collate):
+            yield own.popleft(), groups
+
+
+def _together(samples: list) -> Groups:
+    return [default_collate(samples)]
+
+
+def _apart(samples: list) -> Groups:
+    return [default_collate([sample]) for sample in samples]

@@ -47,6 +47,7 @@ class NucleiDataset(Dataset):
     :param stain_jitter: by how much the stains of an appearance vary, see jitter_stains; 0: not at all.
     :param preserve_nuclei_col: see ConditionSpec.encode; so is ids.
     :param min_nucleus: see read_structure.
+    :param field: give structures and appearances out whole, each at its own size; a structure has image_size at least.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class NucleiDataset(Dataset):
         preserve_nuclei_col: bool = False,
         ids: bool = True,
         min_nucleus: float = 0.0,
+        field: bool = False,
         seed: int = 0,
     ) -> None:
         self.items = items
@@ -77,6 +79,7 @@ class NucleiDataset(Dataset):
         self.preserve_nuclei_col = preserve_nuclei_col
         self.ids = ids
         self.min_nucleus = min_nucleus
+        self.field = field
         self.seed = seed
         self._cache: dict[int, Sample] = {}
         self._hv_maps: dict[int, np.ndarray] = {}
@@ -105,7 +108,8 @@ class NucleiDataset(Dataset):
     def read(self, index: int) -> Sample:
         """:return: a source's arrays, from memory where they are still there."""
         if index not in self._cache:
-            item, how = self.sources[index], (self.spec, self.image_size)
+            lends_colours = self.field and index >= len(self)
+            item, how = self.sources[index], (self.spec, 1 if lends_colours else self.image_size)
             sample = read_sample(item, *how) if item.image else read_structure(item, *how, self.min_nucleus)
             # Of a hundred thousand images, those that memory keeps would hardly ever be asked for.
             many = not sample.masks and self.unlabelled * sample.nbytes > self._limit // 2
@@ -153,6 +157,11 @@ class NucleiDataset(Dataset):
             masks = self._cut(structure.masks, rng)
             (image,) = self._cut((self.read(source).image,), rng)
         class_map, inst_map = masks or (None, None)
+        if self.preserve_nuclei_col and masks and image.shape[:2] != inst_map.shape:
+            raise ValueError(
+                f"--preserve_nuclei_col True takes colours by the nuclei of {self.sources[index].path}, and "
+                f"{self.sources[source].image} is of another size: turn it off, or give images of the masks' size"
+            )
         if self.stain_jitter:
             image = jitter_stains(image, self.stain_jitter, rng)
         image = image.transpose(2, 0, 1).copy()
@@ -164,8 +173,8 @@ class NucleiDataset(Dataset):
 
     def _cut(self, arrays: tuple[np.ndarray, ...], rng: np.random.Generator | None) -> tuple[np.ndarray, ...]:
         if self.augment:
-            return random_flip_turn(random_crop(arrays, self.image_size, rng), rng)
-        return center_crop(arrays, self.image_size)
+            return random_flip_turn(arrays if self.field else random_crop(arrays, self.image_size, rng), rng)
+        return arrays if self.field else center_crop(arrays, self.image_size)
 
 
 def load_dataset(
@@ -188,6 +197,7 @@ def load_dataset(
     structure_dir: str = "",
     min_nucleus: float = 0.0,
     unlabelled_dir: str = "",
+    field: bool = False,
     features: Callable[[list[str]], np.ndarray] | None = None,
     seed: int = 0,
     val_share: float = 0.0,
@@ -207,7 +217,8 @@ def load_dataset(
     :param appearance_dir: give it one of the images in this folder, which need no masks: any, or with match_struct one
         that seems to hold as much of nuclei.
     :param structure_dir: take the structures from these instance masks, and the appearances as with appearance_dir.
-    :param unlabelled_dir: images that are samples, too, see list_unlabelled; min_nucleus: see read_structure.
+    :param unlabelled_dir: images that are samples, too, see list_unlabelled; min_nucleus: see read_structure; field:
+        see NucleiDataset.
     :param features: gives an [N x D] array for N paths of images, or raises ValueError for the first it has none of.
     :param seed: of the choices above and of all samples; other parameters as NucleiDataset's.
     :param val_share: see split_slides; part: what to load: "train", "held_out", which may be none, or "" for all.
@@ -223,7 +234,7 @@ def load_dataset(
     unlabelled, copies = dist_util.from_rank_0(lambda: list_unlabelled(unlabelled_dir, items, hidden))
     items, appearances = _lenders(items, appearance_dir, structure_dir)
     looks = dict(augment=augment, stain_jitter=stain_jitter, preserve_nuclei_col=preserve_nuclei_col, ids=ids)
-    looks |= dict(unmasked=appearances or unlabelled, min_nucleus=min_nucleus, seed=seed)
+    looks |= dict(unmasked=appearances or unlabelled, min_nucleus=min_nucleus, field=field, seed=seed)
     dataset = NucleiDataset(items, spec, image_size, **looks)
     dataset.copies, vectors = copies, features and features([item.image for item in items])
     _pair(dataset, Pairing(items, appearances, **choice, vectors=vectors, seed=seed))

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 
 from . import files
 
-# In pixels: between panels, the least height of a panel, and a line of text.
-GAP, MIN_PANEL, LINE = 6, 128, 15
+# In pixels: between panels, the least and the largest height of a panel, and a line of text.
+GAP, MIN_PANEL, MAX_PANEL, LINE = 6, 128, 512, 15
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
@@ -44,21 +44,22 @@ def is_whole(path: Path) -> bool:
 
 def draw_grid(rows: list[list[np.ndarray]], captions: Sequence[str], title: str, path: Path) -> Path:
     """
-    Draw panels in rows and columns, small ones enlarged by a whole factor.
+    Draw panels in rows and columns, small ones enlarged by a whole factor, large ones made smaller.
 
-    :param rows: of [H x W x 3] uint8 panels; all of a column are of one size, all of one height.
+    :param rows: of [H x W x 3] uint8 panels, of any sizes.
     :param captions: one a column; a long one takes several lines.
     :param title: what stands above.
     :param path: where to write.
     :return: the path.
     """
-    scale = -(-MIN_PANEL // rows[0][0].shape[0])
-    rows = [[panel.repeat(scale, axis=0).repeat(scale, axis=1) for panel in row] for row in rows]
-    lefts = np.cumsum([GAP, *(panel.shape[1] + GAP for panel in rows[0])])
+    rows = [[_fitted(panel) for panel in row] for row in rows]
+    widths = [max(panel.shape[1] for panel in column) for column in zip(*rows)]
+    heights = [max(panel.shape[0] for panel in row) for row in rows]
+    lefts = np.cumsum([GAP, *(width + GAP for width in widths)])
     head = wrapped(title, int(lefts[-1]) - 2 * GAP)
-    texts = [wrapped(caption, panel.shape[1]) for caption, panel in zip(captions, rows[0])]
+    texts = [wrapped(caption, width) for caption, width in zip(captions, widths)]
     header = 4 + LINE * (len(head) + max(map(len, texts)))
-    tops = header + np.arange(len(rows) + 1) * (rows[0][0].shape[0] + GAP)
+    tops = header + np.cumsum([0, *(height + GAP for height in heights)])
     grid = Image.new("RGB", (int(lefts[-1]), int(tops[-1])), "white")
     draw = ImageDraw.Draw(grid)
     for place, lines in zip([GAP, *lefts], [head, *texts]):
@@ -70,6 +71,15 @@ def draw_grid(rows: list[list[np.ndarray]], captions: Sequence[str], title: str,
             grid.paste(Image.fromarray(panel), (int(left), int(top)))
     save_picture(grid, path)
     return path
+
+
+def _fitted(panel: np.ndarray) -> np.ndarray:
+    height, width = panel.shape[:2]
+    if height > MAX_PANEL:
+        smaller = (max(1, round(width * MAX_PANEL / height)), MAX_PANEL)
+        return np.asarray(Image.fromarray(panel).resize(smaller, Image.Resampling.BOX))
+    scale = -(-MIN_PANEL // height)
+    return panel.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def wrapped(text: str, width: int) -> list[str]:

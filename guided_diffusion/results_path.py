@@ -11,6 +11,7 @@ from typing import Any
 from . import files
 from .magnification import REFERENCE_MPP
 from .results import FOLDERS, MANIFEST, RUN, ResultFolder, folder_name
+from .sample_options import SampleOptions
 
 
 def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "", structure_dir: str = "") -> None:
@@ -64,9 +65,10 @@ def check_same_run(path: str, config: dict[str, Any]) -> None:
         before.setdefault("mpp", REFERENCE_MPP)  # earlier versions knew 40x alone
     for name in sorted({*before, *config}):
         # A flag that came after the run began was at its default, which changes nothing.
-        if before.get(name) != config.get(name) and (name in before or config[name]):
+        then = before if name in before else SampleOptions.flags()
+        if then.get(name) != config.get(name) and (name in then or config[name]):
             raise ValueError(
-                f"--results_path {path} was begun with --{name} {before.get(name)}, this run has "
+                f"--results_path {path} was begun with --{name} {then.get(name)}, this run has "
                 f"{config.get(name)}: give another folder, or --overwrite True to start anew"
             )
 

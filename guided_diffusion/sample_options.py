@@ -39,6 +39,14 @@ class SampleOptions(RunOptions):
         "", "LO,HI: guidance acts at noise levels (sigma / alpha) between these alone", ours=True
     )
     guide_path: str = flag("", "an earlier checkpoint to push away from, in place of the null condition", ours=True)
+    field: bool = flag(
+        False,
+        "sample each structure whole, at its own size, from --image_size up, by overlapping windows of --image_size",
+        ours=True,
+    )
+    window_overlap: float = flag(
+        0.5, "of --field: the least share of a window that the next one covers", within="[0, 1)", ours=True
+    )
     null_condition: str = flag(
         "",
         "what the null condition's colour map is; empty: as the model was trained (--drop_hvb_only, --unlabelled_dir)",
@@ -64,7 +72,8 @@ class SampleOptions(RunOptions):
     )
     spade_cache: str = flag(
         "auto",
-        "keep what the decoder makes of a condition (123.5 MiB an image in fp16 at 128 px); auto: if memory allows",
+        "keep what the decoder makes of a condition (123.5 MiB an image or window in fp16 at 128 px); auto: if memory "
+        "allows",
         choices=SPADE_CACHE,
         ours=True,
     )
@@ -76,3 +85,5 @@ class SampleOptions(RunOptions):
             raise ValueError(f"--use_ddim True with --sampler {self.sampler}: give one of them")
         if not self.structure_dir and self.min_nucleus != self.flags()["min_nucleus"]:
             raise ValueError(f"--min_nucleus {self.min_nucleus} without --structure_dir: nothing reads it")
+        if not self.field and self.window_overlap != self.flags()["window_overlap"]:
+            raise ValueError(f"--window_overlap {self.window_overlap} without --field True: nothing reads it")

@@ -56,7 +56,12 @@ class SampleNoise:
 
     def draw(self, shape: Sequence[int]) -> th.Tensor:
         """:return: an [N x *shape] fp32 tensor of noise."""
-        return th.stack([th.randn(tuple(shape), generator=g, device=self.device) for g in self.generators])
+        return th.stack(self.draw_each([shape] * len(self.generators)))
+
+    def draw_each(self, shapes: Sequence[Sequence[int]]) -> list[th.Tensor]:
+        """:return: noise for samples of various shapes, one a generator; fp32."""
+        pairs = zip(shapes, self.generators)
+        return [th.randn(tuple(shape), generator=generator, device=self.device) for shape, generator in pairs]
 
 
 # ---- single steps ----

@@ -1,7 +1,7 @@
 """How a run samples, as one value that sweep, validation and benchmarks share. Knows processes and models, not files or
 what conditions mean."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,13 @@ from tqdm.auto import tqdm
 from .gaussian_diffusion import GaussianDiffusion
 from .guidance import GuidedModel, Model
 from .respace import respaced
-from .samplers import SAMPLERS, Denoised, SampleNoise
+from .samplers import SAMPLERS, Denoised, Denoiser, NoiseFn, SampleNoise
 from .schedules import even_timesteps, timesteps_even_in_lambda
 from .spade import Condition
+from .windows import Fields, count_windows
+
+# Of the number of a batch of windows: what the model is shown of them, and what the weaker branch of guidance is.
+ShownWindows = Callable[[int], tuple[Condition, Condition | None]]
 
 
 def process_for(sampler: str, diffusion: GaussianDiffusion, num_steps: int = 0) -> GaussianDiffusion:
@@ -76,19 +80,52 @@ class SamplingPlan:
         :param progress: show a bar of steps.
         :return: an [N x channels x H x W] fp32 tensor, in [-1, 1] where clip_denoised is on.
         """
-        schedule = self.process.schedule
-        guided = GuidedModel(model, self.s, self.null, self.guide)
-
-        def denoiser(x: th.Tensor, i: int) -> Denoised:
-            acts = self.interval[0] <= schedule.sigmas[i] / schedule.alphas[i] <= self.interval[1]
-            shown = guided if acts else model
-            step = len(schedule) - 1 - i
-            return self.process.denoise(shown, x, step, clip_denoised=self.clip_denoised, model_kwargs={"y": y})
-
         noise_fn = SampleNoise(self.seed, indices, y.device)
         x = noise_fn.draw((self.channels, *y.shape[2:]))
-        steps = SAMPLERS[self.sampler](denoiser, x, schedule, noise_fn)
-        for step in tqdm(steps, total=len(schedule), unit="step", leave=False, disable=not progress):
+        return self._walk(lambda x, i: self._denoise(model, x, i, y, self.null), x, noise_fn, progress)
+
+    @th.inference_mode()
+    def sample_fields(
+        self, model: Model, fields: Fields, shown: ShownWindows, indices: Sequence[int], progress: bool = False
+    ) -> list[th.Tensor]:
+        """
+        Sample fields, by windows. A field of one window is what `sample` makes of it; other parameters as there.
+
+        :param shown: gives the conditions of one of the fields' batches of windows, in place of y and null.
+        :return: an [H x W] image of each field, [channels x H x W] fp32.
+        """
+        noise = SampleNoise(self.seed, indices, fields.device)
+        shapes = [(self.channels, *shape) for shape in fields.shapes]
+
+        def noise_fn(like: th.Tensor | None = None) -> th.Tensor:
+            return fields.join(noise.draw_each(shapes))
+
+        denoiser = fields.blended(lambda x, i, batch: self._denoise(model, x, i, *shown(batch)))
+        return fields.split(self._walk(denoiser, noise_fn(), noise_fn, progress))
+
+    def cost_of_fields(self, size: int, overlap: float) -> dict[str, dict[str, float]]:
+        """
+        :param size: of a window; overlap: see windows.starts.
+        :return: "denoiser_calls_a_pixel": the side of a square field -> in how many windows a pixel is denoised in all
+            steps, on average. A patch takes one a step.
+        """
+        sides = [size << power for power in range(4)]
+        counts = [count_windows(side, side, size, overlap) * len(self) for side in sides]
+        calls = {f"{side} px": round(n * (size / side) ** 2, 1) for side, n in zip(sides, counts)}
+        return {"denoiser_calls_a_pixel": calls}
+
+    def _denoise(self, model: Model, x: th.Tensor, i: int, y: Condition, null: Condition | None) -> Denoised:
+        """Ask the model, guided where guidance acts, at step i from noise."""
+        schedule = self.process.schedule
+        acts = self.interval[0] <= schedule.sigmas[i] / schedule.alphas[i] <= self.interval[1]
+        shown = GuidedModel(model, self.s, null, self.guide) if acts else model
+        step = len(schedule) - 1 - i
+        return self.process.denoise(shown, x, step, clip_denoised=self.clip_denoised, model_kwargs={"y": y})
+
+    def _walk(self, denoiser: Denoiser, x: th.Tensor, noise_fn: NoiseFn, progress: bool) -> th.Tensor:
+        """From noise to image."""
+        steps = SAMPLERS[self.sampler](denoiser, x, self.process.schedule, noise_fn)
+        for step in tqdm(steps, total=len(self), unit="step", leave=False, disable=not progress):
             x, _ = step
         return x
 

@@ -18,6 +18,7 @@ import torch as th
 from . import dealing, dist_util, files, logger
 from .background import BackgroundWriter
 from .checkpoint import BEST
+from .condition_cache import ConditionCache, Sampler
 from .conditioning import ConditionSpec
 from .draws import Draw, own_draw, shared_draw
 from .image_datasets import NucleiDataset
@@ -25,10 +26,11 @@ from .pictures import draw_grid
 from .results import ResultFolder, folder_name, unique_stems
 from .sampling_plan import SamplingPlan, to_uint8
 from .signals import StopRequest
-from .spade import Condition
 from .unet import UNetModel
+from .windows import count_windows
 
 GRID_ROWS, SWEEP_ROWS = 12, 6
+LOOKED_AT = 8  # structures, for how large fields are
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Sweep:
     :param keep_colour: the null condition keeps the colour map.
     :param first: take structures by name, not spread over slides.
     :param same_noise: the pairs share conditions and noise; else each draws its own.
+    :param field: sample fields, by windows; window_overlap: of these, see windows.starts.
     """
 
     dataset: NucleiDataset
@@ -131,6 +134,8 @@ class Sweep:
     keep_colour: bool = False
     first: bool = False
     same_noise: bool = False
+    field: bool = False
+    window_overlap: float = 0.5
 
     def __post_init__(self) -> None:
         slides = [item.slide for item in self.dataset.items]
@@ -169,8 +174,9 @@ class Sweep:
         total, left = self.count * len(pending), sum(map(len, pending.values()))
         if left < total:
             logger.log(f"{total - left} of {total} samples are finished already")
-        batches = dealing.cut(pending, self.batch_size, dist_util.world_size(), alike=self.same_noise)
-        dealt = dealing.dealt(batches, self.dataset, self.num_workers, self._key)
+        at_once = dist_util.from_rank_0(self._at_once)
+        batches = dealing.cut(pending, at_once, dist_util.world_size(), alike=self.same_noise)
+        dealt = dealing.dealt(batches, self.dataset, self.num_workers, self._key, apart=self.field)
         with dist_util.progress_bar(total=left, desc="sampling", unit="image") as bar, StopRequest() as stop:
             with BackgroundWriter() as writer:
                 for path, own in itertools.groupby(dealt, lambda item: item[0].checkpoint):
@@ -179,6 +185,15 @@ class Sweep:
             dist_util.barrier()
             bar.update(left - bar.n)
         dist_util.from_rank_0(self._finish)
+
+    def _at_once(self) -> int:
+        """Samples a batch: of fields as many as have batch_size windows, going by the largest of a few."""
+        if not self.field:
+            return self.batch_size
+        some = range(0, len(self.dataset), -(-len(self.dataset) // LOOKED_AT))
+        shapes = [self.dataset.read(index).masks[0].shape for index in some]
+        most = max(count_windows(*shape, self.dataset.image_size, self.window_overlap) for shape in shapes)
+        return -(-self.batch_size // most)
 
     def _take_up(self) -> dict[tuple[str, Scale], set[int]]:
         """Put what earlier runs left in order; :return: the samples that are not finished."""
@@ -219,64 +234,42 @@ class Sweep:
     def _sample_from(
         self,
         model: UNetModel,
-        own: Iterable[tuple[dealing.Batch, th.Tensor, dict]],
+        own: Iterable[tuple[dealing.Batch, dealing.Groups]],
         writer: BackgroundWriter,
         stop: StopRequest,
     ) -> Iterator[int]:
         """Sample batches of one checkpoint; :return: an iterator over how many samples all ranks have made, about."""
         device = dist_util.dev()
-        size = self.dataset.image_size
-        cache = self._use_cache(model, size)
-        zeros = _kept(model, self.spec.null(th.empty(1, self.spec.channels, size, size, device=device)), cache)
-        for batch, images, cond in own:
+        cache = ConditionCache(
+            model,
+            self.spec,
+            device,
+            batch_size=self.batch_size,
+            mode=self.spade_cache,
+            keep_colour=self.keep_colour,
+            guide=self.plan.guide,
+        )
+        for batch, groups in own:
             made = batch.before
-            y = self.spec.assemble({key: value.to(device) for key, value in cond.items() if th.is_tensor(value)})
-            pictures = self.spec.render(y)
-            null = self._null(model, y, zeros, cache)
-            y = _kept(model, y, cache)
+            tensors = [{name: v.to(device) for name, v in cond.items() if th.is_tensor(v)} for _, cond in groups]
+            ys = list(map(self.spec.assemble, tensors))
+            pictures = list(map(self.spec.render, ys))
+            sample = cache.fields(ys, self.window_overlap) if self.field else cache.patches(*ys)
             for scale, wanted in batch.wanted.items():
                 with stop.raised():  # nowhere else, so that no worker process is left in the middle of a word
-                    samples = to_uint8(self._sample(model, y, null, batch, scale))
-                for i, k in enumerate(batch.numbers):
-                    if k not in wanted:
-                        continue
-                    parts = dict(
-                        image=images[i].permute(1, 2, 0).numpy(),
-                        label=cond["label_ori"][i].numpy(),
-                        cond=pictures[i],
-                        sample=samples[i],
-                        inst=cond["instance"][i, 0].numpy(),
-                    )
-                    row, folder = self._row(batch.checkpoint, scale, k), self.folders[batch.checkpoint, scale]
-                    writer(functools.partial(folder.write, row, **parts))
+                    samples = [to_uint8(x) for x in self._sample(sample, batch, scale)]
+                for k, parts in zip(batch.numbers, _parts(groups, pictures, samples)):
+                    if k in wanted:
+                        row, folder = self._row(batch.checkpoint, scale, k), self.folders[batch.checkpoint, scale]
+                        writer(functools.partial(folder.write, row, **parts))
                 made += len(wanted)
                 yield made
-            del y, null  # which frees their memory before the next batch's is taken
+            del sample  # which frees its memory before the next batch's is taken
 
-    def _sample(self, model: UNetModel, y: Condition, null: Condition, batch: dealing.Batch, scale: Scale) -> th.Tensor:
+    def _sample(self, sample: Sampler, batch: dealing.Batch, scale: Scale) -> list[th.Tensor]:
         shown = dist_util.rank() == 0 and sys.stderr.isatty()
         seed = self.draws[batch.checkpoint, scale].seed
-        plan = dataclasses.replace(self.plan, s=scale.s, null=null, seed=seed)
-        return plan.sample(model, y, batch.numbers, progress=shown)
-
-    def _null(self, model: UNetModel, y: th.Tensor, zeros: Condition, cache: bool) -> Condition:
-        """What the weaker branch of guidance is shown for a batch with these conditions."""
-        if self.plan.guide is not None:
-            return _kept(self.plan.guide, y, cache)
-        return _kept(model, self.spec.null(y, keep_colour=True), cache) if self.keep_colour else zeros
-
-    def _use_cache(self, model: UNetModel, size: int) -> bool:
-        if self.spade_cache != "auto":
-            return self.spade_cache == "on"
-        batches = 1 + self.keep_colour + (self.plan.guide is not None)
-        needed = model.modulation_bytes(size) * (batches * self.batch_size + 1)
-        free = free_memory(dist_util.dev())
-        if needed > free / 2:
-            logger.log(
-                f"--spade_cache auto: off, since it would take {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB "
-                "are free; a smaller --batch_size turns it on"
-            )
-        return needed <= free / 2
+        return sample(dataclasses.replace(self.plan, s=scale.s, seed=seed), batch.numbers, shown)
 
     def _row(self, path: str, scale: Scale, k: int) -> dict:
         """Where sample k came from, as a row of the manifest."""
@@ -320,15 +313,16 @@ class Sweep:
         return [self.folders[pair].picture(part, stem) for stem in self.stems[pair][:SWEEP_ROWS]]
 
 
-@th.inference_mode()
-def _kept(model: UNetModel, y: th.Tensor, cache: bool) -> Condition:
-    """A condition, convolved once for all steps and scales if there is memory for that."""
-    return model.modulations(y) if cache else y
-
-
-def free_memory(device: th.device) -> int:
-    """:return: the bytes of memory that are free on a device."""
-    if device.type == "cuda":
-        # What torch holds and does not use is free, too.
-        return th.cuda.mem_get_info(device)[0] + th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _parts(
+    groups: dealing.Groups, pictures: Sequence[list[np.ndarray]], samples: Sequence[np.ndarray]
+) -> Iterator[dict[str, np.ndarray]]:
+    """What ResultFolder.write takes of each sample, of the groups' one after another."""
+    for (images, cond), of_cond, made in zip(groups, pictures, samples):
+        for i, sample in enumerate(made):
+            yield dict(
+                image=images[i].permute(1, 2, 0).numpy(),
+                label=cond["label_ori"][i].numpy(),
+                cond=of_cond[i],
+                sample=sample,
+                inst=cond["instance"][i, 0].numpy(),
+            )

@@ -56,8 +56,8 @@ def test_few_samples_go_to_all_ranks(ranks):
 def test_data_come_with_their_batches(num_workers):
     batches = dealing.cut(PENDING, 2)
     dealt = list(dealing.dealt(batches, Numbers(), num_workers, key))
-    assert [batch for batch, _, _ in dealt] == batches
-    for batch, images, cond in dealt:
+    assert [batch for batch, _ in dealt] == batches
+    for batch, [(images, cond)] in dealt:
         numbers = 5 * cond["epoch"] + images[:, 0]
         assert numbers.tolist() == batch.numbers
 

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import image_sample
 import image_train
-from guided_diffusion import checkpoint, checkpoint_sets, cli, devices, dist_util, sweep
+from guided_diffusion import checkpoint, checkpoint_sets, cli, devices, dist_util
+from guided_diffusion.condition_cache import ConditionCache
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -324,8 +325,8 @@ def test_images_without_masks_are_learned_from(data_dir, logdir, tmp_path, monke
     )
     shown = []
     monkeypatch.setattr(
-        "guided_diffusion.sweep._kept",
-        lambda model, y, cache, kept=sweep._kept: shown.append(y) or kept(model, y, cache),
+        "guided_diffusion.condition_cache.ConditionCache._shown",
+        lambda model, y, keep, of=ConditionCache._shown: shown.append(y) or of(model, y, keep),
     )
     path = str(logdir / "ema_0.9_000003.pt")
     image_sample.main([*sample.split(), "--model_path", path, "--results_path", str(made)])

@@ -1,5 +1,7 @@
 """A plan of sampling: sample k is the same in whatever company, and every argument acts."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch as th
@@ -8,6 +10,7 @@ from guided_diffusion.samplers import SAMPLERS, SampleNoise
 from guided_diffusion.sampling_plan import SamplingPlan, process_for
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.unet import UNetModel
+from guided_diffusion.windows import Fields
 
 CHANNELS, SIZE = 3, 16
 
@@ -231,3 +234,47 @@ def test_null_condition_that_keeps_a_part(diffusion, model, y):
     assert not th.equal(partly, draw("ddim", diffusion, model, y, [0, 1], s=3.0))
     same = draw("ddim", diffusion, model, y, [0, 1], s=3.0, null=y[:2])
     th.testing.assert_close(same, draw("ddim", diffusion, model, y, [0, 1], s=1.0), rtol=0, atol=0.5 / 127.5)
+
+
+# ---- fields ----
+
+
+def draw_fields(name, diffusion, model, ys, numbers, batch_size=3, turned=False, **options):
+    """Fields of these [C x H x W] conditions, guided."""
+    plan = SamplingPlan(name, diffusion, **{"s": 1.5, "seed": 5, **options})
+    fields = Fields([y.shape[1:] for y in ys], SIZE, 0.5, batch_size)
+    if turned:
+        fields.batches = [batch[::-1] for batch in fields.batches[::-1]]
+    null = th.zeros(1, *ys[0].shape[:1], SIZE, SIZE)
+    return plan.sample_fields(model, fields, lambda batch: (fields.cut(ys, batch), null), numbers)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_field_of_one_window_is_a_patch(name, diffusion, model, y):
+    patches = draw(name, diffusion, model, y, [0, 1], null=th.zeros_like(y[:1]))
+    fields = draw_fields(name, diffusion, model, list(y[:2]), [0, 1])
+    assert th.equal(th.stack(fields), patches)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m_sde"])
+def test_a_field_depends_on_neither_company_nor_order(name, model):
+    diffusion = make_diffusion(predict_xstart=True, timestep_respacing="3")
+    generator = th.Generator().manual_seed(2)
+    ys = [th.randn(2, *shape, generator=generator) for shape in ((24, 23), (16, 16))]
+    sample = functools.partial(draw_fields, name, diffusion, model, s=1.0)
+    together = sample(ys, [7, 2])
+    assert [field.shape for field in together] == [(CHANNELS, 24, 23), (CHANNELS, 16, 16)]
+    for other in (
+        sample(ys, [7, 2], batch_size=100),
+        sample(ys, [7, 2], turned=True),
+        sample(ys[::-1], [2, 7], batch_size=1)[::-1],
+        [*sample(ys[:1], [7]), *sample(ys[1:], [2])],
+    ):
+        for field, same in zip(together, other):
+            th.testing.assert_close(field, same, rtol=0, atol=1e-5)
+    assert (sample(ys[:1], [8])[0] - together[0]).abs().max() > 0.1
+
+
+def test_what_a_field_costs(diffusion):
+    cost = SamplingPlan("ddim", diffusion).cost_of_fields(16, 0.5)["denoiser_calls_a_pixel"]
+    assert cost == {"16 px": 8, "32 px": 18, "64 px": 24.5, "128 px": 28.1}
