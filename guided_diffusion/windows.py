@@ -5,6 +5,7 @@ samplers ask of a denoiser; nothing of models, conditions or files.
 The idea is MultiDiffusion's (Bar-Tal et al. 2023), with weights that fall to nothing at a window's border."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -28,6 +29,15 @@ def starts(length: int, size: int, overlap: float) -> list[int]:
     stride = max(1, round(size * (1 - overlap)))
     count = 1 - (size - length) // stride
     return np.rint(np.linspace(0, length - size, count)).astype(int).tolist()
+
+
+def tiles(shape: tuple[int, int], size: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """
+    :param shape: height and width of an image; size: those of the tiles, no larger.
+    :return: the rows and columns of as few tiles as cover it, evenly spaced.
+    """
+    sides = [[slice(place, place + own) for place in starts(length, own, 0.0)] for length, own in zip(shape, size)]
+    return list(itertools.product(*sides))
 
 
 def count_windows(height: int, width: int, size: int, overlap: float) -> int:

@@ -7,7 +7,8 @@ Measure synthetic patches against real ones, or predicted nuclei against true on
 
 DATA holds MoNuSegTrainingData, which the synthetic patches are held against, and may hold MoNuSegTestData. Beside every
 figure stands real against real: half of the training patches against the other half, of the same slides, which is the
-floor; and the test patches, of other slides. RESULTS are folders of image_sample.py, or a sweep's.
+floor; and the test patches, of other slides. RESULTS are folders of image_sample.py, or a sweep's; samples that are
+larger than the real patches are cut into such, but for their colours.
 Writes metrics.json, metrics.png (over s and checkpoints for a sweep), copies.png where samples look copied from
 training, and prints a table.
 """
@@ -46,6 +47,7 @@ from guided_diffusion.histology.slides.annotations import TEST_SPLIT
 from guided_diffusion.image_files import EXTENSIONS, read_image, read_inst_mask
 from guided_diffusion.images import Item, list_items
 from guided_diffusion.slides import slides_of, without_number
+from guided_diffusion.windows import tiles
 
 SAME, OTHER = "real, same slides", "real, other slides"
 
@@ -98,17 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision])
     train = real_set("real, training", train_items, backbone, args.batch_size)
     held_out = real_set(OTHER, held_out_items, backbone, args.batch_size) if held_out_items else None
-    sizes = {"real": train.images.shape[1:3]}
-    sets = []
-    known = by_name([*every_train_item, *every_held_out_item])
-    for run in found:
-        sets.append(synthetic_set(run, backbone, args, known, with_originals=segmenter is not None))
-        sizes[run.name] = sets[-1].images.shape[1:3]
-        if sizes[run.name] != sizes["real"]:
-            raise ValueError(
-                f"{run.path} has samples of {sizes[run.name][1]} px, --data_dir {args.real} patches of "
-                f"{sizes['real'][1]}: prepare patches of the samples' size"
-            )
+    known, size = by_name([*every_train_item, *every_held_out_item]), train.images.shape[1:3]
+    sets = [synthetic_set(run, backbone, args, known, size, with_originals=segmenter is not None) for run in found]
 
     structure = structure_metric(segmenter) if segmenter else None
     half, other_half = halves(train, args.seed)
@@ -222,21 +215,30 @@ def real_set(name: str, items: list[Item], backbone: Backbone | None, batch_size
 
 
 def synthetic_set(
-    run: runs.Run, backbone: Backbone | None, args: argparse.Namespace, real: dict[str, Item], with_originals: bool
+    run: runs.Run,
+    backbone: Backbone | None,
+    args: argparse.Namespace,
+    real: dict[str, Item],
+    size: tuple[int, int],
+    with_originals: bool,
 ) -> PatchSet:
-    """:param real: stem -> real patch; with_originals: look for those that have the samples' structures."""
+    """
+    :param real: stem -> real patch. :param size: height and width of these; larger samples are cut into such.
+    :param with_originals: look for the real patches that have the samples' structures.
+    """
     samples = spread(run.samples, args.limit)
     pairs = [
         read_pair(sample.sample, sample.inst_mask)
         for sample in tqdm(samples, f"{run.name}: reading", leave=False, delay=2)
     ]
-    images = stacked([image for image, _ in pairs], [sample.sample for sample in samples])
-    appearances = None
+    coloured = None
     if all(sample.appearance for sample in samples):
-        read = [read_image(sample.appearance) for sample in samples]
-        appearances = stacked(read, [sample.appearance for sample in samples])
+        coloured = [(image, read_image(sample.appearance)) for sample, (image, _) in zip(samples, pairs)]
+    cuts = spread(cut(samples, pairs, size), args.limit)
+    images, inst_maps = (np.stack([pairs[number][kind][part] for number, part in cuts]) for kind in (0, 1))
+    conditions = [condition(samples[number], part) for number, part in cuts]
+    samples = [samples[number] for number, _ in cuts]
     structures = [nfc(PurePath(sample.row.get("structure", sample.stem)).stem) for sample in samples]
-    inst_maps = np.stack([inst_map for _, inst_map in pairs])
     slides = {name: item.slide for name, item in real.items()}
     originals = find_originals([real.get(stem) for stem in structures], inst_maps) if with_originals else None
     return PatchSet(
@@ -245,11 +247,34 @@ def synthetic_set(
         inst_maps=inst_maps,
         features=embed(run.name, images, backbone, args.batch_size),
         slides=[runs.slides_of_sample(sample, slides)[0] or without_number(sample.stem) for sample in samples],
-        appearances=appearances,
-        conditions=[f"{stem} {sample.row.get('appearance', sample.stem)}" for stem, sample in zip(structures, samples)],
+        coloured=coloured,
+        conditions=conditions,
         originals=originals,
         structures=structures,
     )
+
+
+def cut(
+    samples: Sequence[runs.Sample], pairs: Sequence[tuple[np.ndarray, np.ndarray]], size: tuple[int, int]
+) -> list[tuple[int, tuple[slice, slice]]]:
+    """
+    :param pairs: image and instance map of each sample. :param size: height and width of patches.
+    :return: the number of a sample and the rows and columns of a patch, for all patches that cover the samples.
+    :raises ValueError: where a sample is smaller than a patch.
+    """
+    for sample, (image, _) in zip(samples, pairs):
+        if min(np.subtract(image.shape[:2], size)) < 0:
+            raise ValueError(
+                f"{sample.sample} is {image.shape[1]} x {image.shape[0]} px, the patches of --data_dir {size[1]} x "
+                f"{size[0]}: prepare patches of the samples' size"
+            )
+    return [(number, part) for number, (image, _) in enumerate(pairs) for part in tiles(image.shape[:2], size)]
+
+
+def condition(sample: runs.Sample, part: tuple[slice, slice]) -> str:
+    """A name for what a patch of a sample was made from."""
+    structure = nfc(PurePath(sample.row.get("structure", sample.stem)).stem)
+    return f"{structure} {sample.row.get('appearance', sample.stem)} {part[0].start} {part[1].start}"
 
 
 def find_originals(items: Sequence[Item | None], inst_maps: np.ndarray) -> np.ndarray | None:

@@ -7,7 +7,7 @@ Score synthetic patches by how far they are from real ones, and link those that 
 A sample is scored (PatchCore, Roth et al. 2022) without the slides of its structure and its appearance, and held
 against real patches of these very slides, scored without them too: samples as good as real patches have an AUROC of
 0.5, however few the slides. Masks are not looked at, so DATA may be a plain folder of images; give all slides that lent
-their colours. Modes:
+their colours. A sample larger than the real patches is cut into such: its score is their mean. Modes:
 
     threshold   keep scores up to the --tau quantile of those real patches' scores
     weights     weight 1 - s of scores clipped at their --quantile and scaled to [0, 1]; keep what has a weight above 0
@@ -25,6 +25,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +53,7 @@ from guided_diffusion.image_files import EXTENSIONS, check_image, read_image
 from guided_diffusion.images import check_complete
 from guided_diffusion.script_util import str2bool
 from guided_diffusion.slides import slides_of
+from guided_diffusion.windows import tiles
 
 REPORT = "report.json"
 SCORE_FIELDS = ("path", "run", "stem", "score", "weight", "kept")
@@ -69,15 +71,14 @@ def main(argv: list[str] | None = None) -> None:
     samples = [(run, sample) for run in runs for sample in run.samples]
     by_stem = {path.stem: name for path, name in zip(real, names)}
     origins = find_origins([sample for _, sample in samples], by_stem, known.tolist(), folds, args.real)
-    files = [sample.sample for _, sample in samples]
-    if args.top_n is not None and args.top_n > len(files):
-        raise ValueError(f"--top_n {args.top_n} is more than the {len(files)} samples in --synthetic: give less")
-    check_images([*real, *files])
+    if args.top_n is not None and args.top_n > len(samples):
+        raise ValueError(f"--top_n {args.top_n} is more than the {len(samples)} samples in --synthetic: give less")
+    patches, parts = find_patches(real, [sample.sample for _, sample in samples])
     extractor = Extractor(args)
 
-    features = extractor.all_of(real, "real")
+    features = extractor.all_of(patches, "real")
     memory = fit(features, folds[slides], args)
-    scores = score(extractor, memory, files, origins, args.reweight)
+    scores, worst = score(extractor, memory, parts, origins, args.reweight)
     compared = comparison.compare(memory, scores, origins, features, slides, folds, args.reweight)
     threshold = float(compared.quantile(args.tau))
     weight = comparison.weights(scores, args.quantile)
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         "runs": by_run([run.name for run, _ in samples], compared, kept),
     }
-    picture = draw(extractor, memory, judged, origins, compared, report)
+    picture = draw(extractor, memory, judged, worst, origins, compared, report)
     write_out(args.out, judged, kept, picture, report, several=len(runs) > 1)
     print(f"{args.out}: kept {kept.sum()} of {len(kept)}, threshold {threshold:.4g}, AUROC {report['auroc']:.3f}")
     if unknown:
@@ -210,15 +211,33 @@ def find_origins(
     return origins
 
 
-def check_images(files: Sequence[Path]) -> None:
-    """Refuse files that cannot be read, and those of another size than the first: a bank compares like with like."""
+@dataclass(frozen=True)
+class Patch:
+    """An image, or a part of it: its rows and columns."""
 
+    file: Path
+    part: tuple[slice, ...] = ()
+
+    def read(self) -> np.ndarray:
+        """:return: [H x W x 3] uint8."""
+        return read_image(self.file)[self.part]
+
+
+def find_patches(real: Sequence[Path], synthetic: Sequence[Path]) -> tuple[list[Patch], list[list[Patch]]]:
+    """
+    :return: the real patches, and for each sample those of their size that cover it: a bank compares like with like.
+    :raises ValueError: where a file cannot be read, real patches differ in size, or a sample is smaller than they.
+    """
+    files = [*real, *synthetic]
     with ThreadPoolExecutor(2) as pool:
         sizes = list(tqdm(pool.map(check_image, files), "checking", len(files), leave=False, disable=None))
-    for file, found in zip(files, sizes):
-        if found != sizes[0]:
+    for number, (file, found) in enumerate(zip(files, sizes)):
+        if found != sizes[0] and (number < len(real) or min(np.subtract(found, sizes[0])) < 0):
             first, other = (" x ".join(map(str, pair)) for pair in (sizes[0], found))
-            raise ValueError(f"{file} is {other} px, {files[0]} {first}: patches must be of one size")
+            wanted = "patches must be of one size" if number < len(real) else "a sample must be as large at least"
+            raise ValueError(f"{file} is {other} px, {files[0]} {first}: {wanted}")
+    cuts = (tiles(found[::-1], sizes[0][::-1]) for found in sizes[len(real) :])
+    return list(map(Patch, real)), [[Patch(file, cut) for cut in own] for file, own in zip(synthetic, cuts)]
 
 
 class Extractor:
@@ -231,36 +250,36 @@ class Extractor:
         self.windows = (args.neighbourhood, args.stride)
         self.grid = (0, 0)
 
-    def batches(self, files: Sequence[Path], what: str) -> Iterator[th.Tensor]:
+    def batches(self, patches: Sequence[Patch], what: str) -> Iterator[th.Tensor]:
         """:return: [N x P x D] local features, batch by batch, the next one's images being read meanwhile."""
-        starts = range(0, len(files), self.batch_size)
-        bar = tqdm(desc=what, total=len(files), unit="image", disable=None if len(files) > 2 * SHOWN else True)
+        starts = range(0, len(patches), self.batch_size)
+        bar = tqdm(desc=what, total=len(patches), unit="image", disable=None if len(patches) > 2 * SHOWN else True)
         with ThreadPoolExecutor(2) as pool, bar:
             waiting: deque = deque()
             for start in [*starts, None]:
                 if start is not None:
-                    names = files[start : start + self.batch_size]
-                    waiting.append((names, [pool.submit(read_image, file) for file in names]))
+                    some = patches[start : start + self.batch_size]
+                    waiting.append((some, [pool.submit(patch.read) for patch in some]))
                 while len(waiting) > (1 if start is not None else 0):
-                    names, images = waiting.popleft()
-                    yield self._features(names, np.stack([image.result() for image in images]))
-                    bar.update(len(names))
+                    some, images = waiting.popleft()
+                    yield self._features(some, np.stack([image.result() for image in images]))
+                    bar.update(len(some))
 
-    def all_of(self, files: Sequence[Path], what: str) -> th.Tensor:
-        """:return: [N x P x D] local features of all files."""
+    def all_of(self, patches: Sequence[Patch], what: str) -> th.Tensor:
+        """:return: [N x P x D] local features of all patches."""
         room, filled = th.empty(0), 0
-        for batch in self.batches(files, what):
+        for batch in self.batches(patches, what):
             if not filled:
-                room = th.empty(len(files), *batch.shape[1:], device=batch.device)
+                room = th.empty(len(patches), *batch.shape[1:], device=batch.device)
             room[filled : filled + len(batch)] = batch
             filled += len(batch)
         return room
 
-    def _features(self, names: Sequence[Path], images: np.ndarray) -> th.Tensor:
+    def _features(self, patches: Sequence[Patch], images: np.ndarray) -> th.Tensor:
         features, self.grid = patchcore.local_features(self.backbone.maps(images), *self.windows)
         bad = ~features.isfinite().flatten(1).all(1)
         if bad.any():
-            name = names[int(bad.nonzero()[0])]
+            name = patches[int(bad.nonzero()[0])].file
             raise ValueError(f"the features of {name} are not finite: use --precision fp32, or another --backbone")
         return features
 
@@ -275,40 +294,47 @@ def fit(features: th.Tensor, parts: np.ndarray, args: argparse.Namespace) -> pat
 def score(
     extractor: Extractor,
     memory: patchcore.Memory,
-    files: Sequence[Path],
+    parts: Sequence[Sequence[Patch]],
     origins: comparison.Origins,
     reweight: bool,
-) -> np.ndarray:
-    """:return: an [N] float64 array of the samples' scores."""
-    order = np.argsort(origins.group, kind="stable")
-    scores = np.empty(len(files))
+) -> tuple[np.ndarray, list[Patch]]:
+    """
+    :param parts: the patches that cover each of N samples.
+    :return: an [N] float64 array of the samples' scores, the means of their patches'; and each one's worst patch.
+    """
+    patches = [patch for own in parts for patch in own]
+    sample = np.repeat(np.arange(len(parts)), [len(own) for own in parts])
+    order = np.argsort(origins.group[sample], kind="stable")
+    found = np.empty(len(patches))
     start = 0
-    for batch in extractor.batches([files[i] for i in order], "synthetic"):
+    for batch in extractor.batches([patches[i] for i in order], "synthetic"):
         rows = order[start : start + len(batch)]
-        scores[rows] = comparison.score(memory, origins, rows, batch, reweight)
+        found[rows] = comparison.score(memory, origins, sample[rows], batch, reweight)
         start += len(batch)
-    return scores
+    own = np.split(found, np.flatnonzero(np.diff(sample)) + 1)
+    return np.array([part.mean() for part in own]), [p[int(f.argmax())] for p, f in zip(parts, own)]
 
 
 def draw(
     extractor: Extractor,
     memory: patchcore.Memory,
     judged: list[Kept],
+    worst: Sequence[Patch],
     origins: comparison.Origins,
     compared: comparison.Comparison,
     report: dict,
 ) -> bytes:
-    """Draw ood.png."""
+    """Draw ood.png; of a sample of several patches the worst."""
     order = np.argsort(compared.scores, kind="stable")
     ends = []
     for chosen in (order[:SHOWN], order[::-1][:SHOWN]):
         items = [judged[i] for i in chosen]
-        files = [item.sample.sample for item in items]
+        patches = [worst[i] for i in chosen]
         cores = [memory.without(origins.groups[origins.group[i]].tolist()) for i in chosen]
-        features = extractor.all_of(files, "maps")
+        features = extractor.all_of(patches, "maps")
         maps = [core.distances(own[None])[0].cpu().numpy() for core, own in zip(cores, features)]
         captions = [f"{item.run.name[-24:]}\n{item.sample.stem[-24:]}" for item in items]
-        parts = zip(map(read_image, files), maps, (item.score for item in items), captions)
+        parts = zip((patch.read() for patch in patches), maps, (item.score for item in items), captions)
         ends.append([Scored(image, row.reshape(extractor.grid), *rest) for image, row, *rest in parts])
     title = (
         f"{len(judged)} synthetic patches, {report['backbone']}: AUROC against real ones of their slides "

@@ -108,6 +108,34 @@ def test_only_the_metrics_asked_for(real, sweep, tmp_path, monkeypatch):
     assert list(metrics["floor"]) == ["colour_od", "colour_grey"] and list(metrics["runs"]) == ["m_s1"]
 
 
+def write_fields(path, shapes, first=200):
+    """A results folder of fields, each of a mosaic of write_run's patches, with colours of another size."""
+    folder, k = ResultFolder(path), first
+    folder.open()
+    for index, (rows, columns) in enumerate(shapes):
+        drawn = [[draw_patch(k + row * columns + column) for column in range(columns)] for row in range(rows)]
+        image, inst = (np.concatenate([np.concatenate([p[i] for p in row], 1) for row in drawn]) for i in (0, 1))
+        k += rows * columns
+        names = dict(structure=f"data/slide-{index}_000.png", appearance=f"data/slide-{index}_001.png")
+        row = dict(names, index=index, stem=f"f{index}", seed=0, s="1.5", checkpoint="m.pt", sampler="ddpm", steps=5)
+        look = dict(image=image[:20, :50], cond=image, sample=image)
+        folder.write(row, **look, inst=inst, label=(inst > 0).astype(np.uint8))
+    folder.merge()
+    return path
+
+
+def test_fields_are_cut_into_patches(real, sweep, tmp_path):
+    """So that they score as their patches do; but for colours, which are a whole field's."""
+    fields = write_fields(tmp_path / "fields", [(2, 2), (1, 3), (1, 1)])
+    row, of_patches = (
+        run(real, synthetic, tmp_path / f"{synthetic.name}-out")["runs"][synthetic.name]
+        for synthetic in (fields, sweep / "m_s1")
+    )
+    same = ["kid", "precision", "recall", "nearest_features"]
+    assert [row[name] for name in same] == [of_patches[name] for name in same]
+    assert row["colour_grey"] > 0 == of_patches["colour_grey"]
+
+
 def test_copies_are_drawn(real, sweep, tmp_path, capsys):
     source = real / "MoNuSegTrainingData" / "images" / "slide-1_002.png"
     shutil.copy(source, sweep / "m_s1" / "samples" / "s3_000.png")
@@ -260,9 +288,9 @@ def dead_link(real, sweep):
     path.symlink_to("nowhere.png")
 
 
-def large_samples(real, sweep):
+def small_samples(real, sweep):
     shutil.rmtree(sweep / "m_s1")
-    write_run(sweep / "m_s1", size=48)
+    write_run(sweep / "m_s1", size=24)
 
 
 def no_samples(real, sweep):
@@ -285,7 +313,7 @@ MISTAKES = {
     "no mask": (no_mask, [], r"s0_000.png has no mask .*s0_000.tif"),
     "small mask": (small_mask, [], r"s0_000.tif is 9 x 9 px, its image .* 32 x 32"),
     "dead link": (dead_link, [], r"s0_000.png is a link that leads nowhere"),
-    "other size": (large_samples, [], r"m_s1 has samples of 48 px, --data_dir .* 32"),
+    "other size": (small_samples, [], r"s0_000.png is 24 x 24 px, the patches of --data_dir 32 x 32"),
     "no samples": (no_samples, [], r"samples holds no .png"),
     "too few": (few, [], r"at least 4 images a side, and there are 3"),
     "metric": (nothing, ["--metrics", "kid,fid"], r"unknown --metrics fid: choose some of kid, frechet"),

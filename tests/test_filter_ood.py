@@ -11,9 +11,10 @@ import torch as th
 import torch.nn.functional as F
 from conftest import draw_patch, write_patches
 from PIL import Image
-from test_evaluate import write_run
+from test_evaluate import write_fields, write_run
 
 from guided_diffusion import cli, slides
+from guided_diffusion.files import csv_text
 from guided_diffusion.histology.evaluation.runs import find_runs
 from guided_diffusion.histology.features import backbones
 from guided_diffusion.histology.filtering import comparison
@@ -132,6 +133,20 @@ def test_batches_runs_and_their_order_do_not_matter(pooled):
     other, others = run(*flags, 7, synthetic=["sweep/m_s2", "sweep/m_s1"], out="other")
     assert scores(rows) == pytest.approx(scores(others), rel=1e-4)
     assert report["threshold"] == pytest.approx(other["threshold"], rel=1e-4)
+
+
+def test_a_field_scores_as_the_mean_of_its_patches(pooled, tmp_path):
+    write_fields(tmp_path / "fields", [(2, 2), (1, 1)], first=70)
+    _, fields = run(synthetic=["fields"], out="a")
+    write_run(tmp_path / "patches", count=5, first=70)
+    table = tmp_path / "patches" / "manifest.csv"
+    rows = read_csv(table)
+    for k, row in enumerate(rows):  # of the slides of the field that each is a part of
+        row |= dict(structure=f"data/slide-{k // 4}_000.png", appearance=f"data/slide-{k // 4}_001.png")
+    table.write_text(csv_text(rows[0], rows))
+    _, patches = run(synthetic=["patches"], out="b")
+    scores = [float(row["score"]) for row in patches]
+    assert [float(row["score"]) for row in fields] == pytest.approx([np.mean(scores[:4]), scores[4]])
 
 
 def test_a_plain_folder_of_images_is_real_too():

@@ -35,7 +35,7 @@ class PatchSet:
     :param features: [N x D] float32; unused where none of BY_FEATURES is asked for.
     :param slides: the slide that each one's structure comes from.
     :param structures: the patch that it comes from, by its stem; of real patches, each one itself.
-    :param appearances: of synthetic patches, the images whose colours they took, [N x H x W x 3] uint8.
+    :param coloured: of synthetic images, whole, each one and the image whose colours it took: [H x W x 3] uint8.
     :param conditions: of synthetic patches, a name of each one's condition.
     :param originals: of synthetic patches, the real ones that show these very nuclei, [N x H x W x 3] uint8.
     """
@@ -45,7 +45,7 @@ class PatchSet:
     inst_maps: np.ndarray
     features: np.ndarray
     slides: Sequence[str]
-    appearances: np.ndarray | None = None
+    coloured: Sequence[tuple[np.ndarray, np.ndarray]] | None = None
     conditions: Sequence[str] | None = None
     originals: np.ndarray | None = None
     structures: Sequence[str] | None = None
@@ -124,10 +124,9 @@ class Evaluator:
 
     def _colour(self, patches: PatchSet) -> Figures:
         """Samples beside their appearance images; a real patch beside the next one of its slide."""
-        if patches.appearances is None:
+        pairs = patches.coloured
+        if pairs is None:
             pairs = [(patches.images[i], patches.images[j]) for i, j in _next_of_slide(patches.slides)]
-        else:
-            pairs = list(zip(patches.images, patches.appearances))
         if not pairs:
             return {"colour_od": None, "colour_grey": None}
         od, grey = np.mean([im.colour_error(*pair) for pair in pairs], axis=0)

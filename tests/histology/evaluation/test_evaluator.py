@@ -63,8 +63,10 @@ def test_a_set_further_off_scores_worse(evaluator):
 
 def test_colours_are_held_against_the_appearance(evaluator):
     base = draw(10, 3)
-    same = PatchSet("a", base.images, base.inst_maps, base.features, base.slides, base.images[:, ::-1])
-    brighter = PatchSet("b", base.images + np.uint8(5), base.inst_maps, base.features, base.slides, base.images)
+    turned, bright = base.images[:, ::-1], base.images + np.uint8(5)
+    rest = base.inst_maps, base.features, base.slides
+    same = PatchSet("a", base.images, *rest, list(zip(base.images, turned)))
+    brighter = PatchSet("b", bright, *rest, list(zip(bright, base.images)))
     assert evaluator.figures(same)["colour_grey"] == 0
     assert evaluator.figures(brighter)["colour_grey"] == pytest.approx(5)
 
@@ -137,9 +139,9 @@ def test_the_patch_of_a_samples_own_structure_is_no_copy():
 def test_diversity_is_within_conditions(evaluator):
     base = draw(6, 8)
     features = np.repeat(base.features[:3], 2, axis=0)
-    alike = PatchSet("c", base.images, base.inst_maps, features, base.slides, base.images, list("aabbcc"))
+    alike = PatchSet("c", base.images, base.inst_maps, features, base.slides, None, list("aabbcc"))
     assert evaluator.figures(alike)["diversity"] == pytest.approx(0, abs=1e-6)
-    single = PatchSet("d", base.images, base.inst_maps, features, base.slides, base.images, list("abcdef"))
+    single = PatchSet("d", base.images, base.inst_maps, features, base.slides, None, list("abcdef"))
     assert evaluator.figures(single)["diversity"] is None
 
 
