@@ -85,6 +85,14 @@ RANKS = {
     "histology.slides.patches": 0,
     "histology.slides.scales": 2,
     "histology.slides.toy": 0,
+    "histology.formats.fields": 0,
+    "histology.formats.raw_layout": 1,
+    "histology.formats.readers.opening": 2,
+    "histology.formats.readers.arrays": 3,
+    "histology.formats.readers.matlab": 4,
+    "histology.formats.readers.folders": 3,
+    "histology.formats.readers.coco": 3,
+    "histology.formats.data_sets": 5,
     "histology.evaluation.image_metrics": 0,
     "histology.evaluation.instance_metrics": 0,
     "histology.evaluation.runs": 0,
@@ -114,6 +122,7 @@ RANKS = {
 # to the bridge alone, which nothing imports but programs.
 ROOMS = {
     "slides": set(),
+    "formats": {"slides"},
     "evaluation": set(),
     "features": {"slides"},
     "filtering": set(),

@@ -28,6 +28,7 @@ from scripts import (
     evaluate,
     extract_features,
     filter_ood,
+    import_dataset,
     prepare_monuseg,
     segment,
     summarise_runs,
@@ -58,6 +59,7 @@ CALLS = {
     "cluster_patches": (cluster_patches, ["data", "--cluster", "slide"], DATA),
     "extract_features": (extract_features, "data --backbone stain --out f.npz".split(), DATA),
     "extract_features, plain": (extract_features, "plain --backbone stain --out f.npz".split(), ("plain",)),
+    "import_dataset": (import_dataset, "foreign out --num_workers 1".split(), ("foreign/images", "foreign/masks")),
     "prepare_monuseg": (prepare_monuseg, "raw out --workers 1".split(), ("raw/MoNuSegTestData",)),
     "evaluate": (evaluate, EVALUATE, DATA),
     "evaluate, samples": (evaluate, EVALUATE, SAMPLES),
@@ -92,6 +94,9 @@ def inputs(tmp_path, monkeypatch, models) -> Path:
     write_patches(tmp_path / "data" / "MoNuSegTestData", count=4, first=100, bin_masks=False)
     write_run(tmp_path / "run", count=4)
     (tmp_path / "plain").symlink_to(DATA[0])
+    (tmp_path / "foreign").mkdir()
+    for name, folder in zip(("images", "masks"), DATA):
+        (tmp_path / "foreign" / name).symlink_to(tmp_path / folder)
     (tmp_path / "model").symlink_to(models)
     (tmp_path / "segmenter.pt").symlink_to(models / "segmenter.pt")
     return tmp_path

@@ -1,0 +1,195 @@
+"""
+COCO's annotations: polygons, and run lengths, written out or packed.
+
+Run lengths are read here, since pycocotools takes those that are too short for what memory happens to hold; polygons
+are drawn by pycocotools, so that they cover the pixels that COCO means.
+"""
+
+import json
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ....cell_classes import MOST, CellClass, named
+from ....files import nfc
+from ....image_files import EXTENSIONS, read_image
+from ..fields import DataSet, Field, Labelled, safe
+from .opening import Tree
+
+_KEYS = ("images", "annotations", "categories")
+
+
+def find_coco(tree: Tree) -> DataSet | None:
+    """Find COCO's .json files, and the images that they name, anywhere in the data set."""
+    tables = {path: _parsed(path) for folder in tree.files for path in folder.glob("*.json")}
+    tables = {path: table for path, table in tables.items() if table is not None}
+    if not tables:
+        return None
+    numbers, classes = _classes(tables)
+    fields = [one for path, table in tables.items() for one in _fields(tree, path, table, numbers)]
+    names = ", ".join(path.name for path in tables)
+    return DataSet(f"COCO, {names}: {len(fields)} images", fields, None, classes if len(classes) > 1 else [])
+
+
+def _parsed(path: Path) -> dict[str, list[dict]] | None:
+    """A file's lists; None where it is of another kind."""
+    data = path.read_bytes()
+    if not any(f'"{key}"'.encode() in data for key in _KEYS[1:]):
+        return None
+    try:
+        table = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole JSON file ({error}): export it again") from None
+    if not isinstance(table, dict) or not {*_KEYS} <= table.keys():
+        return None
+    lists = {key: table[key] for key in _KEYS}
+    if not all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows) for rows in lists.values()):
+        raise ValueError(f"{path}: {', '.join(_KEYS)} are not lists of objects: export it again")
+    return lists
+
+
+def _classes(tables: dict[Path, dict]) -> tuple[dict[Any, int], list[CellClass]]:
+    """Category id -> class id, and the classes: their ids are kept where a class mask can hold them."""
+    names: dict[Any, str] = {}
+    for path, table in tables.items():
+        for row in table["categories"]:
+            number, name = row.get("id"), row.get("name")
+            if not isinstance(number, int) or not isinstance(name, str) or names.setdefault(number, name) != name:
+                raise ValueError(f"{path}: category {number!r} {name!r} has no number, or no name, or two names")
+    ids = sorted(names)
+    if len(ids) > MOST:
+        raise ValueError(f"{len(ids)} categories are more than {MOST}: leave out those that are no cells")
+    kept = all(1 <= number <= MOST for number in ids)
+    numbers = {number: number if kept else place for place, number in enumerate(ids, 1)}
+    classes = [
+        CellClass(numbers[number], one.name, one.colour) for number, one in zip(ids, named([names[n] for n in ids]))
+    ]
+    return numbers, classes
+
+
+def _fields(tree: Tree, path: Path, table: dict, numbers: dict[Any, int]) -> list[Field]:
+    found: dict[Any, list[tuple]] = defaultdict(list)
+    for row in table["annotations"]:
+        if row.get("category_id") not in numbers:
+            raise ValueError(
+                f"{path}: annotation {row.get('id')} is of category {row.get('category_id')}, which is none"
+            )
+        if row.get("iscrowd"):
+            raise ValueError(f"{path}: annotation {row.get('id')} is a crowd, not one nucleus: split or remove it")
+        found[row.get("image_id")].append((row.get("id"), numbers[row["category_id"]], row.get("segmentation")))
+    known = {row.get("id") for row in table["images"]}
+    stray = [number for number in found if number not in known]
+    if stray or len(known) < len(table["images"]):
+        raise ValueError(f"{path}: images share an id, or annotations are of image {stray[:1]}, which is not there")
+    split, fields = tree.split_of(path.with_suffix("")), []
+    for row in table["images"]:
+        name = row.get("file_name")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{path}: image {row.get('id')} has no file_name")
+        image, stem = _image(tree, path, name), safe(nfc(Path(name).stem))
+        where = f"{path}: image {name}"
+        read = partial(_read, image, where, tuple(found[row["id"]]))
+        fields.append(Field(stem, stem, path.stem, split, where, read))
+    return fields
+
+
+def _image(tree: Tree, path: Path, name: str) -> Path:
+    """
+    Find an image: beside its .json or in `images` there, or else the only one in the data set whose path ends so.
+
+    :raises ValueError: where there is none, or several, or it lies outside.
+    """
+    parts = Path(name).parts
+    if ".." in parts or Path(name).is_absolute() or Path(name).suffix.lower() not in EXTENSIONS:
+        raise ValueError(
+            f"{path}: file_name {name!r} must be a path below the data set of a file that is read as image"
+        )
+    near = [place / name for place in (path.parent, path.parent / "images") if (place / name).is_file()]
+    if near:
+        return near[0]
+    ends = [file for file in tree.called(parts[-1]) if file.parts[-len(parts) :] == parts]
+    if len(ends) != 1:
+        what = f"{len(ends)} images are called so" if ends else "there is no such image"
+        raise ValueError(f"{path}: file_name {name!r}: {what} in {tree.src}")
+    return ends[0]
+
+
+def _read(image: Path, where: str, annotations: tuple[tuple, ...]) -> Labelled:
+    """Draw an image's annotations, in their order: the first is nucleus 1."""
+    pixels = read_image(image)
+    inst_map, class_map = np.zeros((2, *pixels.shape[:2]), np.int32)
+    covered = np.zeros(pixels.shape[:2], np.uint8)
+    for nucleus, (number, class_id, segmentation) in enumerate(annotations, 1):
+        inside = _drawn(segmentation, inst_map.shape, f"{where}: annotation {number}")
+        covered += inside & (covered < 2)
+        inst_map[inside], class_map[inside] = nucleus, class_id
+    return Labelled(pixels, inst_map, class_map, np.count_nonzero(covered > 1))
+
+
+def _drawn(segmentation: Any, shape: tuple[int, int], where: str) -> np.ndarray:
+    """:return: an [H x W] array, true inside. :raises ValueError: where nothing is, or it is of no known kind."""
+    if isinstance(segmentation, dict):
+        counts = segmentation.get("counts")
+        if segmentation.get("size") != [*shape]:
+            raise ValueError(
+                f"{where} is for {segmentation.get('size')} px, height and width, its image is {[*shape]} px"
+            )
+        inside = _from_runs(unpacked(counts, where) if isinstance(counts, str) else counts, shape, where)
+    elif isinstance(segmentation, list) and segmentation:
+        inside = _from_polygons(segmentation, shape, where)
+    else:
+        raise ValueError(f"{where} has no segmentation, a box alone says no outline: export polygons or run lengths")
+    if not inside.any():
+        raise ValueError(f"{where} covers no pixel: remove it")
+    return inside
+
+
+def _from_runs(counts: Any, shape: tuple[int, int], where: str) -> np.ndarray:
+    """Run lengths in the order of columns, the first of background."""
+    whole = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
+    if not whole or sum(counts) != shape[0] * shape[1]:
+        raise ValueError(f"{where}: its run lengths are not those of {shape[1]} x {shape[0]} px: export it again")
+    runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return runs.reshape(shape, order="F")
+
+
+def unpacked(text: str, where: str) -> list[int]:
+    """
+    Read COCO's packed run lengths. A character holds five bits, the lowest first, and whether more follow; a number's
+    last has its sign. From the fourth on, numbers are differences to the one two before.
+
+    :raises ValueError: where the text is none of these.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 40:
+            raise ValueError(f"{where}: {character!r} is no part of run lengths: export it again")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (1 << shift) if bits & 16 else 0
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = shift = 0
+    if shift:
+        raise ValueError(f"{where}: its run lengths break off: export it again")
+    return counts
+
+
+def _from_polygons(polygons: list, shape: tuple[int, int], where: str) -> np.ndarray:
+    try:
+        from pycocotools import mask
+    except ImportError:
+        raise ImportError("COCO's polygons need pycocotools: pip install pycocotools, or export run lengths") from None
+
+    points = [np.asarray(polygon, dtype=object) for polygon in polygons]
+    for polygon in points:
+        numbers = all(type(value) in (int, float) and abs(value) < 1 << 30 for value in polygon.ravel())
+        if polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2 or not numbers:
+            raise ValueError(f"{where}: a polygon is not a list [x, y, x, y, ...] of three points or more")
+    runs = mask.frPyObjects([polygon.astype(float).tolist() for polygon in points], *shape)
+    return mask.decode(mask.merge(runs)).astype(bool)
