@@ -4,6 +4,8 @@ Files of images and masks: which belong together, and of which slides. For the c
 Knows nothing of what the files hold, nor of conditions and batches.
 """
 
+import itertools
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,11 @@ import blobfile as bf
 from .files import by_stem, list_files
 from .image_files import EXTENSIONS
 from .slides import hold_out, owners, read_manifest, slides_of
+
+# Which kind a structure is: REAL was drawn on a slide, GIVEN is of unknown origin; of those made by a program, the
+# method, which stands in the folder's STRUCTURES.
+REAL, GIVEN = "real", "given"
+STRUCTURES = "structures.json"
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Item:
     :param stem: the image's path below images/, without suffix, which its masks share below their folders.
     :param slide: that it was cut from, see slides_of.
     :param image: "" of an instance mask without an image.
+    :param kind: of the structure.
     """
 
     stem: str
@@ -46,6 +54,7 @@ class Item:
     image: str
     class_mask: str | None = None
     inst_mask: str | None = None
+    kind: str = REAL
 
     @property
     def path(self) -> str:
@@ -125,8 +134,20 @@ def list_structures(folder: str, flag: str) -> list[Item]:
     masks = by_stem(inner if bf.isdir(inner) else folder, EXTENSIONS)
     if not masks:
         raise ValueError(f"{flag} {folder} holds no mask ({', '.join(EXTENSIONS)})")
-    slides = slides_of(folder, list(masks.values()))
-    return [Item(stem, slide, "", None, mask) for (stem, mask), slide in zip(masks.items(), slides)]
+    slides, kind = slides_of(folder, list(masks.values())), _kind(folder)
+    return [Item(stem, slide, "", None, mask, kind) for (stem, mask), slide in zip(masks.items(), slides)]
+
+
+def _kind(folder: str) -> str:
+    """The kind of a folder's structures. :raises ValueError: where the file that says it cannot be read."""
+    for path in (bf.join(place, STRUCTURES) for place in itertools.islice(owners(folder), 2)):
+        if bf.exists(path):
+            try:
+                with bf.BlobFile(path) as file:
+                    return str(json.load(file)["settings"]["method"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path} is not readable: run make_structures.py again, or remove it") from None
+    return GIVEN
 
 
 def _slides(data_dir: str, images: dict[str, str], other_split: str) -> list[str]:

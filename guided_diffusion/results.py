@@ -18,7 +18,7 @@ from . import files
 from .pictures import draw_grid, is_whole, save_picture
 
 FOLDERS = ("images", "labels", "cond", "samples", "inst_masks")
-NEW_FIELDS = ("structure_slide", "appearance_slide", "noise")  # which earlier versions did not write
+NEW_FIELDS = ("structure_slide", "appearance_slide", "noise", "structure_kind")  # which earlier versions did not write
 MANIFEST_FIELDS = (
     *("index", "stem", "seed", "structure", "appearance", "s", "checkpoint", "sampler", "steps"),
     *NEW_FIELDS,

@@ -288,6 +288,7 @@ class Sweep:
             structure_slide=structure.slide,
             appearance_slide=appearance.slide,
             noise=f"{draw.seed}/{k}",
+            structure_kind=structure.kind,
         )
 
     def _draw(self) -> None:

@@ -45,7 +45,7 @@ from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmen
 from guided_diffusion.histology.segmenter.net import ADAPT
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT
 from guided_diffusion.image_files import EXTENSIONS, read_image, read_inst_mask
-from guided_diffusion.images import Item, list_items
+from guided_diffusion.images import REAL, Item, list_items
 from guided_diffusion.slides import slides_of, without_number
 from guided_diffusion.windows import tiles
 
@@ -240,18 +240,30 @@ def synthetic_set(
     samples = [samples[number] for number, _ in cuts]
     structures = [nfc(PurePath(sample.row.get("structure", sample.stem)).stem) for sample in samples]
     slides = {name: item.slide for name, item in real.items()}
+    kinds = [sample.row.get("structure_kind") or REAL for sample in samples]
     originals = find_originals([real.get(stem) for stem in structures], inst_maps) if with_originals else None
     return PatchSet(
         name=run.name,
         images=images,
         inst_maps=inst_maps,
         features=embed(run.name, images, backbone, args.batch_size),
-        slides=[runs.slides_of_sample(sample, slides)[0] or without_number(sample.stem) for sample in samples],
+        slides=[pooled_with(sample, kind, slides) for sample, kind in zip(samples, kinds)],
         coloured=coloured,
         conditions=conditions,
         originals=originals,
         structures=structures,
+        kinds=kinds,
     )
+
+
+def pooled_with(sample: runs.Sample, kind: str, known: dict[str, str]) -> str:
+    """
+    :param kind: of its structure; known: see runs.slides_of_sample.
+    :return: the slide whose figures a sample counts for. A structure that was made is of none, and would be a slide of
+        its own, whose few nuclei weigh as much as all of a real one: there it is the appearance's.
+    """
+    structure, appearance = runs.slides_of_sample(sample, known)
+    return (structure if kind == REAL else appearance) or without_number(sample.stem)
 
 
 def cut(
@@ -301,9 +313,10 @@ def find_originals(items: Sequence[Item | None], inst_maps: np.ndarray) -> np.nd
 
 def structure_metric(segmenter: Segmenter) -> StructureMetric:
     """
-    :return: a metric of how well a segmenter finds the nuclei that patches should show, f1 and aji, and those of the
-        real patches that have the same masks, where they are known: what perfect samples would reach. Of a segmenter
-        that was trained on those patches, that is more than new samples can.
+    :return: a metric of how well a segmenter finds the nuclei that patches should show, f1 and aji; of each kind of
+        structure apart, f1_KIND and aji_KIND, where there are several; and those of the real patches that have the same
+        masks, where they are known: what perfect samples would reach. Of a segmenter that was trained on those patches,
+        that is more than new samples can.
     """
 
     def agreement(name: str, images: np.ndarray, patches: PatchSet) -> Figures:
@@ -311,8 +324,13 @@ def structure_metric(segmenter: Segmenter) -> StructureMetric:
         tallies = [
             instance_metrics.tally(truth, segmenter.segment(image)) for image, truth in zip(bar, patches.inst_maps)
         ]
-        means = instance_metrics.summarise(tallies, patches.slides)
-        return {name: estimate(means[key]) for name, key in (("f1", "f1@0.5"), ("aji", "aji"))}
+        figures = summed_up(tallies, patches.slides)
+        kinds = sorted(set(patches.kinds or ()))
+        for kind in kinds if len(kinds) > 1 else ():
+            own = [number for number, found in enumerate(patches.kinds) if found == kind]
+            of_kind = summed_up([tallies[i] for i in own], [patches.slides[i] for i in own])
+            figures |= {f"{name}_{kind}": value for name, value in of_kind.items()}
+        return figures
 
     known: dict[bytes, Figures] = {}  # the runs of a sweep share their originals
 
@@ -326,6 +344,11 @@ def structure_metric(segmenter: Segmenter) -> StructureMetric:
         return figures
 
     return measure
+
+
+def summed_up(tallies: Sequence[instance_metrics.Tally], slides: Sequence[str]) -> Figures:
+    means = instance_metrics.summarise(tallies, slides)
+    return {name: estimate(means[key]) for name, key in (("f1", "f1@0.5"), ("aji", "aji"))}
 
 
 def estimate(summary: dict[str, float | None]) -> image_metrics.Estimate:

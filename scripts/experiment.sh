@@ -43,7 +43,9 @@ for cell in ${CELLS:-}; do
     [[ " none ${cells[*]} " == *" $cell "* ]] || die "CELLS names $cell: choose of ${cells[*]}, or none"
 done
 case $APPEARANCES in all | share) ;; *) die "APPEARANCES=$APPEARANCES in $config: give all or share" ;; esac
-export CELLS=${CELLS:-${cells[*]}} FRACTIONS SEEDS VAL_SHARE NPROC APPEARANCES
+STRUCTURES=${STRUCTURES:-real}
+check_structures
+export CELLS=${CELLS:-${cells[*]}} FRACTIONS SEEDS VAL_SHARE NPROC APPEARANCES STRUCTURES
 export DIFFUSION_STEPS DIFFUSION_BATCH MAX_EPOCHS EMA_RATE SAMPLES S
 for name in PATCH TEST MODEL DIFFUSION SAMPLE FILTER SEGMENTER PLAIN COLOUR; do
     declare -n flags_of=${name}_FLAGS

@@ -109,6 +109,11 @@ SAMPLE_FLAGS=(
     --sampler "${SAMPLER:-dpmpp_2m_sde}" --num_steps "${NUM_STEPS:-25}"
 )
 
+# check_structures: stop unless STRUCTURES, of a workflow, is one of its kinds.
+check_structures() {
+    case $STRUCTURES in real | recombine | both) ;; *) die "STRUCTURES=$STRUCTURES: give real, recombine or both" ;; esac
+}
+
 # workflow FILE.smk RAW OUT [flags of run.py and snakemake ...]: run a workflow, in place of this shell.
 workflow() {
     local python pinned

@@ -32,11 +32,11 @@ from guided_diffusion.histology.structures.bank import Bank
 from guided_diffusion.histology.structures.layouts import perturb, recombine
 from guided_diffusion.histology.structures.picture import SHOWN, draw_structures
 from guided_diffusion.image_files import read_inst_mask
-from guided_diffusion.images import Item, list_items
+from guided_diffusion.images import STRUCTURES, Item, list_items
 from guided_diffusion.slides import write_table
 
 METHODS = ("recombine", "perturb")
-REPORT, PICTURE, FOLDER = "structures.json", "structures.png", "inst_masks"
+REPORT, PICTURE, FOLDER = STRUCTURES, "structures.png", "inst_masks"
 
 Make = Callable[[np.random.Generator], np.ndarray]
 _make: Make | None = None  # of a worker process

@@ -12,6 +12,8 @@
 # From the environment, with the default:
 #   CLUSTERS: labels to fine-tune on, the largest one if empty; PRETRAIN_STEPS, FINETUNE_STEPS 50000;
 #   ITERATIONS "030000 040000 050000", S_VALUES "1.3 1.4 1.5 1.6": the sweep; RATIO 1: synthetic patches a real one;
+#   STRUCTURES real: whose nuclei samples show; recombine: layouts made of the nuclei of a cluster's real ones; both:
+#   half of the samples each (docs/pipeline.md);
 #   UNLABELLED: folders of images without masks that the trainings learn from as well, none if empty (docs/training.md);
 #   BACKBONE efficientnet_lite0; TIME_LIMIT: seconds, after which all is stopped with exit code 75, to go on with the
 #   same command. flags.sh lists what else the environment sets.
@@ -27,7 +29,8 @@ done
 if [[ -n $toy ]]; then
     : "${PRETRAIN_STEPS:=20}" "${FINETUNE_STEPS:=20}" "${ITERATIONS:=000010 000020}" "${S_VALUES:=1.3 1.5}"
     : "${NUM_SAMPLES:=8}" "${BATCH_SIZE:=8}" "${SAVE_INTERVAL:=10}" "${NUM_STEPS:=5}" "${RATIO:=0.1}"
-    export NUM_SAMPLES BATCH_SIZE SAVE_INTERVAL NUM_STEPS
+    : "${IMAGE_SIZE:=16}"
+    export NUM_SAMPLES BATCH_SIZE SAVE_INTERVAL NUM_STEPS IMAGE_SIZE
 fi
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 
@@ -51,6 +54,12 @@ for iteration in $ITERATIONS; do
         || die "ITERATIONS: $iteration is no multiple of SAVE_INTERVAL=$save_interval: there will be no such checkpoint"
 done
 
+export STRUCTURES=${STRUCTURES:-real}
+check_structures
+[[ ${NUM_SAMPLES:-1000} =~ ^[0-9]+$ ]] || die "NUM_SAMPLES=$NUM_SAMPLES is not a number of samples"
+[[ $STRUCTURES == real || ${NUM_SAMPLES:-1000} =~ [1-9] ]] \
+    || die "STRUCTURES=$STRUCTURES with NUM_SAMPLES=$NUM_SAMPLES, which is as many as real structures: give a number"
+
 export CLUSTERS=${CLUSTERS:-} BACKBONE=${BACKBONE:-efficientnet_lite0} RATIO=${RATIO:-1} EMA_RATE=${EMA_RATE:-0.9999}
 export SDM_PATCH_FLAGS="--patch_size 128 --stride 128" SDM_CLUSTER_FLAGS="--reduce pca --cluster kmeans"
 export SDM_FILTER_FLAGS='' SDM_MODEL_FLAGS='' SDM_TRAIN_FLAGS=''
@@ -59,7 +68,7 @@ if [[ -n $toy ]]; then
     SDM_PATCH_FLAGS="--patch_size 64 --stride 64 --resize 16"
     SDM_CLUSTER_FLAGS="--reduce pca --cluster kmeans --n_clusters 2"
     SDM_FILTER_FLAGS="--mode top_n --top_n 12" # nothing that such a model makes would pass
-    SDM_MODEL_FLAGS="--image_size 16 --num_channels 32 --channel_mult 1,1 --num_res_blocks 1 --num_head_channels 16"
+    SDM_MODEL_FLAGS="--num_channels 32 --channel_mult 1,1 --num_res_blocks 1 --num_head_channels 16"
     SDM_MODEL_FLAGS+=" --attention_resolutions 8 --learn_sigma False --predict_xstart True --num_workers 0"
     SDM_TRAIN_FLAGS="--lr 5e-4 --val_interval 10 --use_checkpoint False --preview_samples 1 "
 fi

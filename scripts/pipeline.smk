@@ -10,12 +10,27 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir).parent))
-from scripts.workflow.wiring import CORES, GPUS, ONE_GPU, PYTHON, RAW, SLIDES, UNLABELLED, script, stage, step
+from scripts.workflow.wiring import (
+    CORES,
+    GPUS,
+    ONE_GPU,
+    PYTHON,
+    RAW,
+    SLIDES,
+    STRUCTURES,
+    UNLABELLED,
+    divide,
+    make_structures,
+    script,
+    stage,
+    step,
+)
 
 PATCHES, CLUSTERS = "patches", "patches/clusters"
 FLAGS = {name: os.environ[f"SDM_{name}_FLAGS"] for name in ("PATCH", "CLUSTER", "FILTER", "MODEL", "TRAIN")}
 PRETRAIN_STEPS, FINETUNE_STEPS = int(os.environ["PRETRAIN_STEPS"]), int(os.environ["FINETUNE_STEPS"])
 RATE = os.environ["EMA_RATE"]
+NUM_SAMPLES = int(os.environ.get("NUM_SAMPLES") or 1000)  # of each checkpoint and s, as in flags.sh
 
 
 def environment(*names):
@@ -35,6 +50,7 @@ def chosen(pattern):
 
 wildcard_constraints:
     label="[^/]+",
+    kind="samples|made",
 
 
 localrules:
@@ -184,29 +200,60 @@ rule finetune:
         )
 
 
+rule structures:
+    input:
+        "stages/clusters.json",
+    output:
+        "stages/structures-{label}.json",
+    log:
+        "logs/structures-{label}.log",
+    params:
+        settings=f"{divide(NUM_SAMPLES)['made']} {environment('IMAGE_SIZE')}",
+    resources:
+        gpu=0,
+    threads: CORES
+    shell:
+        stage(
+            "structures-{wildcards.label:q}",
+            "structures/{wildcards.label:q}",
+            make_structures(
+                f"{CLUSTERS}/{{wildcards.label:q}}",
+                "structures/{wildcards.label:q}",
+                divide(NUM_SAMPLES)["made"],
+                os.environ.get("IMAGE_SIZE") or 128,
+            ),
+        )
+
+
+# Samples of real structures, and of made ones.
 rule samples:
     input:
         "stages/clusters.json",
         "stages/finetune-{label}.json",
+        lambda wildcards: [f"stages/structures-{wildcards.label}.json"] if wildcards.kind == "made" else [],
     output:
-        "stages/samples-{label}.json",
+        "stages/{kind}-{label}.json",
     log:
-        "logs/samples-{label}.log",
+        "logs/{kind}-{label}.log",
     params:
         settings=FLAGS["MODEL"]
         + " "
         + environment("ITERATIONS", "S_VALUES", "EMA_RATE", "KIND", "IMAGE_SIZE", "SAMPLER", "NUM_STEPS"),
-        amount=environment("NUM_SAMPLES"),
+        amount=lambda wildcards: divide(NUM_SAMPLES)[wildcards.kind],
+        structures=lambda wildcards: (
+            f"--structure_dir structures/{shlex.quote(wildcards.label)}" if wildcards.kind == "made" else ""
+        ),
     resources:
         gpu=GPUS,
     threads: CORES
     shell:
         stage(
-            "samples-{wildcards.label:q}",
-            "samples/{wildcards.label:q}",
+            "{wildcards.kind}-{wildcards.label:q}",
+            "{wildcards.kind}/{wildcards.label:q}",
             f"bash {script('scripts/sample.sh')} {CLUSTERS}/{{wildcards.label:q}} finetune-clus{{wildcards.label:q}}"
-            f" samples/{{wildcards.label:q}} {FLAGS['MODEL']}",
-            seals=["samples/{wildcards.label:q}/sweep.png", "samples/{wildcards.label:q}"],
+            f" {{wildcards.kind}}/{{wildcards.label:q}} {FLAGS['MODEL']} --num_samples {{params.amount}}"
+            " {params.structures}",
+            seals=["{wildcards.kind}/{wildcards.label:q}/sweep.png", "{wildcards.kind}/{wildcards.label:q}"],
             resumes=True,
         )
 
@@ -214,14 +261,14 @@ rule samples:
 rule filter:
     input:
         "stages/patches.json",
-        chosen("stages/samples-{label}.json"),
+        *(chosen(f"stages/{kind}-{{label}}.json") for kind in STRUCTURES),
     output:
         "stages/filter.json",
     log:
         "logs/filter.log",
     params:
         settings=f"{os.environ['BACKBONE']} {FLAGS['FILTER']}",
-        samples=lambda wildcards, input: [f"samples/{Path(seal).stem.removeprefix('samples-')}" for seal in input[1:]],
+        samples=lambda wildcards, input: [Path(seal).stem.replace("-", "/", 1) for seal in input[1:]],
         backbone=os.environ["BACKBONE"],
     resources:
         gpu=ONE_GPU,

@@ -20,8 +20,8 @@ from guided_diffusion.results import ResultFolder
 from scripts import evaluate
 
 
-def write_run(path, count=8, s="1.5", checkpoint="ema_0.99_000100.pt", size=32, first=200):
-    """A results folder whose samples are drawn patches; each condition comes twice."""
+def write_run(path, count=8, s="1.5", checkpoint="ema_0.99_000100.pt", size=32, first=200, kinds=("real",)):
+    """A results folder whose samples are drawn patches; each condition comes twice, kinds of structure by turns."""
     folder = ResultFolder(path)
     folder.open()
     for k in range(count):
@@ -37,6 +37,7 @@ def write_run(path, count=8, s="1.5", checkpoint="ema_0.99_000100.pt", size=32, 
                 checkpoint=f"run/{checkpoint}",
                 sampler="ddpm",
                 steps=5,
+                structure_kind=kinds[k % len(kinds)],
             ),
             image=image,
             label=(inst > 0).astype(np.uint8),
@@ -212,6 +213,24 @@ def test_structure_of_the_real_patches_with_the_same_masks(real, tmp_path):
     row = run(real, results, tmp_path / "out", *flags)["runs"]["results"]
     assert list(row) == ["f1", "aji", "f1_originals", "aji_originals"]
     assert row["f1_originals"] == row["f1"] and row["aji_originals"] == row["aji"]
+
+
+def test_structure_of_each_kind_apart(real, tmp_path):
+    """As in runs of one kind each, where a made structure counts for the slide of its appearance."""
+    model = save_segmenter(tmp_path / "segmenter.pt", ["slide-0"])
+    write_run(tmp_path / "runs/both", kinds=("real", "recombine"))
+    for number, kind in enumerate(("real", "recombine")):
+        apart = shutil.copytree(tmp_path / "runs/both", tmp_path / "runs" / kind)
+        for k in range(1 - number, 8, 2):
+            (apart / f"samples/s{k}_000.png").unlink()
+    rows = run(real, tmp_path / "runs", tmp_path / "out", "--metrics", "structure", "--model_path", model)["runs"]
+    assert list(rows["real"]) == list(rows["recombine"]) == ["f1", "aji"]
+    assert list(rows["both"]) == ["f1", "aji", "f1_real", "aji_real", "f1_recombine", "aji_recombine"]
+    for kind in ("real", "recombine"):
+        assert rows["both"][f"f1_{kind}"] == rows[kind]["f1"] and rows["both"][f"aji_{kind}"] == rows[kind]["aji"]
+    known = {"slide-1_000": "slide-1"}
+    sample = Sample("s", None, None, None, {"structure": "m/made_007.tif", "appearance": "d/slide-1_000.png"})
+    assert [evaluate.pooled_with(sample, kind, known) for kind in ("real", "recombine")] == ["made", "slide-1"]
 
 
 def test_a_sweeps_originals_are_segmented_once(real, tmp_path, monkeypatch):

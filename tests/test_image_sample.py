@@ -725,6 +725,7 @@ def test_structures_without_images(data_dir, model_path, tmp_path):
             str(folder / f"made_{number:03d}.tif") for number in (0, 1)
         ]
         for row in rows:
+            assert row["structure_kind"] == "given"
             assert row["appearance"] in images and row["structure_slide"] == Path(row["structure"]).stem
             expected = (few, many)[int(Path(row["structure"]).stem[-3:])][2:18, 3:19]
             np.testing.assert_array_equal(np.asarray(Image.open(out / f"inst_masks/{row['stem']}.tif")), expected)

@@ -17,6 +17,7 @@ from PIL import Image
 from .. import streams
 from ..files import csv_text, write_text
 from ..image_files import check_image, read_inst_mask
+from ..images import REAL
 from ..magnification import pass_on
 from ..slides import write_table
 from .evaluation.runs import MANIFEST, Run, Sample, slides_of_sample
@@ -25,7 +26,7 @@ from .slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from .slides.patches import SUFFIXES
 
 SET_FIELDS = (
-    *("file", "stem", "source", "slide", "structure", "structure_slide", "appearance"),
+    *("file", "stem", "source", "slide", "structure", "structure_slide", "structure_kind", "appearance"),
     *("s", "checkpoint", "seed", "score", "weight", "sample"),
 )
 KEPT_FIELDS = ("run", "sample", "score", "weight")  # beside those of a results folder's manifest
@@ -115,7 +116,7 @@ class Synthetic:
     def row(self, folder: Path) -> dict[str, object]:
         """:return: its row of the manifest of the set in `folder`."""
         origin = self.sample.row
-        copied = ("structure", "appearance", "s", "checkpoint", "seed", "score", "weight")
+        copied = ("structure", "structure_kind", "appearance", "s", "checkpoint", "seed", "score", "weight")
         return {
             **{name: origin.get(name, "") for name in copied},
             **{name: getattr(self, name) for name in ("file", "stem", "slide", "structure_slide")},
@@ -229,6 +230,7 @@ def write_set(
             _write_binary(patch.files["inst_masks"], train / "bin_masks" / f"{patch.stem}.png")
         name = f"{patch.stem}{patch.image.suffix}"
         own = dict(structure=name, appearance=name, slide=patch.slide, structure_slide=patch.slide)
+        own["structure_kind"] = REAL
         rows.append({**own, "file": patch.file, "stem": patch.stem, "source": "real"})
         progress()
     for item in synthetic:

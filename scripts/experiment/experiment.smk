@@ -10,15 +10,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir).parents[1]))
 from scripts.experiment.plan import diffusion_steps
-from scripts.workflow.wiring import CORES, GPUS, LAUNCH, ONE_GPU, PYTHON, RAW, SLIDES, script, stage, step
+from scripts.workflow.wiring import (
+    CORES,
+    GPUS,
+    LAUNCH,
+    ONE_GPU,
+    PYTHON,
+    RAW,
+    SLIDES,
+    STRUCTURES,
+    divide,
+    make_structures,
+    script,
+    stage,
+    step,
+)
 
 CELLS = [cell for cell in os.environ["CELLS"].split() if cell != "none"]
 NAMES = ("PATCH", "TEST", "MODEL", "DIFFUSION", "SAMPLE", "FILTER", "SEGMENTER", "PLAIN", "COLOUR")
 FLAGS = {name: os.environ[f"SDM_{name}_FLAGS"] for name in NAMES}
 BATCH, RATE, VAL_SHARE = (os.environ[name] for name in ("DIFFUSION_BATCH", "EMA_RATE", "VAL_SHARE"))
 SAMPLES, SCALE = int(os.environ["SAMPLES"]), os.environ["S"]
-# set -> the results folder in the cell that it takes, and the stage that makes that.
-SYNTHETIC = {"unfiltered": ("samples", "samples"), "filtered": ("ood/kept", "filter")}
+# set -> the results folders in the cell that it takes, and the stages that make them.
+SYNTHETIC = {"unfiltered": (STRUCTURES, STRUCTURES), "filtered": (("ood/kept",), ("filter",))}
 # A cell in the names of files, and in a shell command.
 NAME, CELL = "f{fraction}-s{seed}", "f{wildcards.fraction}-s{wildcards.seed}"
 MODEL = f"{CELL}/model/ema_{RATE}_{{params.steps}}.pt"
@@ -45,10 +59,26 @@ def tests_of_filtered(wildcards):
     return [path.format(**wildcards) for path in tests("filtered", "filtered-colour")] if kept else []
 
 
+def seen(wildcards):
+    """How many patches the cell's diffusion model sees; none before they are there."""
+    images = Path(f"f{wildcards.fraction}-s{wildcards.seed}", "slides/seen/MoNuSegTrainingData/images")
+    return sum(1 for _ in images.iterdir()) if images.is_dir() else 0
+
+
 def steps(wildcards):
     """Of the cell's diffusion model, as its files name them."""
-    images = Path(f"f{wildcards.fraction}-s{wildcards.seed}", "slides/seen/MoNuSegTrainingData/images")
-    return f"{diffusion_steps(sum(1 for _ in images.iterdir()) if images.is_dir() else 0):06d}"
+    return f"{diffusion_steps(seen(wildcards)):06d}"
+
+
+def count(kind):
+    """An input function: how many samples there are to be of a kind."""
+    return lambda wildcards: divide(SAMPLES or seen(wildcards))[kind or wildcards.kind]
+
+
+def option(name):
+    """A flag of the model."""
+    words = shlex.split(FLAGS["MODEL"])
+    return words[words.index(name) + 1]
 
 
 wildcard_constraints:
@@ -56,6 +86,7 @@ wildcard_constraints:
     seed=r"\d+",
     variant="|".join(VARIANTS),
     which="unfiltered|filtered",
+    kind="samples|made",
 
 
 rule all:
@@ -146,29 +177,57 @@ rule model:
         )
 
 
+rule structures:
+    input:
+        f"stages/{NAME}-slides.json",
+    output:
+        f"stages/{NAME}-structures.json",
+    log:
+        f"logs/{NAME}-structures.log",
+    params:
+        settings=count("made"),
+    resources:
+        gpu=0,
+    threads: CORES
+    shell:
+        stage(
+            f"{CELL}-structures",
+            f"{CELL}/structures",
+            make_structures(
+                f"{CELL}/slides/seen", f"{CELL}/structures", "{params.settings}", option("--image_size")
+            )
+            + " --seed {wildcards.seed}",
+        )
+
+
+# Samples of real structures, and of made ones.
 rule samples:
     input:
         f"stages/{NAME}-slides.json",
         f"stages/{NAME}-model.json",
+        lambda wildcards: [f"stages/{NAME}-structures.json".format(**wildcards)] if wildcards.kind == "made" else [],
     output:
-        f"stages/{NAME}-samples.json",
+        f"stages/{NAME}-{{kind}}.json",
     log:
-        f"logs/{NAME}-samples.log",
+        f"logs/{NAME}-{{kind}}.log",
     params:
         settings=lambda wildcards: f"{steps(wildcards)} {FLAGS['MODEL']} {SCALE} {FLAGS['SAMPLE']} {APPEARANCES}",
         steps=steps,
-        amount=SAMPLES,
+        amount=count(""),
+        structures=lambda wildcards: (
+            f"--structure_dir f{wildcards.fraction}-s{wildcards.seed}/structures" if wildcards.kind == "made" else ""
+        ),
     resources:
         gpu=GPUS,
     threads: CORES
     shell:
         stage(
-            f"{CELL}-samples",
-            f"{CELL}/samples",
+            f"{CELL}-{{wildcards.kind}}",
+            f"{CELL}/{{wildcards.kind}}",
             f"{LAUNCH} {script('image_sample.py')} --model_path {MODEL} --data_dir {CELL}/slides/seen"
-            f" --use_train True --results_path {CELL}/samples --num_samples {SAMPLES} --s {SCALE}"
-            f" --seed {{wildcards.seed}} {FLAGS['SAMPLE']} {COLOURS}",
-            seals=[f"{CELL}/samples/grid.png", f"{CELL}/samples"],
+            f" --use_train True --results_path {CELL}/{{wildcards.kind}} --num_samples {{params.amount}} --s {SCALE}"
+            f" --seed {{wildcards.seed}} {FLAGS['SAMPLE']} {COLOURS} {{params.structures}}",
+            seals=[f"{CELL}/{{wildcards.kind}}/grid.png", f"{CELL}/{{wildcards.kind}}"],
             resumes=True,
         )
 
@@ -176,7 +235,7 @@ rule samples:
 checkpoint filter:
     input:
         f"stages/{NAME}-slides.json",
-        f"stages/{NAME}-samples.json",
+        *(f"stages/{NAME}-{kind}.json" for kind in STRUCTURES),
     output:
         f"stages/{NAME}-filter.json",
     log:
@@ -190,7 +249,8 @@ checkpoint filter:
         stage(
             f"{CELL}-filter",
             f"{CELL}/ood",
-            f"{PYTHON} {script('scripts/filter_ood.py')} --data_dir {CELL}/slides --synthetic {CELL}/samples"
+            f"{PYTHON} {script('scripts/filter_ood.py')} --data_dir {CELL}/slides"
+            f" --synthetic {' '.join(f'{CELL}/{kind}' for kind in STRUCTURES)}"
             f" --results_path {CELL}/ood --seed {{wildcards.seed}} {FLAGS['FILTER']}",
         )
 
@@ -198,14 +258,16 @@ checkpoint filter:
 rule mix:
     input:
         f"stages/{NAME}-slides.json",
-        lambda wildcards: f"stages/{NAME}-{SYNTHETIC[wildcards.which][1]}.json".format(**wildcards),
+        lambda wildcards: [f"stages/{NAME}-{name}.json".format(**wildcards) for name in SYNTHETIC[wildcards.which][1]],
     output:
         f"stages/{NAME}-{{which}}-set.json",
     log:
         f"logs/{NAME}-{{which}}-set.log",
     params:
         settings="all",
-        synthetic=lambda wildcards: SYNTHETIC[wildcards.which][0],
+        synthetic=lambda wildcards: [
+            f"f{wildcards.fraction}-s{wildcards.seed}/{folder}" for folder in SYNTHETIC[wildcards.which][0]
+        ],
     resources:
         gpu=0,
     shell:
@@ -213,7 +275,7 @@ rule mix:
             f"{CELL}-{{wildcards.which}}-set",
             f"{CELL}/{{wildcards.which}}-set",
             f"{PYTHON} {script('scripts/assemble_set.py')} --data_dir {CELL}/slides"
-            f" --synthetic {CELL}/{{params.synthetic}} --results_path {CELL}/{{wildcards.which}}-set"
+            f" --synthetic {{params.synthetic}} --results_path {CELL}/{{wildcards.which}}-set"
             " --seed {wildcards.seed} --ratio {params.settings}",
         )
 

@@ -104,8 +104,15 @@ def image_sample(*rest, flags):
                 name = Path(flags["results_path"][0], f"{Path(model).stem}_s{s}", "samples", f"{number}.png")
                 if not name.exists():
                     time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
-                    write(name, digest(Path(model), s, number, flags["num_steps"]))
+                    write(
+                        name,
+                        digest(Path(model), s, number, flags["num_steps"], *map(Path, flags.get("structure_dir", []))),
+                    )
     write(Path(flags["results_path"][0], "sweep.png"), "")
+
+
+def make_structures(*rest, flags):
+    write(Path(flags["out"][0], "structures.json"), digest(flags["count"], flags["size"]))
 
 
 def make_toy_monuseg(raw, flags):
@@ -120,7 +127,10 @@ def filter_ood(*rest, flags):
     out = Path(flags["results_path"][0])
     for folder in flags["synthetic"]:
         for sample in sorted(Path(folder).rglob("samples/*.png")):
-            write(out / "kept/samples" / f"{sample.parents[1].name}-{sample.name}", digest(sample))
+            write(
+                out / "kept/samples" / f"{folder.replace('/', '-')}-{sample.parents[1].name}-{sample.name}",
+                digest(sample),
+            )
     write(out / "report.json", json.dumps(flags["data_dir"]))
 
 

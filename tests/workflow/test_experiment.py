@@ -63,8 +63,11 @@ def test_two_cells_at_once(slides, quick, tmp_path):
     assert all(0 <= float(row["aji"]) <= 1 for row in rows)
     with open(out / "f50-s0/samples/manifest.csv", newline="") as file:
         structures = [row["structure_slide"] for row in csv.DictReader(file)]
-    # Ten of 32 structures, of the two slides that are not held out.
-    assert len(structures) == 10 and len(set(structures)) == 2
+    # Five of 32 structures, of the two slides that are not held out, and five that are made of them.
+    assert len(structures) == 5 and len(set(structures)) == 2
+    with open(out / "f50-s0/unfiltered-set/manifest.csv", newline="") as file:
+        kinds = [row["structure_kind"] for row in csv.DictReader(file)]
+    assert [kinds.count(kind) for kind in ("real", "recombine")] == [48 + 5, 5]
     configs = [json.loads((out / f"f50-s0/{variant}/config.json").read_text()) for variant in variants]
     ((steps, *held),) = {(config["steps"], *config["slides_held_out"]) for config in configs}
     assert steps == 4 and len(held) == 1 and not {*held} & {*structures}

@@ -34,6 +34,7 @@ PROGRAMS = {
     "extract_features": "features",
     "cluster_patches": "clusters",
     "image_sample": "samples",
+    "make_structures": "structures",
     "filter_ood": "filter",
     "assemble_set": "set",
 }
@@ -180,6 +181,21 @@ def test_other_clusters(toy, raw, tmp_path):
 
 
 @pytest.mark.slow
+def test_made_structures_in_place_of_real_ones_and_beside_them(toy, raw, tmp_path):
+    """As many samples in all, however they are divided; NUM_SAMPLES is 8, for two checkpoints at two s."""
+    assert toy.done(raw, "out", NUM_SAMPLES="7") == ALL
+    sample, out = ["samples", "filter", "set"], tmp_path / "out"
+    assert toy.done(raw, "out", NUM_SAMPLES="7", STRUCTURES="both") == ["structures", "samples", *sample]
+    kept = [path.name.split("-")[0] for path in (out / "filtered/kept/samples").iterdir()]
+    assert kept.count("samples") == 7 * 4 and kept.count("made") == 3 * 4
+    assert toy.done(raw, "out", NUM_SAMPLES="7", STRUCTURES="recombine") == ["structures", *sample]
+    lines = (tmp_path / "record").read_text().splitlines()
+    assert "--count 7 --size 16 --method recombine" in lines[0] and lines[0].endswith("recombine")
+    kept = [path.name.split("-")[0] for path in (out / "filtered/kept/samples").iterdir()]
+    assert kept == ["made"] * 7 * 4
+
+
+@pytest.mark.slow
 def test_unknown_clusters_are_refused_before_the_pretraining(toy, raw):
     code, text = toy.run(raw, "out", CLUSTERS="0 6")
     line = "error: labels: CLUSTERS: patches/clusters has no training patches of 6: choose another label"
@@ -254,6 +270,9 @@ def test_slides_that_were_not_drawn_to_the_end_are_drawn_again(toy, tmp_path):
         ({"PRETRAIN_STEPS": "many"}, "PRETRAIN_STEPS=many is not a number of steps"),
         ({"TIME_LIMIT": "soon"}, "TIME_LIMIT=soon is not a number of seconds"),
         ({"UNLABELLED": "nowhere"}, "UNLABELLED=nowhere: 'nowhere' is not a folder"),
+        ({"STRUCTURES": "new"}, "STRUCTURES=new: give real, recombine or both"),
+        ({"STRUCTURES": "both", "NUM_SAMPLES": "0"}, "STRUCTURES=both with NUM_SAMPLES=0, which is as many as real"),
+        ({"NUM_SAMPLES": "few"}, "NUM_SAMPLES=few is not a number of samples"),
         ({"PYTHON": "nowhere/python"}, "PYTHON=nowhere/python is not a program"),
     ],
 )
@@ -292,7 +311,7 @@ def real(quick, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def start_real(python: Path, raw: Path, out: Path) -> subprocess.Popen:
-    env = {**os.environ, "PYTHON": str(python), "ENGINE": sys.executable, "NPROC": "1"}
+    env = {**os.environ, "PYTHON": str(python), "ENGINE": sys.executable, "NPROC": "1", "STRUCTURES": "both"}
     with open(f"{out}.log", "a") as log:
         return subprocess.Popen(["bash", PIPELINE, raw, out, "--toy"], env=env, stdout=log, stderr=log)
 
@@ -302,7 +321,9 @@ def test_real_programs_make_a_set(real):
     _, out = real
     items, real_items = list_items(str(out / "set"), "monuseg"), list_items(str(out / "patches"), "monuseg")
     with open(out / "set" / "manifest.csv", newline="") as file:
-        sources = [row["source"] for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    sources = [row["source"] for row in rows]
+    assert {row["structure_kind"] for row in rows if row["source"] == "synthetic"} == {"real", "recombine"}
     assert sources.count("real") == len(real_items) == 96 and sources.count("synthetic") == len(items) - 96 == 10
 
 

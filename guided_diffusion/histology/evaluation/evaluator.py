@@ -33,9 +33,10 @@ class PatchSet:
     :param images: [N x H x W x 3] uint8.
     :param inst_maps: [N x H x W] int32, the nuclei they should show.
     :param features: [N x D] float32; unused where none of BY_FEATURES is asked for.
-    :param slides: the slide that each one's structure comes from.
+    :param slides: the slide that each one's structure comes from; of a structure that was made, its appearance.
     :param structures: the patch that it comes from, by its stem; of real patches, each one itself.
     :param coloured: of synthetic images, whole, each one and the image whose colours it took: [H x W x 3] uint8.
+    :param kinds: of synthetic patches, which kind of structure each one has, see images.Item.
     :param conditions: of synthetic patches, a name of each one's condition.
     :param originals: of synthetic patches, the real ones that show these very nuclei, [N x H x W x 3] uint8.
     """
@@ -49,6 +50,7 @@ class PatchSet:
     conditions: Sequence[str] | None = None
     originals: np.ndarray | None = None
     structures: Sequence[str] | None = None
+    kinds: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -85,14 +85,15 @@ def draw_figures(
     """
     from matplotlib.figure import Figure
 
-    names = [name for name in TITLES if any(figures.get(name) is not None for figures in rows.values())]
+    every = dict.fromkeys([*TITLES, *(name for figures in rows.values() for name in figures)])
+    names = [name for name in every if any(figures.get(name) is not None for figures in rows.values())]
     columns = min(4, max(len(names), 1))
     lines = -(-max(len(names), 1) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.9 * lines), layout="constrained")
     swept = len({s for _, s in places.values()} - {None}) > 1
     for number, name in enumerate(names):
         axes = figure.add_subplot(lines, columns, number + 1)
-        title, better = TITLES[name]
+        title, better = TITLES.get(name) or _title_of_kind(name)
         axes.set_title(f"{title}\n({better} is better)" if better else title, fontsize=9)
         axes.tick_params(labelsize=8)
         values = {key: figures.get(name) for key, figures in rows.items() if figures.get(name) is not None}
@@ -104,6 +105,13 @@ def draw_figures(
         if number == 0 and (swept or known):
             axes.legend(fontsize=7)
     save_png(figure, path)
+
+
+def _title_of_kind(name: str) -> tuple[str, str]:
+    """As in TITLES, of a figure of one kind of structures, as f1_recombine."""
+    figure, _, kind = name.partition("_")
+    title, better = TITLES[figure]
+    return f"{title}, {kind} structures", better
 
 
 def _middle(value: Value) -> float:

@@ -105,13 +105,21 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     for path in paths:
         if paths.count(path) > 1:
             raise ValueError(f"{path} is named twice: give it once")
-    names = [path.resolve().name for path in paths]
-    # Equal names, as of A/kept and B/kept, get the name of the folder above.
-    names = [f"{p.resolve().parent.name}_{name}" if names.count(name) > 1 else name for p, name in zip(paths, names)]
+    names = names_of(paths)
     for path, name in zip(paths, names):
         if names.count(name) > 1:
             raise ValueError(f"{path}: another folder is named {name}, too: rename one")
     return [read_run(path, name) for path, name in zip(paths, names)]
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """:return: the folders' own names; equal ones, as of A/kept and B/kept, get that of the folder above, too."""
+    places = [path.resolve().parts[1:] for path in paths]
+    names = [place[-1] for place in places]
+    for depth in range(2, max(map(len, places)) + 1):
+        twice = {name for name in names if names.count(name) > 1}
+        names = ["_".join(place[-depth:]) if name in twice else name for place, name in zip(places, names)]
+    return names
 
 
 def read_run(path: Path, name: str) -> Run:
