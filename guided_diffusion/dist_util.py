@@ -1,6 +1,7 @@
 """The process group: rank, world size, device, and the few collective calls the project needs. Works alone, under
 mpiexec (Open MPI, MPICH and what speaks their protocols) and under torchrun. Knows nothing of what is exchanged."""
 
+import atexit
 import contextlib
 import io
 import itertools
@@ -115,6 +116,17 @@ def _join(store: dist.Store, rank: int, size: int, own_gpus: bool) -> None:
     group = dist.PrefixStore("group", store)
     dist.init_process_group(_backend(own_gpus), store=group, rank=rank, world_size=size, timeout=_PATIENCE)
     _store, _deals = dist.PrefixStore("deals", store), 0
+    atexit.register(_end_group)
+
+
+def _end_group() -> None:
+    """
+    End the group of a script that comes to its end without shutdown, as those for the reference do: gloo's threads let
+    go of tensors, which takes the interpreter, and abort the process where that has ended. Not after an error, where
+    the others may be waiting.
+    """
+    if dist.is_initialized() and not hasattr(sys, "last_type"):
+        dist.destroy_process_group()
 
 
 def _backend(own_gpus: bool) -> str:

@@ -205,6 +205,26 @@ def test_no_wait_has_a_limit(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_script_that_just_ends_ends_its_group_before_the_interpreter(tmp_path, launcher):
+    """Also where another rank is not at its end yet; what has been registered first is called last."""
+    run = launch(
+        tmp_path,
+        launcher,
+        2,
+        """
+        import atexit, time
+        atexit.register(lambda: print("a group" if th.distributed.is_initialized() else "no group"))
+        dist_util.setup_dist()
+        dist_util.all_gather(th.ones(1000))
+        time.sleep(dist_util.rank())
+        """,
+        timeout=120,
+    )
+    assert run.returncode == 0 and run.stdout.split("\n").count("no group") == 2, run
+
+
+@pytest.mark.slow
 def test_a_mistake_of_all_passes_its_exit_code_on(tmp_path):
     run = launch(
         tmp_path,
