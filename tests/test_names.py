@@ -26,6 +26,7 @@ from scripts import (
     assemble_set,
     cluster_patches,
     evaluate,
+    export_set,
     extract_features,
     filter_ood,
     import_dataset,
@@ -70,6 +71,8 @@ CALLS = {
     "filter_ood, samples": (filter_ood, "--real data --synthetic run --out out --backbone stain".split(), SAMPLES),
     "assemble_set": (assemble_set, "--real data --synthetic run --out out --ratio 1".split(), DATA),
     "assemble_set, samples": (assemble_set, "--real data --synthetic run --out out --ratio 1".split(), SAMPLES),
+    "export_set": (export_set, "data export --format coco --num_workers 1".split(), DATA),
+    "export_set, samples": (export_set, "run export --format coco --num_workers 1".split(), SAMPLES),
     "subset_slides": (subset_slides, "data out --percent 50".split(), DATA),
 }
 

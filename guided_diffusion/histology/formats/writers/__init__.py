@@ -1,0 +1,1 @@
+"""How segmenters and loaders want a labelled set: a module for each layout, all by writer's pattern."""
