@@ -253,6 +253,7 @@ def test_bad_input_is_one_line_and_leaves_no_trace(results, tmp_path, monkeypatc
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_fields_go_from_masks_to_hovernet(model_path, tmp_path):  # noqa: F811
     """Structures of 256 px are sampled whole, and become HoVer-Net's arrays."""
     (tmp_path / "masks").mkdir()
