@@ -133,7 +133,6 @@ RANKS = {
 # to the bridge alone, which nothing imports but programs.
 ROOMS = {
     "slides": set(),
-    "formats": {"slides"},
     "evaluation": set(),
     "features": {"slides"},
     "formats": {"slides"},
