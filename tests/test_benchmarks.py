@@ -64,6 +64,19 @@ def test_samplers(data_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_fields(data_dir, tmp_path):
+    args = image_sample.create_argparser().parse_args(TINY_MODEL)
+    model, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    checkpoint.save(model.state_dict(), str(tmp_path), "model000001.pt")
+    paths = ["--data_dir", str(data_dir), "--model_path", str(tmp_path / "model000001.pt"), "--use_train", "True"]
+    flags = [*TINY_MODEL, "--num_samples", "2", "--timestep_respacing", "2", "--field", "True"]
+    image_sample.main([*paths, *flags, "--results_path", str(tmp_path / "out")])
+    table, output = rows("measure_fields.py", str(tmp_path / "out"), "--side", "24", "--memory", "48,64")
+    assert len(table) == 2 and all(row["px"] == "32 x 32" for row in table.values())
+    assert output.count("largest difference") == 2 and "| 64 | 49 |" in output
+
+
+@pytest.mark.slow
 def test_filter(tmp_path, capsys):
     write_patches(tmp_path / "data" / "MoNuSegTrainingData", count=16)
     measure_filter.main([str(tmp_path / "data"), "--sizes", "3,4", "--choices", "2"])

@@ -1,0 +1,136 @@
+"""Measure fields that image_sample.py --field True has made: whether windows can be told in them, whether batches and
+the order of windows matter, and what memory they take.
+
+    python scripts/benchmarks/measure_fields.py RESULTS [--side 64] [--memory 256,1024]
+
+RESULTS is a results folder, whose run.json names checkpoint and flags. Prints
+  seams     the mean difference of neighbouring pixels across the borders of windows, over that elsewhere; beside it the
+            same of the real images that lent their colours and are of the fields' size, which have no windows;
+  equality  the largest difference of a --side px part of the first field, sampled with the run's own checkpoint, when
+            windows are denoised in batches of 3 rather than 16, and in reverse order; the image's range is 2;
+  memory    the largest resident memory in one step of fields of these sides, above that with the model alone. Without
+            cached conditions: these are kept as far as memory allows, and no farther.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch as th
+
+from guided_diffusion import checkpoint, cli
+from guided_diffusion.histology.evaluation.runs import Sample, find_runs
+from guided_diffusion.image_files import read_image, read_inst_mask
+from guided_diffusion.results import RUN
+from guided_diffusion.sampling_plan import SamplingPlan, process_for
+from guided_diffusion.script_util import condition_spec, create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.sweep import parse_scales
+from guided_diffusion.unet import UNetModel
+from guided_diffusion.windows import Fields, count_windows, starts
+
+
+def load(flags: dict) -> tuple[UNetModel, SamplingPlan]:
+    """:return: the run's model and how it sampled, at its first guidance scale."""
+    model, diffusion = create_model_and_diffusion(**{n: flags[n] for n in model_and_diffusion_defaults() if n in flags})
+    checkpoint.load_weights(model, flags["model_path"].split(",")[0])
+    model.place(th.device("cpu"))
+    process = process_for(flags["sampler"], diffusion, flags["num_steps"])
+    scale = parse_scales(flags["s"])[0].s
+    return model.eval(), SamplingPlan(flags["sampler"], process, scale, channels=flags["in_channels"])
+
+
+def border_ratio(image: np.ndarray, size: int, overlap: float) -> float:
+    """Of an [H x W x C] image: across borders of windows over elsewhere, rows and columns alike."""
+    ratios = []
+    for side in (0, 1):
+        length = image.shape[side]
+        places = starts(length, size, overlap)
+        borders = sorted({edge - 1 for place in places for edge in (place, place + size)} - {-1, length - 1})
+        steps = np.abs(np.diff(image.astype(float), axis=side)).mean(axis=(1 - side, 2))
+        ratios.append(steps[borders].mean() / np.delete(steps, borders).mean() if borders else np.nan)
+    return float(np.mean(ratios))
+
+
+def print_seams(samples: Sequence[Sample], flags: dict) -> None:
+    print("| field | px | seams | seams of the real image |\n|---|---|---|---|")
+    windows = flags["image_size"], flags["window_overlap"]
+    for sample in samples:
+        made, real = read_image(sample.sample), read_image(sample.appearance)
+        control = f"{border_ratio(real, *windows):.3f}" if real.shape == made.shape else ""
+        size = f"{made.shape[1]} x {made.shape[0]}"
+        print(f"| {sample.stem} | {size} | {border_ratio(made, *windows):.3f} | {control} |")
+
+
+def print_equality(sample: Sample, flags: dict, side: int) -> None:
+    model, plan = load(flags)
+    spec = condition_spec(flags)
+    inst_map, image = read_inst_mask(sample.inst_mask)[:side, :side], read_image(sample.appearance)
+    generator = th.Generator().manual_seed(0)
+    parts = spec.encode(image.transpose(2, 0, 1), inst_map > 0, inst_map, generator)
+    y = spec.assemble({name: th.from_numpy(part)[None] for name, part in parts.items()})[0]
+    null = spec.null(th.empty(1, spec.channels, model.image_size, model.image_size))
+
+    def field(batch_size: int, reverse: bool = False) -> th.Tensor:
+        fields = Fields([y.shape[1:]], model.image_size, flags["window_overlap"], batch_size)
+        if reverse:
+            fields.batches = [batch[::-1] for batch in fields.batches[::-1]]
+        (made,) = plan.sample_fields(model, fields, lambda batch: (fields.cut([y], batch), null), [0], progress=True)
+        return made
+
+    first = field(16)
+    others = {"in batches of 3": field(3), "in reverse order": field(16, reverse=True)}
+    for what, other in others.items():
+        print(f"{side} px field, windows {what}: largest difference {float((first - other).abs().max()):.1e}")
+
+
+def peak(flags: dict, side: int) -> tuple[int, int]:
+    """:return: the largest resident memory in bytes with the model alone, and in one step of a field."""
+    model, _ = load(flags)
+    _, diffusion = create_model_and_diffusion(**{n: flags[n] for n in model_and_diffusion_defaults() if n in flags})
+    plan = SamplingPlan(flags["sampler"], process_for("ddim", diffusion, 1), channels=flags["in_channels"])
+    used = []
+    for one in (2 * model.image_size, side):  # the first, small one is what it takes to run at all
+        fields = Fields([(one, one)], model.image_size, flags["window_overlap"], 16)
+        y = th.zeros(model.num_classes, one, one)
+        plan.sample_fields(model, fields, lambda batch, f=fields, y=y: (f.cut([y], batch), None), [0], progress=True)
+        used.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return used[0], used[1]
+
+
+def print_memory(flags: dict, sides: Sequence[int]) -> None:
+    print("| side, px | windows | memory beyond the model's, MiB | bytes a pixel |\n|---|---|---|---|")
+    for side in sides:
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:  # whose peak is of this side alone
+            alone, used = fresh.apply(peak, (flags, side))
+        count = count_windows(side, side, flags["image_size"], flags["window_overlap"])
+        print(f"| {side} | {count} | {(used - alone) / 2**20:.1f} | {(used - alone) / side**2:.0f} |")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = cli.FlagParser(description=__doc__)
+    parser.add_argument("results", metavar="RESULTS", type=Path, help="results folder of --field True")
+    parser.add_argument("--side", type=int, default=64, help="px of the part that is sampled again; 0: none")
+    parser.add_argument("--memory", default="256,1024", help="sides of fields, in px; empty: none")
+    args: argparse.Namespace = parser.parse_args(argv)
+    (run,) = find_runs([args.results])
+    flags = json.loads((args.results / RUN).read_text())
+    if not flags["field"]:
+        raise ValueError(f"{args.results} holds no fields: sample with --field True")
+    print_seams(run.samples, flags)
+    print()
+    if args.side:
+        print_equality(run.samples[0], flags, args.side)
+    if args.memory:
+        print_memory(flags, [int(side) for side in args.memory.split(",")])
+
+
+if __name__ == "__main__":
+    cli.run(main)
