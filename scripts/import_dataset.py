@@ -45,15 +45,15 @@ def main(argv: list[str] | None = None) -> None:
 
     def fill(folder: Path) -> None:
         raw_layout.make_folders(folder, {one.split for one in data_set.fields}, bool(data_set.classes))
+        raw_layout.write_facts(folder, data_set.fields, mpp)
+        if data_set.classes:
+            cell_classes.write_classes(folder, data_set.classes)
         options = dict(out=folder, classes=data_set.classes, sparse=data_set.sparse, allowed=allowed)
         task = partial(raw_layout.write_field, **options)
         done = each(task, data_set.fields, args.num_workers)
         written.extend(tqdm(done, "importing", len(data_set.fields), mininterval=1))
         if not any(one.nuclei for one in written):
             raise ValueError(f"SRC: {args.src} has no nucleus in any image: are these the masks?")
-        raw_layout.write_facts(folder, data_set.fields, mpp)
-        if data_set.classes:
-            cell_classes.write_classes(folder, data_set.classes)
         write_json(folder / RECORD, {"format": name, "mpp": mpp, "test": test, "allow": allowed})
 
     replace_folder(args.out, fill, "OUT")

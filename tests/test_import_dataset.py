@@ -119,6 +119,18 @@ def test_packed_run_lengths_of_coco(tmp_path):
     assert_imported(tmp_path / "out", expected)
 
 
+def test_ids_that_an_export_leaves_are_kept(tmp_path):
+    expected = foreign_sets.coco(tmp_path / "src")
+    path = tmp_path / "src/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    for number, row in enumerate(content["annotations"]):
+        row["instance"] = 1000 - number
+    path.write_text(json.dumps(content))
+    run(tmp_path / "src", tmp_path / "out")
+    inst_map, wanted = read(tmp_path / "out/train/inst_masks/a.tif"), expected.scenes["a"].inst_map
+    assert np.array_equal(inst_map, np.where(wanted > 0, 1001 - wanted, 0))
+
+
 def test_processes_and_a_second_run_change_nothing(tmp_path):
     foreign_sets.conic(tmp_path / "src")
     run(tmp_path / "src", tmp_path / "out")
@@ -295,8 +307,17 @@ FLAWS = [
     ("coco", table(lambda t: t["images"][0].update(file_name="../../x.png")), "must be a path below the data set"),
     ("coco", table(lambda t: t["images"][0].update(file_name="/etc/x.png")), "must be a path below the data set"),
     ("coco", note(category_id=7), "is of category 7, which is none"),
+    ("coco", note(category_id=[7]), "category_id [7] is neither a number nor a text"),
+    ("coco", note(instance=2), "instance 2 is no id, or is there twice"),
+    ("coco", note(instance=-1), "instance -1 is no id"),
+    ("coco", table(lambda t: t["images"][0].update(id=1)), "two images have one id"),
+    (
+        "coco",
+        table(lambda t: t["categories"].append({"id": 2, "name": "=1+1"})),
+        "class 3 has no name that",
+    ),
     ("coco", note(iscrowd=1), "is a crowd"),
-    ("coco", note(image_id=77), "annotations are of image [77]"),
+    ("coco", note(image_id=77), "is of image 77, which is not there"),
     ("coco", note(segmentation=[]), "a box alone says no outline"),
     ("coco", note(segmentation=[[1, 2, 3, 4]]), "three points or more"),
     ("coco", note(segmentation=[[1, 2, 3, 4, 5, "x"]]), "three points or more"),

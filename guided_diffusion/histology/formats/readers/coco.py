@@ -6,10 +6,9 @@ are drawn by pycocotools, so that they cover the pixels that COCO means.
 """
 
 import json
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,30 +69,48 @@ def _classes(tables: dict[Path, dict]) -> tuple[dict[Any, int], list[CellClass]]
     return numbers, classes
 
 
+class _Annotation(NamedTuple):
+    """One nucleus: its number in the file, its class and its outline."""
+
+    number: Any
+    class_id: int
+    segmentation: Any
+
+
 def _fields(tree: Tree, path: Path, table: dict, numbers: dict[Any, int]) -> list[Field]:
-    found: dict[Any, list[tuple]] = defaultdict(list)
+    images = {_id(row, "id", path): row for row in table["images"]}
+    if len(images) < len(table["images"]):
+        raise ValueError(f"{path}: two images have one id: export it again")
+    found: dict[Any, dict[int, _Annotation]] = {number: {} for number in images}  # by instance
     for row in table["annotations"]:
-        if row.get("category_id") not in numbers:
-            raise ValueError(
-                f"{path}: annotation {row.get('id')} is of category {row.get('category_id')}, which is none"
-            )
+        where, number = f"{path}: annotation {row.get('id')}", _id(row, "category_id", path)
+        if number not in numbers:
+            raise ValueError(f"{where} is of category {number}, which is none")
         if row.get("iscrowd"):
-            raise ValueError(f"{path}: annotation {row.get('id')} is a crowd, not one nucleus: split or remove it")
-        found[row.get("image_id")].append((row.get("id"), numbers[row["category_id"]], row.get("segmentation")))
-    known = {row.get("id") for row in table["images"]}
-    stray = [number for number in found if number not in known]
-    if stray or len(known) < len(table["images"]):
-        raise ValueError(f"{path}: images share an id, or annotations are of image {stray[:1]}, which is not there")
+            raise ValueError(f"{where} is a crowd, not one nucleus: split or remove it")
+        if _id(row, "image_id", path) not in found:
+            raise ValueError(f"{where} is of image {row['image_id']}, which is not there")
+        own = found[row["image_id"]]
+        # export_set.py leaves the id that a nucleus had.
+        instance = row.get("instance", len(own) + 1)
+        if type(instance) is not int or not 0 < instance < 1 << 31 or instance in own:
+            raise ValueError(f"{where}: instance {instance!r} is no id, or is there twice")
+        own[instance] = _Annotation(row.get("id"), numbers[number], row.get("segmentation"))
     split, fields = tree.split_of(path.with_suffix("")), []
-    for row in table["images"]:
+    for number, row in images.items():
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{path}: image {row.get('id')} has no file_name")
+            raise ValueError(f"{path}: image {number} has no file_name")
         image, stem = _image(tree, path, name), safe(nfc(Path(name).stem))
         where = f"{path}: image {name}"
-        read = partial(_read, image, where, tuple(found[row["id"]]))
-        fields.append(Field(stem, stem, path.stem, split, where, read))
+        fields.append(Field(stem, stem, path.stem, split, where, partial(_read, image, where, found[number])))
     return fields
+
+
+def _id(row: dict, key: str, path: Path) -> int | str:
+    if not isinstance(row.get(key), (int, str)):
+        raise ValueError(f"{path}: {key} {row.get(key)!r} is neither a number nor a text: export it again")
+    return row[key]
 
 
 def _image(tree: Tree, path: Path, name: str) -> Path:
@@ -117,15 +134,15 @@ def _image(tree: Tree, path: Path, name: str) -> Path:
     return ends[0]
 
 
-def _read(image: Path, where: str, annotations: tuple[tuple, ...]) -> Labelled:
-    """Draw an image's annotations, in their order: the first is nucleus 1."""
+def _read(image: Path, where: str, annotations: dict[int, _Annotation]) -> Labelled:
+    """Draw an image's annotations, by their ids in the instance map, in their order."""
     pixels = read_image(image)
     inst_map, class_map = np.zeros((2, *pixels.shape[:2]), np.int32)
     covered = np.zeros(pixels.shape[:2], np.uint8)
-    for nucleus, (number, class_id, segmentation) in enumerate(annotations, 1):
-        inside = _drawn(segmentation, inst_map.shape, f"{where}: annotation {number}")
+    for instance, one in annotations.items():
+        inside = _drawn(one.segmentation, inst_map.shape, f"{where}: annotation {one.number}")
         covered += inside & (covered < 2)
-        inst_map[inside], class_map[inside] = nucleus, class_id
+        inst_map[inside], class_map[inside] = instance, one.class_id
     return Labelled(pixels, inst_map, class_map, np.count_nonzero(covered > 1))
 
 

@@ -78,23 +78,16 @@ def find_cryonuseg(tree: Tree, annotator: str = "biologist") -> DataSet | None:
         return None
     if annotator not in ANNOTATORS:
         raise ValueError(f"--annotator {annotator!r}: choose one of {', '.join(ANNOTATORS)}")
-    masks = {
-        folder
-        for folder in tree.files
-        for rater in raters
-        if folder.name.lower() == "label masks modify"
-        and ANNOTATORS[annotator] in rater.name.lower()
-        and rater in folder.parents
-    }
+    masks = [folder for folder in tree.files if folder.name.lower() == "label masks modify"]
+    masks = [folder for folder in masks if ANNOTATORS[annotator] in folder.parent.name.lower()]
     if len(images) > 1 or len(masks) != 1:
         raise ValueError(
             f"{tree.src}: {len(images)} folders 'tissue images' and {len(masks)} 'label masks modify' of --annotator "
             f"{annotator}: CryoNuSeg has one of each; unpack it again"
         )
-    (folder,) = masks
     fields = [
         Field(safe(stem), safe(stem), annotator, TRAIN, str(mask), partial(_read_pair, image, mask))
-        for stem, image, mask in pairs(images[0], folder)
+        for stem, image, mask in pairs(images[0], masks[0])
     ]
     return DataSet(f"CryoNuSeg, masks of the annotator {annotator}: {len(fields)} images", fields, 0.25)
 

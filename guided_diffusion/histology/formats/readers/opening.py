@@ -136,9 +136,11 @@ def whole(array: np.ndarray, where: str, most: int = _MAX_ID) -> np.ndarray:
     """
     if array.dtype.kind not in "buif":
         raise ValueError(f"{where} holds {array.dtype}, not numbers")
-    if not ((array >= 0) & (array <= most)).all() or (array.dtype.kind == "f" and (array % 1).any()):
+    within = array.size == 0 or bool(array.min() >= 0 and array.max() <= most)  # of NaN neither
+    numbers = array.astype(np.int32) if within else array
+    if not within or (numbers != array).any():
         raise ValueError(f"{where} holds numbers other than whole ones from 0 to {most}")
-    return array.astype(np.int32)
+    return numbers
 
 
 def rgb(array: np.ndarray, where: str) -> np.ndarray:
