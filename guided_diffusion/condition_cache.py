@@ -15,7 +15,7 @@ from .unet import UNetModel
 from .windows import Fields
 
 # Of a plan, the sample numbers, and whether to show a bar: a tensor [N x C x H x W] for each tensor of conditions.
-Sampler = Callable[[SamplingPlan, Sequence[int], bool], list[th.Tensor]]
+SampleFn = Callable[[SamplingPlan, Sequence[int], bool], list[th.Tensor]]
 
 
 class ConditionCache:
@@ -56,7 +56,7 @@ class ConditionCache:
             )
         self.zeros = self._shown(model, spec.null(th.empty(1, spec.channels, size, size, device=device)), self.on)
 
-    def patches(self, y: th.Tensor) -> Sampler:
+    def patches(self, y: th.Tensor) -> SampleFn:
         """:return: what samples a batch of patches. :param y: their [N x channels x H x W] condition."""
         shown, null = self._pair(y, self.on)
 
@@ -65,7 +65,7 @@ class ConditionCache:
 
         return sample
 
-    def fields(self, ys: Sequence[th.Tensor], overlap: float) -> Sampler:
+    def fields(self, ys: Sequence[th.Tensor], overlap: float) -> SampleFn:
         """
         :param ys: the condition of each field, [1 x channels x H x W].
         :param overlap: of the windows, see windows.starts.
@@ -73,12 +73,13 @@ class ConditionCache:
         """
         conditions = [y[0] for y in ys]
         fields = Fields([y.shape[1:] for y in conditions], self.model.image_size, overlap, self.batch_size, self.device)
-        room = self._room() // (self.bytes_each * self.batch_size) if self.on else 0
+        room = self._room() / (self.bytes_each * self.batch_size) if self.on else 0  # in batches
         kept: dict[int, tuple[Condition, Condition]] = {}
 
         def shown(batch: int) -> tuple[Condition, Condition]:
-            pair = kept.get(batch) or self._pair(fields.cut(conditions, batch), batch < room)
-            if batch < room:
+            keep = batch + 1 <= room
+            pair = kept.get(batch) or self._pair(fields.cut(conditions, batch), keep)
+            if keep:
                 kept[batch] = pair
             return pair
 

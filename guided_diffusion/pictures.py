@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 
 from . import files
 
-# In pixels: between panels, the least and the largest height of a panel, and a line of text.
-GAP, MIN_PANEL, MAX_PANEL, LINE = 6, 128, 512, 15
+# In pixels: between panels, the least height of a panel, the largest height and width, and a line of text.
+GAP, MIN_PANEL, MAX_PANEL, LINE = 6, 128, (512, 2048), 15
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
@@ -75,8 +75,9 @@ def draw_grid(rows: list[list[np.ndarray]], captions: Sequence[str], title: str,
 
 def _fitted(panel: np.ndarray) -> np.ndarray:
     height, width = panel.shape[:2]
-    if height > MAX_PANEL:
-        smaller = (max(1, round(width * MAX_PANEL / height)), MAX_PANEL)
+    shrink = min(MAX_PANEL[0] / height, MAX_PANEL[1] / width)
+    if shrink < 1:
+        smaller = max(1, round(width * shrink)), max(1, round(height * shrink))
         return np.asarray(Image.fromarray(panel).resize(smaller, Image.Resampling.BOX))
     scale = -(-MIN_PANEL // height)
     return panel.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -18,7 +18,7 @@ import torch as th
 from . import dealing, dist_util, files, logger
 from .background import BackgroundWriter
 from .checkpoint import BEST
-from .condition_cache import ConditionCache, Sampler
+from .condition_cache import ConditionCache, SampleFn
 from .conditioning import ConditionSpec
 from .draws import Draw, own_draw, shared_draw
 from .image_datasets import NucleiDataset
@@ -266,7 +266,7 @@ class Sweep:
                 yield made
             del sample  # which frees its memory before the next batch's is taken
 
-    def _sample(self, sample: Sampler, batch: dealing.Batch, scale: Scale) -> list[th.Tensor]:
+    def _sample(self, sample: SampleFn, batch: dealing.Batch, scale: Scale) -> list[th.Tensor]:
         shown = dist_util.rank() == 0 and sys.stderr.isatty()
         seed = self.draws[batch.checkpoint, scale].seed
         return sample(dataclasses.replace(self.plan, s=scale.s, seed=seed), batch.numbers, shown)

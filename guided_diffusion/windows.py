@@ -96,7 +96,7 @@ class Fields:
     ) -> None:
         self.shapes = list(shapes)
         self.size, self.device = size, device
-        windows = [window for number, shape in enumerate(shapes) for window in _windows(number, shape, size, overlap)]
+        windows = [w for number, shape in enumerate(shapes) for w in _windows(number, shape, size, overlap, device)]
         self.batches = [windows[first : first + batch_size] for first in range(0, len(windows), batch_size)]
 
     def join(self, fields: Sequence[th.Tensor]) -> th.Tensor:
@@ -136,7 +136,7 @@ class Fields:
         rows, columns = (
             th.stack([getattr(w, f"{side}_weights") for w in self.batches[batch]]) for side in ("row", "column")
         )
-        return (rows[:, None, :, None] * columns[:, None, None, :]).to(self.device)
+        return rows[:, None, :, None] * columns[:, None, None, :]
 
     def _add(self, total: th.Tensor, batch: int, windows: th.Tensor) -> None:
         fields = self.split(total)
@@ -144,9 +144,9 @@ class Fields:
             fields[w.field][:, w.rows, w.columns] += window
 
 
-def _windows(field: int, shape: tuple[int, int], size: int, overlap: float) -> list[Window]:
+def _windows(field: int, shape: tuple[int, int], size: int, overlap: float, device: th.device | str) -> list[Window]:
     """The windows of one field, row by row."""
-    rows, columns = (_along(length, size, overlap) for length in shape)
+    rows, columns = (_along(length, size, overlap, device) for length in shape)
     return [
         Window(field, row, column, row_weights, column_weights)
         for row, row_weights in rows
@@ -154,7 +154,8 @@ def _windows(field: int, shape: tuple[int, int], size: int, overlap: float) -> l
     ]
 
 
-def _along(length: int, size: int, overlap: float) -> list[tuple[slice, th.Tensor]]:
+def _along(length: int, size: int, overlap: float, device: th.device | str) -> list[tuple[slice, th.Tensor]]:
     """Where the windows along a side are, and their weights there."""
     places = starts(length, size, overlap)
-    return [(slice(place, place + size), weights) for place, weights in zip(places, _weights(places, size))]
+    weights = (w.to(device) for w in _weights(places, size))
+    return [(slice(place, place + size), own) for place, own in zip(places, weights)]

@@ -53,3 +53,15 @@ def test_captions_stay_over_their_columns(tmp_path):
     title = 2 + pictures.LINE * len(pictures.wrapped("title " * 40, grid.shape[1] - 12))
     assert (header[title:, 134:138] == 255).all() and (header[title:, 6:134] < 255).any(axis=(1, 2)).sum() >= 5 * 6
     assert (header[:, -6:] == 255).all()
+
+
+def test_panels_of_any_sizes(tmp_path):
+    """Small ones enlarged, large ones made smaller; a column is as wide as its widest panel, a row as its highest."""
+    sizes = [[(16, 16), (100, 30)], [(1024, 600), (300, 6000)]]
+    rows = [[np.full((*size, 3), 50 * k, np.uint8) for k, size in enumerate(row)] for row in sizes]
+    grid = np.asarray(Image.open(pictures.draw_grid(rows, ["a", "b"], "title", tmp_path / "g.png")))
+    bottom = 512 + pictures.GAP
+    assert grid.shape[1] == 300 + 2048 + 3 * pictures.GAP
+    assert (grid[-bottom:-6, 6:306] == 0).all() and (grid[-bottom : -bottom + 102, 312:-6] == 50).all()
+    above = grid[-bottom - 206 : -bottom - 6]
+    assert (above[:128, 6:134] == 0).all() and (above[128:, 6:306] == 255).all() and (above[:, 312:372] == 50).all()

@@ -57,6 +57,9 @@ def test_another_run_is_refused_by_name(tmp_path):
     begin(path, {"s": "1.5", "seed": 0, "a_later_flag": "", "mpp": 0.25})
     with pytest.raises(ValueError, match="begun with --mpp 0.25, this run has 0.5"):
         begin(path, {"s": "1.5", "seed": 0, "a_later_flag": "", "mpp": 0.5})
+    begin(path, {"s": "1.5", "seed": 0, "a_later_flag": "", "mpp": 0.25, "window_overlap": 0.5})  # its default
+    with pytest.raises(ValueError, match="begun with --window_overlap 0.5, this run has 0.3"):
+        begin(path, {"s": "1.5", "seed": 0, "a_later_flag": "", "mpp": 0.25, "window_overlap": 0.3})
     begin(path, {"s": "1.6"}, overwrite=True)
     check_same_run(path, {"s": "1.6"})
     Path(path, "run.json").write_text("{")
