@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -250,7 +251,8 @@ FLAWS = [
     ),
     ("pannuke", cut(MASKS, 4000), "masks.npy is not a whole .npy"),
     ("pannuke", text(IMAGES, ""), "images.npy is not a whole .npy"),
-    ("pannuke", text(IMAGES, "no array at all"), "images.npy holds pickled objects"),
+    ("pannuke", text(IMAGES, "no array at all"), "images.npy is not a whole .npy (it does not begin as one)"),
+    ("pannuke", lambda root: (root / IMAGES).write_bytes(pickle.dumps({})), "is not a whole .npy"),
     ("pannuke", lambda root: np.save(root / TYPES, np.array([{}], object)), "types.npy holds pickled objects"),
     ("pannuke", npy(MASKS, lambda array: array[:, 1:]), "expected (N, H, W, 3) and (N, H, W, 6)"),
     ("pannuke", npy(TYPES, lambda array: array[1:]), "not a name of a tissue for each of 3"),
@@ -297,6 +299,7 @@ FLAWS = [
     ),
     ("cellpose", gone("train/a_masks.png"), "a_img.png has no partner"),
     ("cellpose", gone("train/a_img.png"), "a_masks.png has no partner"),
+    ("cellpose", picture("train/a.png", ONES), "would both belong to a_masks"),
     ("cellpose", picture("train/a_masks.png", STRIPES), "several nuclei, all with the number 255"),
     ("stardist", cut("train/masks/a.tif", 1000), "a.tif cannot be decoded"),
     ("stardist", picture("train/masks/a.tif", ONES.astype(np.float32)), "holds floating-point"),

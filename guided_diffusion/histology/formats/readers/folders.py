@@ -113,8 +113,11 @@ def find_cellpose(tree: Tree) -> DataSet | None:
             made = {stem.removesuffix(end): path for stem, path in files.items() if stem.endswith(end)}
             masks |= {stem: path for stem, path in made.items() if not stem.endswith(_CELLPOSE_ENDS)}
         ends = (*_CELLPOSE_ENDS, "_masks")
-        images = {stem: path for stem, path in files.items() if not stem.endswith(ends)}
-        images = {stem if stem in masks else stem.removesuffix("_img"): path for stem, path in images.items()}
+        images: dict[str, str] = {}
+        for stem, path in files.items():
+            key = stem if stem in masks else stem.removesuffix("_img")
+            if not stem.endswith(ends) and images.setdefault(key, path) != path:
+                raise ValueError(f"{images[key]} and {path} would both belong to {key}_masks: rename one")
         if masks:
             fields += _named(tree, folder, paired(dict(sorted(images.items())), masks, folder, folder))
     return DataSet(f"a Cellpose set: {len(fields)} images", fields) if fields else None

@@ -7,8 +7,9 @@ Nothing is unpickled. Whatever a file holds that is not what it should be ends i
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.io
@@ -20,6 +21,7 @@ from ..fields import TEST, TRAIN
 
 _MAX_DEPTH = 5
 _MAX_ID = np.iinfo(np.int32).max
+_MAGIC = b"\x93NUMPY"
 PICKLED = "pickled objects, which could run a program when they are read"
 
 
@@ -93,9 +95,12 @@ def load_npy(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise
     except (ValueError, OSError, EOFError, SyntaxError) as error:
-        if "object" in str(error).lower() or "pickled" in str(error).lower():
+        with open(path, "rb") as file:
+            plain = file.read(len(_MAGIC)) == _MAGIC
+        if plain and isinstance(error, ValueError) and "object" in str(error).lower():
             raise ValueError(f"{path} holds {PICKLED}: save plain arrays") from None
-        raise ValueError(f"{path} is not a whole .npy ({error}): copy or download it again") from None
+        what = str(error) if plain else "it does not begin as one"
+        raise ValueError(f"{path} is not a whole .npy ({what}): copy or download it again") from None
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is no .npy of one array: save it with numpy.save")
     return array
@@ -106,26 +111,23 @@ def load_mat(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     :param names: of variables.
     :return: those that a MATLAB file of version 4 to 7 has.
     """
-    try:
-        content = scipy.io.loadmat(path, variable_names=list(names), appendmat=False)
-    except FileNotFoundError:
-        raise
-    except NotImplementedError:
-        raise ValueError(f"{path} is of MATLAB 7.3, which is not read: save it with -v7") from None
-    except Exception as error:  # a damaged file raises a dozen types
-        raise ValueError(f"{path} is not a whole .mat ({error}): copy or download it again") from None
+    content = _from_mat(scipy.io.loadmat, path, variable_names=list(names))
     return {name: value for name, value in content.items() if name in names and isinstance(value, np.ndarray)}
 
 
 def mat_names(path: Path) -> set[str]:
     """:return: which variables a MATLAB file has."""
+    return {name for name, _, _ in _from_mat(scipy.io.whosmat, path)}
+
+
+def _from_mat(read: Callable[..., Any], path: Path, **options: Any) -> Any:
     try:
-        return {name for name, _, _ in scipy.io.whosmat(path, appendmat=False)}
+        return read(path, appendmat=False, **options)
     except FileNotFoundError:
         raise
     except NotImplementedError:
         raise ValueError(f"{path} is of MATLAB 7.3, which is not read: save it with -v7") from None
-    except Exception as error:
+    except Exception as error:  # a damaged file raises a dozen types
         raise ValueError(f"{path} is not a whole .mat ({error}): copy or download it again") from None
 
 
@@ -149,6 +151,6 @@ def rgb(array: np.ndarray, where: str) -> np.ndarray:
 
 
 def number_in(name: str) -> int:
-    """:return: the last number in a name, or -1."""
+    """:return: the last number in a name; 0 where it has none."""
     found = re.findall(r"\d+", name)
-    return int(found[-1]) if found else -1
+    return int(found[-1]) if found else 0
