@@ -1,5 +1,5 @@
 """
-Processes that a program starts: they end with it, and get the signals that were meant for it.
+Processes that a program starts: they end with it, and get the signals that were meant for it, or share its work.
 
 Knows nothing of what they do.
 """

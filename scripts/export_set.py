@@ -36,9 +36,9 @@ from guided_diffusion.histology.formats.writers.writer import Record, Writer
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 from guided_diffusion.image_files import EXTENSIONS
 from guided_diffusion.processes import each
+from guided_diffusion.results import RUN
 
 RECORD = "export.json"
-RUN = "run.json"  # of a results folder or a sweep: the flags that it was made with
 FIRST_FIELDS = ("file", "split", "source", "slide", "nuclei")
 
 
@@ -53,14 +53,14 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"OUT {args.out} holds what this command did not make: give another folder")
     entries = find_entries(args.set)
     classes = find_classes(args.set, entries)
-    window = {"window": args.window or WINDOW} if args.format == "hovernet" else {}
+    window = {"window": WINDOW if args.window is None else args.window} if args.format == "hovernet" else {}
     writer = LAYOUTS[args.format](classes, **window)
     writer.check(entries)
 
     records: list[Record] = []
 
     def fill(folder: Path) -> None:
-        records.extend(write_examples(folder, writer, entries, classes, args.num_workers))
+        records.extend(write_examples(folder, writer, entries, args.num_workers))
         for name, content in writer.tables(records):
             put(folder / name, content)
         write_text(folder / MANIFEST, manifest(records, classes))
@@ -193,12 +193,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 # ---- what is written ----
 
 
-def write_examples(
-    folder: Path, writer: Writer, entries: Sequence[Entry], classes: Sequence[CellClass], workers: int
-) -> list[Record]:
+def write_examples(folder: Path, writer: Writer, entries: Sequence[Entry], workers: int) -> list[Record]:
     """Write all that is about one picture. :return: what is remembered of each, in the order of writing."""
     packed = isinstance(writer, WebDataset)
-    task = partial(write_example, writer=writer, classes=classes, folder=None if packed else folder)
+    task = partial(write_example, writer=writer, folder=None if packed else folder)
     order = by_lot(entries) if packed else entries
     records = []
     with Shards(folder) if packed else nullcontext() as shards:
@@ -209,14 +207,12 @@ def write_examples(
     return records
 
 
-def write_example(
-    entry: Entry, writer: Writer, classes: Sequence[CellClass], folder: Path | None
-) -> tuple[Record, list[tuple[str, bytes]]]:
+def write_example(entry: Entry, writer: Writer, folder: Path | None) -> tuple[Record, list[tuple[str, bytes]]]:
     """
     :param folder: to write to.
     :return: what is remembered of a picture, and its files where they have no folder.
     """
-    example = read_example(entry, classes)
+    example = read_example(entry, writer.classes)
     first, kept = "", []
     for name, content in writer.files(example):
         first = first or name

@@ -223,7 +223,7 @@ CASES = [
     (None, "results out --format pascal", "invalid choice: 'pascal'"),
     (None, "results out", "required: --format"),
     (None, "results out --format coco --window 300", "--window 300 is for --format hovernet"),
-    (None, "results out --format hovernet --window 100", "--window 100"),
+    (None, "results out --format hovernet --window 0", "--window 0: HoVer-Net reads"),
     (None, "results out --format hovernet", "is 32 x 32 px: HoVer-Net reads 256 px"),
     (None, "results out --format coco --num_workers 0", "--num_workers 0"),
     (no_mask, "results out --format coco", "has no mask"),

@@ -58,7 +58,7 @@ class Example:
 
 def read_example(entry: Entry, classes: Sequence[CellClass]) -> Example:
     """
-    :param classes: those that class masks tell apart; none, where there are no such masks.
+    :param classes: those that a class mask, where there is one, tells apart.
     :raises ValueError: where a file cannot be used, sizes differ, or a class mask contradicts the instances.
     """
     image, inst_map = read_image(entry.image), read_inst_mask(entry.inst_mask)
