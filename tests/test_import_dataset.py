@@ -120,16 +120,21 @@ def test_packed_run_lengths_of_coco(tmp_path):
     assert_imported(tmp_path / "out", expected)
 
 
-def test_ids_that_an_export_leaves_are_kept(tmp_path):
+def test_ids_slides_and_colours_that_an_export_leaves_are_kept(tmp_path):
     expected = foreign_sets.coco(tmp_path / "src")
     path = tmp_path / "src/annotations/instances_train2017.json"
     content = json.loads(path.read_text())
     for number, row in enumerate(content["annotations"]):
         row["instance"] = 1000 - number
+    for row in content["images"]:
+        row["slide"] = "P 1"
+    content["categories"][0]["color"], content["categories"][1]["color"] = [1, 2, 3], [1, 2, 300]
     path.write_text(json.dumps(content))
     run(tmp_path / "src", tmp_path / "out")
     inst_map, wanted = read(tmp_path / "out/train/inst_masks/a.tif"), expected.scenes["a"].inst_map
     assert np.array_equal(inst_map, np.where(wanted > 0, 1001 - wanted, 0))
+    assert "train/images/a.png,P-1," in (tmp_path / "out/slides.csv").read_text()
+    assert [one.colour for one in cell_classes.read_classes(tmp_path / "out")] == [(1, 2, 3), (0, 158, 115)]
 
 
 def test_processes_and_a_second_run_change_nothing(tmp_path):

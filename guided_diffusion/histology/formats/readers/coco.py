@@ -52,21 +52,29 @@ def _parsed(path: Path) -> dict[str, list[dict]] | None:
 
 def _classes(tables: dict[Path, dict]) -> tuple[dict[Any, int], list[CellClass]]:
     """Category id -> class id, and the classes: their ids are kept where a class mask can hold them."""
-    names: dict[Any, str] = {}
+    rows: dict[int, dict] = {}
     for path, table in tables.items():
         for row in table["categories"]:
             number, name = row.get("id"), row.get("name")
-            if not isinstance(number, int) or not isinstance(name, str) or names.setdefault(number, name) != name:
+            if type(number) is not int or not isinstance(name, str) or rows.setdefault(number, row)["name"] != name:
                 raise ValueError(f"{path}: category {number!r} {name!r} has no number, or no name, or two names")
-    ids = sorted(names)
+    ids = sorted(rows)
     if len(ids) > MOST:
         raise ValueError(f"{len(ids)} categories are more than {MOST}: leave out those that are no cells")
     kept = all(1 <= number <= MOST for number in ids)
     numbers = {number: number if kept else place for place, number in enumerate(ids, 1)}
     classes = [
-        CellClass(numbers[number], one.name, one.colour) for number, one in zip(ids, named([names[n] for n in ids]))
+        CellClass(numbers[number], one.name, _colour(rows[number]) or one.colour)
+        for number, one in zip(ids, named([rows[number]["name"] for number in ids]))
     ]
     return numbers, classes
+
+
+def _colour(row: dict) -> tuple[int, int, int] | None:
+    """What a category says of its colour, as those of panoptic sets and of export_set.py do."""
+    colour = row.get("color")
+    usable = isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
+    return tuple(colour) if usable else None
 
 
 class _Annotation(NamedTuple):
@@ -102,8 +110,10 @@ def _fields(tree: Tree, path: Path, table: dict, numbers: dict[Any, int]) -> lis
         if not isinstance(name, str) or not name:
             raise ValueError(f"{path}: image {number} has no file_name")
         image, stem = _image(tree, path, name), safe(nfc(Path(name).stem))
+        # export_set.py leaves the slide, too.
+        slide = safe(row["slide"]) if isinstance(row.get("slide"), str) and row["slide"] else stem
         where = f"{path}: image {name}"
-        fields.append(Field(stem, stem, path.stem, split, where, partial(_read, image, where, found[number])))
+        fields.append(Field(stem, slide, path.stem, split, where, partial(_read, image, where, found[number])))
     return fields
 
 
