@@ -1,15 +1,17 @@
 """Measure fields that image_sample.py --field True has made: whether windows can be told in them, whether batches and
 the order of windows matter, and what memory they take.
 
-    python scripts/benchmarks/measure_fields.py RESULTS [--side 64] [--memory 256,1024]
+    python scripts/benchmarks/measure_fields.py RESULTS [--side 64] [--memory 256,1024] [--picture field.jpg]
 
 RESULTS is a results folder, whose run.json names checkpoint and flags. Prints
   seams     the mean difference of neighbouring pixels across the borders of windows, over that elsewhere; beside it the
             same of the real images that lent their colours and are of the fields' size, which have no windows;
   equality  the largest difference of a --side px part of the first field, sampled with the run's own checkpoint, when
             windows are denoised in batches of 3 rather than 16, and in reverse order; the image's range is 2;
-  memory    the largest resident memory in one step of fields of these sides, above that with the model alone. Without
-            cached conditions: these are kept as far as memory allows, and no farther.
+  memory    the largest resident memory in one step of fields of these sides, above that of one of 4 windows. The model
+            is left out, which sees a batch of windows whatever the field; so are cached conditions, which are kept as
+            far as memory allows and no farther.
+--picture draws the first field: its nuclei's outlines, the field, and, small, the image that lent its colours.
 """
 
 import argparse
@@ -24,10 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch as th
+from PIL import Image
 
-from guided_diffusion import checkpoint, cli
+from guided_diffusion import checkpoint, cli, files
+from guided_diffusion.conditioning import instance_edges
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.histology.evaluation.runs import Sample, find_runs
 from guided_diffusion.image_files import read_image, read_inst_mask
+from guided_diffusion.pictures import GAP
 from guided_diffusion.results import RUN
 from guided_diffusion.sampling_plan import SamplingPlan, process_for
 from guided_diffusion.script_util import condition_spec, create_model_and_diffusion, model_and_diffusion_defaults
@@ -36,9 +42,14 @@ from guided_diffusion.unet import UNetModel
 from guided_diffusion.windows import Fields, count_windows, starts
 
 
+def load_parts(flags: dict) -> tuple[UNetModel, GaussianDiffusion]:
+    """:return: the run's model, without its weights, and diffusion process."""
+    return create_model_and_diffusion(**{n: flags[n] for n in model_and_diffusion_defaults() if n in flags})
+
+
 def load(flags: dict) -> tuple[UNetModel, SamplingPlan]:
     """:return: the run's model and how it sampled, at its first guidance scale."""
-    model, diffusion = create_model_and_diffusion(**{n: flags[n] for n in model_and_diffusion_defaults() if n in flags})
+    model, diffusion = load_parts(flags)
     checkpoint.load_weights(model, flags["model_path"].split(",")[0])
     model.place(th.device("cpu"))
     process = process_for(flags["sampler"], diffusion, flags["num_steps"])
@@ -90,22 +101,40 @@ def print_equality(sample: Sample, flags: dict, side: int) -> None:
         print(f"{side} px field, windows {what}: largest difference {float((first - other).abs().max()):.1e}")
 
 
+def draw(sample: Sample, path: Path) -> None:
+    """Draw a field beside its structure and its appearance."""
+    made, real = (Image.fromarray(read_image(file)) for file in (sample.sample, sample.appearance))
+    real.thumbnail((made.width // 4, made.height // 4))
+    picture = Image.new("RGB", (2 * made.width + real.width + 2 * GAP, made.height), "white")
+    picture.paste(Image.fromarray(instance_edges(read_inst_mask(sample.inst_mask))), (0, 0))
+    picture.paste(made, (made.width + GAP, 0))
+    picture.paste(real, (2 * (made.width + GAP), 0))
+    with files.writing(path) as file:
+        picture.save(file, format="JPEG", quality=85)
+
+
 def peak(flags: dict, side: int) -> tuple[int, int]:
-    """:return: the largest resident memory in bytes with the model alone, and in one step of a field."""
-    model, _ = load(flags)
-    _, diffusion = create_model_and_diffusion(**{n: flags[n] for n in model_and_diffusion_defaults() if n in flags})
+    """:return: the largest resident memory in bytes after one step of a field of 4 windows, and of one of this side."""
+    _, diffusion = load_parts(flags)
     plan = SamplingPlan(flags["sampler"], process_for("ddim", diffusion, 1), channels=flags["in_channels"])
+    outputs = 2 * flags["in_channels"] if flags["learn_sigma"] else flags["in_channels"]
     used = []
-    for one in (2 * model.image_size, side):  # the first, small one is what it takes to run at all
-        fields = Fields([(one, one)], model.image_size, flags["window_overlap"], 16)
-        y = th.zeros(model.num_classes, one, one)
-        plan.sample_fields(model, fields, lambda batch, f=fields, y=y: (f.cut([y], batch), None), [0], progress=True)
+    for one in (3 * flags["image_size"] // 2, side):
+        fields = Fields([(one, one)], flags["image_size"], flags["window_overlap"], 16)
+        y = th.zeros(condition_spec(flags).channels, one, one)
+        plan.sample_fields(
+            lambda x, t, y: y[:, :1].expand(-1, outputs, -1, -1),
+            fields,
+            lambda batch, fields=fields, y=y: (fields.cut([y], batch), None),
+            [0],
+            progress=True,
+        )
         used.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return used[0], used[1]
 
 
 def print_memory(flags: dict, sides: Sequence[int]) -> None:
-    print("| side, px | windows | memory beyond the model's, MiB | bytes a pixel |\n|---|---|---|---|")
+    print("| side, px | windows | memory, MiB | bytes a pixel |\n|---|---|---|---|")
     for side in sides:
         with multiprocessing.get_context("spawn").Pool(1) as fresh:  # whose peak is of this side alone
             alone, used = fresh.apply(peak, (flags, side))
@@ -119,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("results", metavar="RESULTS", type=Path, help="results folder of --field True")
     parser.add_argument("--side", type=int, default=64, help="px of the part that is sampled again; 0: none")
     parser.add_argument("--memory", default="256,1024", help="sides of fields, in px; empty: none")
+    parser.add_argument("--picture", type=Path, help="file to draw to")
     args: argparse.Namespace = parser.parse_args(argv)
     (run,) = find_runs([args.results])
     flags = json.loads((args.results / RUN).read_text())
@@ -126,6 +156,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.results} holds no fields: sample with --field True")
     print_seams(run.samples, flags)
     print()
+    if args.picture:
+        draw(run.samples[0], args.picture)
     if args.side:
         print_equality(run.samples[0], flags, args.side)
     if args.memory:
