@@ -310,3 +310,18 @@ def test_render(flags, panels):
         np.testing.assert_array_equal(picture[:, -16:, 0], edge)
     if spec.use_hv_map:
         assert tuple(picture[0, 0]) == (124, 255, 121)
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (40, 30)])
+def test_colours_of_an_image_of_another_size(height, width):
+    """A map smaller than the image has some of its pixels, each once; a larger one all, equally often but for one."""
+    image = np.arange(12 * 9, dtype=np.uint8).reshape(1, 12, 9)
+    spec = ConditionSpec(use_col_map=True, in_channels=1, num_classes=3)
+    inst = np.zeros((height, width), np.int32)
+    made = [spec.encode(image, inst, inst, th.Generator().manual_seed(seed))["col_map"] for seed in (0, 0, 1)]
+    assert made[0].shape == (1, height, width) and np.array_equal(made[0], made[1])
+    assert not np.array_equal(made[0], made[2])
+    counts = np.bincount(made[0].ravel(), minlength=12 * 9)
+    assert counts.max() - counts.min() <= 1
+    half = made[0][:, : height // 2]  # whichever part of the map one looks at
+    assert abs(half.mean() - image.mean()) < 4 * image.std() / half.size**0.5
