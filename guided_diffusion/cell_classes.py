@@ -71,6 +71,12 @@ def write_classes(folder: Path, classes: Sequence[CellClass]) -> None:
     write_json(path, [asdict(one) for one in _checked(classes, str(path))])
 
 
+def pass_on(source: str | Path, target: Path) -> None:
+    """Give a folder the classes.json of the data that its files are made from, if they have one."""
+    if classes := read_classes(source):
+        write_classes(target, classes)
+
+
 def _parsed(data: bytes, path: str) -> list[CellClass]:
     try:
         rows = json.loads(data)

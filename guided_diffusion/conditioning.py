@@ -24,7 +24,8 @@ class ConditionSpec(Options):
     Which parts make up the condition, and in which order.
 
     Without class_cond: HV map (2) or binary mask (1), colour map (in_channels), instance edges (1).
-    With class_cond: one-hot classes (num_classes), instance edges (1), colour map (in_channels).
+    With class_cond: one-hot classes (num_classes), instance edges (1), colour map (in_channels). With use_hv_map, too,
+    the HV map (2) comes before these, and the classes are those of cells, 0 for background.
 
     With mark_unknown a structure that is not known (of an image without masks, or where a condition is dropped) is
     zero with -1 in the edge channel, which tells it from one without nuclei; else it is zero throughout.
@@ -60,10 +61,6 @@ class ConditionSpec(Options):
         super().__post_init__()
         if self.in_channels not in COLOUR_NAMES:
             raise ValueError(f"--in_channels {self.in_channels}: images are grey (1) or RGB (3)")
-        if self.class_cond and self.use_hv_map:
-            raise ValueError(
-                "--class_cond True with --use_hv_map True: an HV map replaces the class map; turn one of them off"
-            )
         if not self.class_cond and self.num_classes != self.channels:
             raise ValueError(
                 f"--num_classes {self.num_classes}, but the condition has {self.channels} channels "
@@ -92,9 +89,12 @@ class ConditionSpec(Options):
         """
         use_col_map = "col_map" in cond
         rest = channels - in_channels * use_col_map
-        structure, class_cond = cond["label"].shape[1], False
+        structure, class_cond = cond["label"].shape[1], "classes" in cond
         edge = rest > structure
-        if structure == 1 and rest > 2:
+        if class_cond:
+            edge = "edge" in cond or "instance" in cond
+            channels = rest - structure - edge
+        elif structure == 1 and rest > 2:
             class_cond, edge = True, "instance" in cond
             channels = rest - edge
         return cls(
@@ -108,12 +108,19 @@ class ConditionSpec(Options):
         )
 
     @property
+    def cell_classes(self) -> bool:
+        """Whether the condition tells classes of cells as well as their shapes."""
+        return self.class_cond and self.use_hv_map
+
+    @property
     def _layout(self) -> dict[str, tuple[str, ...]]:
         """Part -> its channels' names, in order."""
         structure = ("hv_x", "hv_y") if self.use_hv_map else ("mask",)
         classes = tuple(f"class_{i}" for i in range(self.num_classes))
         colour = COLOUR_NAMES[self.in_channels] if self.use_col_map else ()
         edge = () if self.no_instance else ("edge",)
+        if self.cell_classes:
+            return {"structure": structure, "classes": classes, "edge": edge, "colour": colour}
         if self.class_cond:
             return {"structure": classes, "edge": edge, "colour": colour}
         return {"structure": structure, "colour": colour, "edge": edge}
@@ -177,9 +184,9 @@ class ConditionSpec(Options):
         :param hv_map: what hv_planes makes of inst_map, where that is known already.
         :param ids: give the maps themselves, else only what assemble needs of them, in fewer bytes.
         :return: "label": a [2 x H x W] fp32 HV map, or a [1 x H x W] uint8 mask of 0 and 1, or [1 x H x W] int32
-            classes; with use_col_map "col_map": [in_channels x H x W] uint8; with ids "instance": [1 x H x W] int32 and
-            "label_ori": the class map, [H x W] int32; without them and no_instance "edge": [1 x H x W] boolean; with
-            mark_unknown "unknown": [1] boolean.
+            classes; with cell_classes "classes": [1 x H x W] uint8; with use_col_map "col_map": [in_channels x H x W]
+            uint8; with ids "instance": [1 x H x W] int32 and "label_ori": the class map, [H x W] int32; without them
+            and no_instance "edge": [1 x H x W] boolean; with mark_unknown "unknown": [1] boolean.
         """
         unknown = inst_map is None
         assert self.mark_unknown or not unknown
@@ -192,6 +199,8 @@ class ConditionSpec(Options):
         else:
             label = class_map[None].astype(np.int32) if self.class_cond else (class_map != 0)[None].astype(np.uint8)
         parts = {"label": label}
+        if self.cell_classes:
+            parts["classes"] = np.ascontiguousarray(class_map[None], np.uint8)
         if self.mark_unknown:
             parts["unknown"] = np.array([unknown])
         instance = np.ascontiguousarray(inst_map[None], np.int32)
@@ -214,18 +223,18 @@ class ConditionSpec(Options):
         """
         Make y from a batch of parts.
 
-        :param cond: what encode gives, batched: "label", "instance" or "edge" and, with use_col_map, "col_map", which
-            may be in [-1, 1] already; with mark_unknown also "unknown", where not all are known.
+        :param cond: what encode gives, batched: "label", "instance" or "edge" and, with cell_classes, "classes", with
+            use_col_map "col_map", which may be in [-1, 1] already; with mark_unknown also "unknown", where not all are
+            known.
         :return: an [N x channels x H x W] fp32 tensor on the parts' device.
         """
         label = cond["label"]
-        if self.class_cond:
-            structure = F.one_hot(label[:, 0].long(), self.num_classes).permute(0, 3, 1, 2)
-        else:
-            structure = label
+        structure = self._one_hot(label) if self.class_cond and not self.cell_classes else label
         y = th.empty(len(label), self.channels, *label.shape[2:], device=label.device)
         slices = self._slices()
         y[:, slices["structure"]] = structure
+        if self.cell_classes:
+            y[:, slices["classes"]] = self._one_hot(cond["classes"]).to(y.dtype)
         if self.use_col_map:
             y[:, slices["colour"]] = as_signed(cond["col_map"])
         if not self.no_instance:
@@ -233,6 +242,10 @@ class ConditionSpec(Options):
         if self.mark_unknown and "unknown" in cond:
             return self.drop(y, cond["unknown"].view(-1), drop_hvb_only=True)
         return y
+
+    def _one_hot(self, classes: th.Tensor) -> th.Tensor:
+        """:param classes: [N x 1 x H x W] ids. :return: [N x num_classes x H x W] of 0 and 1."""
+        return F.one_hot(classes[:, 0].long(), self.num_classes).permute(0, 3, 1, 2)
 
     def drop(self, y: th.Tensor, dropped: th.Tensor, drop_hvb_only: bool = False) -> th.Tensor:
         """
@@ -263,13 +276,13 @@ class ConditionSpec(Options):
         return self.drop(y, th.ones(len(y), dtype=th.bool, device=y.device), drop_hvb_only=keep_colour)
 
     def split(self, y: th.Tensor) -> dict[str, th.Tensor]:
-        """:return: part ("structure", "colour", "edge") -> its channels of y; empty parts are left out."""
+        """:return: part ("structure", "classes", "colour", "edge") -> its channels of y; empty parts are left out."""
         return {part: y[:, where] for part, where in self._slices().items() if where.stop > where.start}
 
     def render(self, y: th.Tensor) -> list[np.ndarray]:
         """
-        Draw conditions as pictures, panels side by side: structure (H and V for an HV map), colour map, edges. What is
-        not known is grey.
+        Draw conditions as pictures, panels side by side: structure (H and V for an HV map), classes, colour map, edges.
+        What is not known is grey.
 
         :param y: an [N x channels x H x W] condition.
         :return: N uint8 arrays, [H x (panels * W) x 3].
@@ -285,7 +298,7 @@ class ConditionSpec(Options):
         """Draw one part of each sample, [N x C x H x W], as [H x W' x 3] uint8."""
         if part == "structure" and self.use_hv_map:
             return [vis_hv_map(hv.transpose(1, 2, 0)) for hv in values]
-        if part == "structure" and self.class_cond:
+        if part == "classes" or (part == "structure" and self.class_cond):
             grey = values.argmax(axis=1) * (255 // max(self.num_classes - 1, 1))
         elif part == "colour":
             return [as_rgb(((colour + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)) for colour in values]

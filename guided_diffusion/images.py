@@ -12,6 +12,7 @@ from pathlib import Path
 
 import blobfile as bf
 
+from .cell_classes import FOLDER as CLASS_FOLDER
 from .files import by_stem, list_files
 from .image_files import EXTENSIONS
 from .slides import hold_out, owners, read_manifest, slides_of
@@ -87,8 +88,10 @@ def list_items(data_dir: str, dataset_mode: str, is_train: bool = True) -> list[
     images = by_stem(bf.join(folder, "images"), EXTENSIONS, deep=True)
     if not images:
         raise ValueError(f"{bf.join(folder, 'images')} holds no image ({', '.join(EXTENSIONS)})")
-    class_masks = _masks(folder, layout.class_folder, images)
     inst_masks = _masks(folder, layout.instance_folder, images)
+    # Classes of cells say of every pixel what the binary mask says, and more.
+    classes = _masks(folder, CLASS_FOLDER, images) if inst_masks else {}
+    class_masks = classes or _masks(folder, layout.class_folder, images)
     if not class_masks and not inst_masks:
         wanted = " or ".join(name for name in (layout.instance_folder, layout.class_folder) if name)
         raise FileNotFoundError(f"{folder} has no {wanted}: every image needs a mask")
@@ -127,7 +130,7 @@ def list_structures(folder: str, flag: str) -> list[Item]:
     """
     List instance masks that have no images; parameters, order and errors as list_images'.
 
-    :param folder: of masks, or one whose inst_masks holds them.
+    :param folder: of masks, or one whose inst_masks holds them; its class_masks say of which classes nuclei are.
     """
     _require_folder(flag, folder, "one of instance masks")
     inner = bf.join(folder, "inst_masks")
@@ -135,7 +138,8 @@ def list_structures(folder: str, flag: str) -> list[Item]:
     if not masks:
         raise ValueError(f"{flag} {folder} holds no mask ({', '.join(EXTENSIONS)})")
     slides, kind = slides_of(folder, list(masks.values())), _kind(folder)
-    return [Item(stem, slide, "", None, mask, kind) for (stem, mask), slide in zip(masks.items(), slides)]
+    classes = _masks(folder, CLASS_FOLDER, masks) if bf.isdir(inner) else {}
+    return [Item(stem, slide, "", classes.get(stem), mask, kind) for (stem, mask), slide in zip(masks.items(), slides)]
 
 
 def _kind(folder: str) -> str:

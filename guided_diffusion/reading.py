@@ -2,11 +2,12 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import PurePath
 
 import numpy as np
 from scipy import ndimage
 
-from . import magnification
+from . import cell_classes, magnification
 from .conditioning import ConditionSpec
 from .image_files import read_image, read_inst_mask, read_mask
 from .images import Item
@@ -56,7 +57,7 @@ def read_sample(item: Item, spec: ConditionSpec, image_size: int) -> Sample:
         inst_map = ndimage.label(class_map)[0].astype(np.int32)
     if class_map is None:
         class_map = _one_class(inst_map, spec)
-    spec.check_classes(class_map, item.class_mask or item.inst_mask)
+    _check_classes(item, spec, class_map, inst_map)
     if class_map.max(initial=0) <= 255:
         class_map = class_map.astype(np.uint8)
     return Sample(image, (class_map, inst_map))
@@ -82,7 +83,23 @@ def read_structure(item: Item, spec: ConditionSpec, image_size: int, min_nucleus
         )
     if odd := oddities(inst_map):
         logging.getLogger(__name__).warning(f"{item.inst_mask}: {odd}")
-    return Sample(None, (_one_class(inst_map, spec), inst_map))
+    class_map = _one_class(inst_map, spec) if item.class_mask is None else read_mask(item.class_mask).astype(np.uint8)
+    _check_classes(item, spec, class_map, inst_map)
+    return Sample(None, (class_map, inst_map))
+
+
+def _check_classes(item: Item, spec: ConditionSpec, class_map: np.ndarray, inst_map: np.ndarray) -> None:
+    """:raises ValueError: where the model takes classes, and the masks do not say one of each nucleus."""
+    path = item.class_mask or item.inst_mask
+    there = item.class_mask is not None and PurePath(item.class_mask).parent.name == cell_classes.FOLDER
+    if spec.cell_classes and not there:
+        raise ValueError(
+            f"{item.inst_mask} has no classes in {cell_classes.FOLDER} beside it, which --class_cond True with "
+            "--use_hv_map True reads: add them, or turn --class_cond off"
+        )
+    spec.check_classes(class_map, path)
+    if spec.cell_classes:
+        cell_classes.of_nuclei(inst_map, class_map, cell_classes.named([*map(str, range(1, spec.num_classes))]), path)
 
 
 def _one_class(inst_map: np.ndarray, spec: ConditionSpec) -> np.ndarray:

@@ -15,10 +15,18 @@ import numpy as np
 from PIL import Image
 
 from . import files
+from .cell_classes import FOLDER as CLASS_FOLDER
+from .cell_classes import TABLE
 from .pictures import draw_grid, is_whole, save_picture
 
-FOLDERS = ("images", "labels", "cond", "samples", "inst_masks")
-NEW_FIELDS = ("structure_slide", "appearance_slide", "noise", "structure_kind")  # which earlier versions did not write
+FOLDERS = ("images", "labels", "cond", "samples", "inst_masks")  # and, of classes, CLASS_FOLDER
+NEW_FIELDS = (
+    "structure_slide",
+    "appearance_slide",
+    "noise",
+    "structure_kind",
+    "classes",
+)  # which earlier versions did not write
 MANIFEST_FIELDS = (
     *("index", "stem", "seed", "structure", "appearance", "s", "checkpoint", "sampler", "steps"),
     *NEW_FIELDS,
@@ -52,9 +60,20 @@ def folder_name(checkpoint: str, s: str) -> str:
     return f"{PurePath(checkpoint).stem}_s{s}"
 
 
+def count_classes(class_map: np.ndarray, inst_map: np.ndarray) -> str:
+    """
+    :param class_map: [H x W] class ids; inst_map: [H x W] instance ids, 0 outside nuclei.
+    :return: how many nuclei are of which class, as 1:12 2:3; "" where there are none.
+    """
+    inside = inst_map != 0
+    pairs = np.unique(np.stack([class_map[inside], inst_map[inside]]), axis=1)
+    return " ".join(f"{number}:{count}" for number, count in zip(*np.unique(pairs[0], return_counts=True)))
+
+
 class ResultFolder:
     """
-    Five folders with one file a sample, of equal stems, and a manifest of the samples that are whole.
+    Five folders with one file a sample, of equal stems, a sixth where cells have classes, and a manifest of the samples
+    that are whole.
 
     Several processes may write samples at once: each notes its own in a part of the manifest, and merge puts
     the parts together, those that killed processes left, too.
@@ -65,16 +84,22 @@ class ResultFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def open(self) -> None:
-        """Make the folders, and clear away what killed runs had begun to write; for one process, before the others."""
-        for folder in (self.path, *(self.path / name for name in FOLDERS)):
+    def open(self, classes: bool = False) -> None:
+        """
+        Make the folders, and clear away what killed runs had begun to write; for one process, before the others.
+
+        :param classes: samples come with the classes of their cells.
+        """
+        for folder in (self.path, *(self.path / name for name in (*FOLDERS, *[CLASS_FOLDER] * classes))):
             folder.mkdir(parents=True, exist_ok=True)
             files.remove_leftovers(folder)
 
+    def _folders(self) -> tuple[str, ...]:
+        return (*FOLDERS, CLASS_FOLDER) if (self.path / CLASS_FOLDER).is_dir() else FOLDERS
+
     def _files(self, stem: str) -> dict[str, Path]:
-        return {
-            folder: self.path / folder / f"{stem}.{'tif' if folder == 'inst_masks' else 'png'}" for folder in FOLDERS
-        }
+        suffixes = {"inst_masks": "tif"}
+        return {name: self.path / name / f"{stem}.{suffixes.get(name, 'png')}" for name in self._folders()}
 
     def write(
         self,
@@ -91,7 +116,8 @@ class ResultFolder:
 
         :param row: with MANIFEST_FIELDS as keys.
         :param image: the appearance, [H x W x 1 or 3] uint8; sample: what the model made, shaped the same.
-        :param label: the structure's class mask as stored, [H x W] integers; above 255 it becomes a 16-bit image.
+        :param label: the structure's class mask as stored, [H x W] integers; above 255 it becomes a 16-bit image. It is
+            that of the cells' classes, too, where the folder has these.
         :param cond: the condition's picture, [H x W' x 3] uint8.
         :param inst: the structure's instance ids, [H x W] integers; above 65535 it becomes a 32-bit image.
         """
@@ -101,7 +127,10 @@ class ResultFolder:
             "cond": cond,
             "samples": _squeeze(sample),
             "inst_masks": inst.astype(np.uint16 if inst.max(initial=0) < 2**16 else np.int32),
+            CLASS_FOLDER: label.astype(np.uint8),
         }
+        if CLASS_FOLDER in self._folders():
+            row = {**row, "classes": count_classes(label, inst)}
         for folder, path in self._files(row["stem"]).items():
             save_picture(Image.fromarray(arrays[folder]), path)
         part = self.path / f".manifest.{socket.gethostname()}.{os.getpid()}.jsonl"
@@ -152,11 +181,11 @@ class ResultFolder:
         for row in self.rows().values():
             for path in self._files(row["stem"]).values():
                 path.unlink(missing_ok=True)
-        for folder in FOLDERS:
+        for folder in self._folders():
             files.remove_leftovers(self.path / folder)
             with contextlib.suppress(OSError):  # what holds other files stays
                 (self.path / folder).rmdir()
-        for path in (*self._parts(), *(self.path / name for name in (MANIFEST, RUN, "grid.png", "sweep.png"))):
+        for path in (*self._parts(), *(self.path / name for name in (MANIFEST, RUN, TABLE, "grid.png", "sweep.png"))):
             path.unlink(missing_ok=True)
 
     def picture(self, folder: str, stem: str) -> np.ndarray:

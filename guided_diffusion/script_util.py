@@ -49,7 +49,7 @@ def diffusion_defaults() -> dict[str, Any]:
 def model_and_diffusion_defaults() -> dict[str, Any]:
     """:return: the flags that make a model and a diffusion process, with their defaults."""
     condition = ConditionSpec.flags()
-    for name in ("use_hv_map", "mpp", "mark_unknown"):  # what its channels mean is no business of the model
+    for name in ("mpp", "mark_unknown"):  # what its channels mean is no business of the model
         del condition[name]
     return {**ModelOptions.flags(), **condition, **DiffusionOptions.flags()}
 
@@ -113,6 +113,7 @@ def create_model(
     in_channels: int = 3,
     no_instance: bool = False,
     use_col_map: bool = False,
+    use_hv_map: bool = False,
     spade_channels: int = HIDDEN_CHANNELS,
 ) -> UNetModel:
     """
@@ -126,7 +127,7 @@ def create_model(
     """
     cond_channels = num_classes
     if class_cond:
-        others = dict(in_channels=in_channels, no_instance=no_instance, use_col_map=use_col_map)
+        others = dict(in_channels=in_channels, no_instance=no_instance, use_col_map=use_col_map, use_hv_map=use_hv_map)
         cond_channels = ConditionSpec(class_cond=True, num_classes=num_classes, **others).channels
     return UNetModel(
         image_size=image_size,

@@ -15,7 +15,7 @@ import blobfile as bf
 import numpy as np
 import torch as th
 
-from . import dealing, dist_util, files, logger
+from . import cell_classes, dealing, dist_util, files, logger
 from .background import BackgroundWriter
 from .checkpoint import BEST
 from .condition_cache import ConditionCache, SampleFn
@@ -200,8 +200,11 @@ class Sweep:
         for pair, folder in self.folders.items():
             self._check_rows(*pair, folder)
         pending = {}
+        if self.spec.cell_classes:
+            Path(self.results_path).mkdir(parents=True, exist_ok=True)
+            cell_classes.pass_on(bf.dirname(self.dataset.items[0].class_mask), Path(self.results_path))
         for pair, folder in self.folders.items():
-            folder.open()
+            folder.open(self.spec.cell_classes)
             pending[pair] = set(range(self.count)) - folder.merge().keys()
         return pending
 

@@ -35,7 +35,7 @@ import numpy as np
 import torch as th
 from tqdm import tqdm
 
-from guided_diffusion import cli, results
+from guided_diffusion import cell_classes, cli, results
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
 from guided_diffusion.files import check_apart, csv_text, list_files, replace_folder, write_bytes, write_text
@@ -348,7 +348,9 @@ def write_out(out: Path, judged: list[Kept], kept: np.ndarray, picture: bytes, r
     out.mkdir(parents=True, exist_ok=True)
     (out / REPORT).unlink(missing_ok=True)
     chosen = [item for item, keeps in zip(judged, kept) if keeps]
-    write = partial(write_kept, kept=chosen, folders=results.FOLDERS, fields=results.MANIFEST_FIELDS, several=several)
+    classes = any((item.run.path / cell_classes.FOLDER).is_dir() for item in judged)
+    folders = (*results.FOLDERS, *[cell_classes.FOLDER] * classes)
+    write = partial(write_kept, kept=chosen, folders=folders, fields=results.MANIFEST_FIELDS, several=several)
     replace_folder(out / "kept", write, "--results_path")
     rows = [
         {

@@ -47,6 +47,10 @@ def encoded(spec, image, class_map, inst, generator, preserve=False, ids=True):
             {"num_classes": 2, "class_cond": True, "use_col_map": True},
             "class_0 class_1 edge colour_r colour_g colour_b",
         ),
+        (
+            {"num_classes": 2, "class_cond": True, "use_hv_map": True, "use_col_map": True},
+            "hv_x hv_y class_0 class_1 edge colour_r colour_g colour_b",
+        ),
     ],
 )
 def test_layout(flags, names):
@@ -58,7 +62,6 @@ def test_layout(flags, names):
     [
         ({"num_classes": 5, "use_hv_map": True, "use_col_map": True}, "hv_x, hv_y, colour_r.*--num_classes 6"),
         ({"num_classes": 6, "use_hv_map": True, "use_col_map": True, "no_instance": True}, "--num_classes 5"),
-        ({"num_classes": 3, "use_hv_map": True, "class_cond": True}, "--class_cond True with --use_hv_map True"),
         ({"num_classes": 3, "in_channels": 2}, "--in_channels 2"),
         ({"num_classes": 0, "class_cond": True}, "--num_classes 0"),
         (
@@ -75,7 +78,15 @@ def test_contradictions_are_refused(flags, message):
 @pytest.mark.parametrize("mark_unknown", [False, True])
 @pytest.mark.parametrize("use_col_map", [False, True])
 @pytest.mark.parametrize("no_instance", [False, True])
-@pytest.mark.parametrize("structure", [{"use_hv_map": True}, {}, {"class_cond": True, "num_classes": 5}])
+@pytest.mark.parametrize(
+    "structure",
+    [
+        {"use_hv_map": True},
+        {},
+        {"class_cond": True, "num_classes": 5},
+        {"class_cond": True, "num_classes": 5, "use_hv_map": True},
+    ],
+)
 def test_it_is_told_from_a_batch_and_the_models_channels(structure, no_instance, use_col_map, mark_unknown):
     mark_unknown = mark_unknown and not no_instance
     size = (2, 8, 8)
@@ -83,8 +94,10 @@ def test_it_is_told_from_a_batch_and_the_models_channels(structure, no_instance,
     flags = {"num_classes": channels, **structure, "use_col_map": use_col_map, "no_instance": no_instance}
     spec = ConditionSpec(**flags, mark_unknown=mark_unknown)
     cond = {"label": th.zeros(2, 2 if spec.use_hv_map else 1, 8, 8), "instance": th.zeros(2, 1, 8, 8, dtype=th.int32)}
+    if spec.cell_classes:
+        cond["classes"] = th.zeros(2, 1, 8, 8, dtype=th.uint8)
     if spec.class_cond:
-        cond["label"] = cond["label"].long()
+        cond["label"] = cond["label"] if spec.cell_classes else cond["label"].long()
         if no_instance:
             del cond["instance"]  # as the reference's data have it then
     if use_col_map:
@@ -111,6 +124,23 @@ def test_mask_is_zero_one_whatever_is_stored():
     for stored in (class_map, class_map // 255):
         y = spec.assemble(encoded(spec, image, stored, inst, generator(0)))
         np.testing.assert_array_equal(y[0, 0], inst > 0)
+
+
+def test_cells_have_shapes_and_classes():
+    """HV maps, classes one-hot, edges, colours; all but the colours go with an unknown structure."""
+    image, _, inst = example()
+    classes = np.where(inst == 7, 2, (inst > 0).astype(int)).astype(np.uint8)
+    spec = ConditionSpec(class_cond=True, num_classes=3, use_hv_map=True, use_col_map=True, mark_unknown=True)
+    parts = encoded(spec, image, classes, inst, generator(0))
+    y = spec.assemble(parts)
+    assert y.shape[1] == 2 + 3 + 1 + 3
+    np.testing.assert_array_equal(y[0, :2].permute(1, 2, 0), gen_instance_hv_map(inst))
+    np.testing.assert_array_equal(y[0, 2:5].argmax(0), classes)
+    assert (y[0, 2:5].sum(0) == 1).all()
+    np.testing.assert_array_equal(y[:, 5:6], instance_edges(th.from_numpy(inst)[None, None]))
+    dropped = spec.assemble({**parts, "unknown": th.tensor([[True]])})
+    assert not dropped[:, :5].any() and (dropped[:, 5] == -1).all() and th.equal(dropped[:, 6:], y[:, 6:])
+    assert len(spec.render(y)[0][0]) == 16 * 5  # H, V, classes, edges, colours
 
 
 def test_one_hot_classes_then_edge_then_colour():

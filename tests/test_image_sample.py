@@ -20,7 +20,7 @@ from forked import Child, start_ranks
 from PIL import Image
 
 import image_sample
-from guided_diffusion import checkpoint, cli, dist_util, files
+from guided_diffusion import cell_classes, checkpoint, cli, dist_util, files
 from guided_diffusion.histology.features.embeddings import Features, save_features
 from guided_diffusion.results import FOLDERS, ResultFolder
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
@@ -82,6 +82,39 @@ def test_five_folders_manifest_and_grid(data_dir, model_path, tmp_path):
         assert Image.open(out / "cond" / f"{row['stem']}.png").size == (64, 16)
         assert pixels(out, row["stem"]).shape == (16, 16, 3)
     assert any(row["structure"] != row["appearance"] for row in rows)
+
+
+def test_classes_of_cells_go_through(data_dir, tmp_path):
+    """From class_masks to the results', cut as the nuclei are; a nucleus of two classes is told."""
+    data = data_dir
+    cell_classes.write_classes(data, cell_classes.named(["small", "large"]))
+    (data / "MoNuSegTrainingData/class_masks").mkdir()
+    for path in (data / "MoNuSegTrainingData/inst_masks").iterdir():
+        inst = np.asarray(Image.open(path))
+        classes = np.where(inst > 0, 1 + inst % 2, 0).astype(np.uint8)
+        Image.fromarray(classes).save(data / f"MoNuSegTrainingData/class_masks/{path.stem}.png")
+    extra = ["--class_cond", "True", "--num_classes", "3"]
+    args = image_sample.create_argparser().parse_args([*TINY, *extra])
+    model, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    (tmp_path / "model").mkdir()
+    checkpoint.save(model.state_dict(), str(tmp_path / "model"), "model000001.pt")
+    path = str(tmp_path / "model/model000001.pt")
+    out = run(data, path, tmp_path / "out", "--num_samples", "3", *extra)
+    assert [one.name for one in cell_classes.read_classes(out)] == ["small", "large"]
+    for row in manifest(out):
+        inst = np.asarray(Image.open(out / f"inst_masks/{row['stem']}.tif"))
+        classes = np.asarray(Image.open(out / f"class_masks/{row['stem']}.png"))
+        np.testing.assert_array_equal(classes, np.where(inst > 0, 1 + inst % 2, 0))
+        own = np.unique(inst[inst > 0]) % 2
+        expected = [f"{1 + odd}:{(own == odd).sum()}" for odd in (0, 1) if (own == odd).any()]
+        assert row["classes"] == " ".join(expected)
+    before = manifest(out)
+    assert manifest(run(data, path, out, "--num_samples", "3", *extra)) == before
+    wrong = np.asarray(Image.open(data / "MoNuSegTrainingData/class_masks/slide-0_000.png")).copy()
+    wrong[np.nonzero(wrong)[0][0], np.nonzero(wrong)[1][0]] ^= 3
+    Image.fromarray(wrong).save(data / "MoNuSegTrainingData/class_masks/slide-0_000.png")
+    with pytest.raises(ValueError, match=r"slide-0_000.png: nucleus \d+ has pixels of classes 1, 2: a nucleus is of"):
+        run(data, path, tmp_path / "other", "--num_samples", "0", *extra)
 
 
 @pytest.mark.parametrize("count", [1, 5, 8, 11])

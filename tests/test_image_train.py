@@ -483,7 +483,10 @@ def test_a_failure_leaves_no_worker_behind(data_dir, tmp_path):
 MISTAKES = {
     "no folder": (["--data_dir", "nowhere"], "--data_dir 'nowhere' is not a folder"),
     "channels": (["--num_classes", "5"], "--num_classes 5.*6 channels"),
-    "class and hv": (["--class_cond", "True"], "--class_cond True with --use_hv_map True"),
+    "no classes": (
+        ["--class_cond", "True"],
+        r"slide-0_00\d.tif has no classes in class_masks beside it, which --class",
+    ),
     "mode": (["--dataset_mode", "coco"], "--dataset_mode coco"),
     "schedule": (["--noise_schedule", "sigmoid"], "--noise_schedule sigmoid"),
     "sampler": (["--schedule_sampler", "best"], "--schedule_sampler best"),

@@ -122,7 +122,6 @@ def test_condition_spec_takes_its_flags_from_many():
         (dict(use_hv_map=True), r"--num_classes 2, .*3 channels \(hv_x, hv_y, edge\)"),
         (dict(use_col_map=True, in_channels=1), r"3 channels \(mask, colour, edge\)"),
         (dict(no_instance=True), r"1 channels \(mask\)"),
-        (dict(class_cond=True, use_hv_map=True), "--class_cond True with --use_hv_map True"),
         (dict(in_channels=2), "--in_channels 2"),
         (dict(class_cond=True, num_classes=0), "--num_classes 0"),
     ],
@@ -140,6 +139,7 @@ def test_condition_spec_names_the_mistake(changes, message):
     [
         (dict(num_classes=6), 6),
         (dict(class_cond=True, num_classes=5), 5 + 1),
+        (dict(class_cond=True, num_classes=5, use_hv_map=True), 2 + 5 + 1),
         (dict(class_cond=True, num_classes=5, no_instance=True), 5),
         (dict(class_cond=True, num_classes=5, use_col_map=True), 5 + 1 + 3),
         (dict(class_cond=True, num_classes=5, use_col_map=True, in_channels=1), 5 + 1 + 1),

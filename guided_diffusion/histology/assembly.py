@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image
 
-from .. import streams
+from .. import cell_classes, streams
 from ..files import csv_text, write_text
 from ..image_files import check_image, read_inst_mask
 from ..images import REAL
@@ -27,7 +27,7 @@ from .slides.patches import SUFFIXES
 
 SET_FIELDS = (
     *("file", "stem", "source", "slide", "structure", "structure_slide", "structure_kind", "appearance"),
-    *("s", "checkpoint", "seed", "score", "weight", "sample"),
+    *("s", "checkpoint", "seed", "score", "weight", "classes", "sample"),
 )
 KEPT_FIELDS = ("run", "sample", "score", "weight")  # beside those of a results folder's manifest
 FIRST_NUMBER = 100_000  # of synthetic patches' running numbers; a slide's own are far below
@@ -109,6 +109,11 @@ class Synthetic:
     structure_slide: str
 
     @property
+    def class_mask(self) -> Path:
+        """Where the classes of its cells are, if it has any."""
+        return self.sample.sample.parents[1] / cell_classes.FOLDER / f"{self.sample.stem}.png"
+
+    @property
     def file(self) -> str:
         """The image's path below the set's folder."""
         return f"{TRAIN_SPLIT}/images/{self.stem}.png"
@@ -116,7 +121,7 @@ class Synthetic:
     def row(self, folder: Path) -> dict[str, object]:
         """:return: its row of the manifest of the set in `folder`."""
         origin = self.sample.row
-        copied = ("structure", "structure_kind", "appearance", "s", "checkpoint", "seed", "score", "weight")
+        copied = ("structure", "structure_kind", "appearance", "s", "checkpoint", "seed", "score", "weight", "classes")
         return {
             **{name: origin.get(name, "") for name in copied},
             **{name: getattr(self, name) for name in ("file", "stem", "slide", "structure_slide")},
@@ -211,7 +216,7 @@ def write_set(
 ) -> None:
     """
     Fill a data folder: all real training patches, the synthetic ones beside them, the test split, slides.csv, and a
-    manifest.
+    manifest. Classes of cells come along where all of these patches have them.
 
     :param folder: exists. :param data: the real data folder, whose test split is linked or copied as it is.
     :param real: its patches, the training ones each with an instance mask; a missing binary one is made of it.
@@ -220,9 +225,13 @@ def write_set(
     train = folder / TRAIN_SPLIT
     for name in SUFFIXES:
         (train / name).mkdir(parents=True)
-    rows = []
-    for patch in (patch for patch in real if patch.split == TRAIN_SPLIT):
+    rows, training = [], [patch for patch in real if patch.split == TRAIN_SPLIT]
+    classes = all(cell_classes.FOLDER in patch.files for patch in training)
+    classes = classes and all(item.class_mask.exists() for item in synthetic)
+    for patch in training:
         for name, source in patch.places():
+            if name.startswith(f"{cell_classes.FOLDER}/") and not classes:
+                continue
             (train / name).parent.mkdir(parents=True, exist_ok=True)
             put(source, train / name, copy)
         if "bin_masks" not in patch.files:
@@ -237,12 +246,16 @@ def write_set(
         put(item.sample.sample, train / "images" / f"{item.stem}.png", copy)
         put(item.sample.inst_mask, train / "inst_masks" / f"{item.stem}.tif", copy)
         _write_binary(item.sample.inst_mask, train / "bin_masks" / f"{item.stem}.png")
+        if classes:
+            put(item.class_mask, train / cell_classes.FOLDER / f"{item.stem}.png", copy)
         rows.append(item.row(folder))
         progress()
     if (data / TEST_SPLIT).is_dir() and copy:
         shutil.copytree(data / TEST_SPLIT, folder / TEST_SPLIT)
     elif (data / TEST_SPLIT).is_dir():
         put(data / TEST_SPLIT, folder / TEST_SPLIT)
+    if classes:
+        cell_classes.pass_on(data, folder)
     pass_on(data, folder)
     write_table(folder, ((patch.file, patch.slide) for patch in (*real, *synthetic)))
     write_text(folder / MANIFEST, csv_text(SET_FIELDS, rows))

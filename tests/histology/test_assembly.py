@@ -2,15 +2,17 @@
 
 import csv
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion import files
+from guided_diffusion import cell_classes, files
 from guided_diffusion.histology import assembly
 from guided_diffusion.histology.evaluation.runs import Run, Sample
 from guided_diffusion.histology.features.cluster_folders import Patch
+from guided_diffusion.images import list_items
 
 ENDS = ("2_007", "1_100000", "2_100003")
 
@@ -131,6 +133,27 @@ def test_a_set(tmp_path, copy):
     assert [row["source"] for row in rows] == ["real", "synthetic"]
     assert all((out / row["file"]).is_file() for row in rows)
     assert (out / rows[1]["sample"]).resolve() == (tmp_path / "run/samples/slide-0_001.png").resolve()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_set_of_classes(tmp_path, whole):
+    """Where every patch has them; else the set has none, since a folder of masks must have each one."""
+    data = tmp_path / "data"
+    patch = real_patch(data / "MoNuSegTrainingData")
+    samples = [write_sample(tmp_path / "run", stem) for stem in ("slide-0_001", "slide-0_002")]
+    places = [data / "MoNuSegTrainingData/class_masks/slide-0_000.png"]
+    places += [tmp_path / f"run/class_masks/{one.stem}.png" for one in samples[: 1 + whole]]
+    for path in places:
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.ones((8, 8), np.uint8)).save(path)
+    cell_classes.write_classes(data, cell_classes.named(["any"]))
+    patch = replace(patch, files={**patch.files, "class_masks": places[0]})
+    (tmp_path / "out").mkdir()
+    assembly.write_set(tmp_path / "out", data, [patch], assembly.name_synthetic(samples, [patch]), copy=False)
+    made = sorted(path.stem for path in tmp_path.glob("out/MoNuSegTrainingData/class_masks/*"))
+    assert made == (["slide-0_000", "slide-0_100000", "slide-0_100001"] if whole else [])
+    assert (tmp_path / "out/classes.json").exists() == whole
+    assert len(list_items(str(tmp_path / "out"), "monuseg")) == 3
 
 
 def test_sizes_must_agree(tmp_path):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...cell_classes import FOLDER as CLASS_FOLDER
 from ...files import LOCK, by_stem, replace_folder, write_bytes, write_json
 from ...image_files import EXTENSIONS
 from ...images import check_complete
@@ -73,7 +74,7 @@ def list_patches(data: Path) -> list[Patch]:
 
 def _list_split(folder: Path) -> list[tuple[str, dict[str, Path]]]:
     """The stem and the files of each patch."""
-    found = {name: _files_in(folder / name) for name in SUFFIXES if (folder / name).is_dir()}
+    found = {name: _files_in(folder / name) for name in (*SUFFIXES, CLASS_FOLDER) if (folder / name).is_dir()}
     images = found.pop("images", {})
     if images and not found:
         raise FileNotFoundError(f"DATA: {folder} has neither bin_masks nor inst_masks")
