@@ -66,8 +66,9 @@ def test_fields_of_one_window_are_patches(data_dir, model_path, tmp_path):  # no
 
 @pytest.mark.parametrize("cache", ["off", "on"])
 def test_neither_cache_nor_flips_ask_for_one_size(data_dir, model_path, tmp_path, cache):  # noqa: F811
-    """Patches of 32 px as fields with their own images, whose nuclei's colours are kept."""
+    """Patches of 32 px as fields with their own images, whose nuclei's colours are kept; by a weaker model."""
     flags = ["--field", "True", "--window_overlap", "0.3", "--s", "2", "--num_samples", "2", "--augment", "True"]
+    flags += ["--guide_path", model_path]
     out = run(data_dir, model_path, tmp_path / cache, *flags, "--preserve_nuclei_col", "True", "--spade_cache", cache)
     assert all(pixels(out, row["stem"]).shape == (32, 32, 3) for row in manifest(out))
 
