@@ -65,6 +65,12 @@ def read_classes(folder: str | Path) -> list[CellClass]:
     return []
 
 
+def of_mask(path: str) -> list[CellClass]:
+    """:return: the classes of a class mask, see read_classes; those of DATA/CLUSTERS/LABEL/10ss are DATA's, too."""
+    split = path.rpartition(f"/{FOLDER}/")[0]
+    return read_classes(split) or read_classes(bf.dirname(split))
+
+
 def write_classes(folder: Path, classes: Sequence[CellClass]) -> None:
     """Write a folder's classes.json. :raises ValueError: where a reader would refuse it."""
     path = folder / TABLE

@@ -57,10 +57,7 @@ def read_sample(item: Item, spec: ConditionSpec, image_size: int) -> Sample:
         inst_map = ndimage.label(class_map)[0].astype(np.int32)
     if class_map is None:
         class_map = _one_class(inst_map, spec)
-    _check_classes(item, spec, class_map, inst_map)
-    if class_map.max(initial=0) <= 255:
-        class_map = class_map.astype(np.uint8)
-    return Sample(image, (class_map, inst_map))
+    return Sample(image, (_checked(item, spec, class_map, inst_map), inst_map))
 
 
 def read_structure(item: Item, spec: ConditionSpec, image_size: int, min_nucleus: float) -> Sample:
@@ -83,13 +80,20 @@ def read_structure(item: Item, spec: ConditionSpec, image_size: int, min_nucleus
         )
     if odd := oddities(inst_map):
         logging.getLogger(__name__).warning(f"{item.inst_mask}: {odd}")
-    class_map = _one_class(inst_map, spec) if item.class_mask is None else read_mask(item.class_mask).astype(np.uint8)
-    _check_classes(item, spec, class_map, inst_map)
-    return Sample(None, (class_map, inst_map))
+    class_map = _one_class(inst_map, spec) if item.class_mask is None else read_mask(item.class_mask)
+    if class_map.shape != inst_map.shape:
+        raise ValueError(
+            f"{item.class_mask} is {class_map.shape[1]} x {class_map.shape[0]} px, {item.inst_mask} "
+            f"{inst_map.shape[1]} x {inst_map.shape[0]}: they must be of one size"
+        )
+    return Sample(None, (_checked(item, spec, class_map, inst_map), inst_map))
 
 
-def _check_classes(item: Item, spec: ConditionSpec, class_map: np.ndarray, inst_map: np.ndarray) -> None:
-    """:raises ValueError: where the model takes classes, and the masks do not say one of each nucleus."""
+def _checked(item: Item, spec: ConditionSpec, class_map: np.ndarray, inst_map: np.ndarray) -> np.ndarray:
+    """
+    :return: the class map, in 8 bits if these hold it.
+    :raises ValueError: where the model takes classes, and the masks do not say one of each nucleus.
+    """
     path = item.class_mask or item.inst_mask
     there = item.class_mask is not None and PurePath(item.class_mask).parent.name == cell_classes.FOLDER
     if spec.cell_classes and not there:
@@ -99,7 +103,9 @@ def _check_classes(item: Item, spec: ConditionSpec, class_map: np.ndarray, inst_
         )
     spec.check_classes(class_map, path)
     if spec.cell_classes:
-        cell_classes.of_nuclei(inst_map, class_map, cell_classes.named([*map(str, range(1, spec.num_classes))]), path)
+        ids = range(1, min(spec.num_classes, cell_classes.MOST + 1))
+        cell_classes.of_nuclei(inst_map, class_map, cell_classes.named([*map(str, ids)]), path)
+    return class_map.astype(np.uint8) if class_map.max(initial=0) <= 255 else class_map
 
 
 def _one_class(inst_map: np.ndarray, spec: ConditionSpec) -> np.ndarray:

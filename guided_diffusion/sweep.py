@@ -202,7 +202,8 @@ class Sweep:
         pending = {}
         if self.spec.cell_classes:
             Path(self.results_path).mkdir(parents=True, exist_ok=True)
-            cell_classes.pass_on(bf.dirname(self.dataset.items[0].class_mask), Path(self.results_path))
+            if classes := cell_classes.of_mask(self.dataset.items[0].class_mask):
+                cell_classes.write_classes(Path(self.results_path), classes)
         for pair, folder in self.folders.items():
             folder.open(self.spec.cell_classes)
             pending[pair] = set(range(self.count)) - folder.merge().keys()

@@ -12,11 +12,11 @@ as a whole.
 
 import argparse
 import csv
+import functools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         if classes:
             write_classes(folder, classes)
         counts = {"images": len(records), "nuclei": sum(record.nuclei for record in records)}
-        write_json(folder / RECORD, {"format": args.format, **window, "mpp": find_mpp(args.set), **counts})
+        write_json(folder / RECORD, {"format": args.format, **window, "mpp": find_mpp(args.set, entries), **counts})
 
     replace_folder(args.out, fill, "OUT")
     report(args.out, args.format, records, writer)
@@ -128,10 +128,10 @@ def of_data(folder: Path) -> Iterator[Entry]:
 
 def of_run(run: Run, prefix: str) -> Iterator[Entry]:
     """The samples of a results folder. Those that were made of test structures are for the test split."""
-    flags = read_flags(run.path)
-    split = "test" if flags.get("use_train") is False and not flags.get("structure_dir") else "train"
     masks = class_masks(run.path)
     for sample in run.samples:
+        flags = flags_of(sample.sample)
+        split = "test" if flags.get("use_train") is False and not flags.get("structure_dir") else "train"
         structure, appearance = slides_of_sample(sample, {})
         row = {"stem": sample.stem, **sample.row, "source": "synthetic", "slide": appearance}
         row["structure_slide"] = structure
@@ -166,11 +166,17 @@ def find_classes(folder: Path, entries: Sequence[Entry]) -> list[CellClass]:
     return classes
 
 
-def find_mpp(folder: Path) -> float | None:
+def find_mpp(folder: Path, entries: Sequence[Entry]) -> float | None:
     """The set's micrometres a pixel, where it says them."""
-    return read_flags(folder).get("mpp") or magnification.of_data(folder)
+    return flags_of(entries[0].image).get("mpp") or magnification.of_data(folder)
 
 
+def flags_of(sample: Path) -> dict:
+    """The flags of the run that made a sample, or what is linked to one, as a filter does."""
+    return read_flags(sample.resolve().parents[1])
+
+
+@functools.cache
 def read_flags(folder: Path) -> dict:
     """The flags that a results folder, or the sweep that it is part of, was made with; none where it does not say."""
     for place in (folder, folder.absolute().parent):
@@ -196,7 +202,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def write_examples(folder: Path, writer: Writer, entries: Sequence[Entry], workers: int) -> list[Record]:
     """Write all that is about one picture. :return: what is remembered of each, in the order of writing."""
     packed = isinstance(writer, WebDataset)
-    task = partial(write_example, writer=writer, folder=None if packed else folder)
+    task = functools.partial(write_example, writer=writer, folder=None if packed else folder)
     order = by_lot(entries) if packed else entries
     records = []
     with Shards(folder) if packed else nullcontext() as shards:

@@ -348,9 +348,14 @@ def write_out(out: Path, judged: list[Kept], kept: np.ndarray, picture: bytes, r
     out.mkdir(parents=True, exist_ok=True)
     (out / REPORT).unlink(missing_ok=True)
     chosen = [item for item, keeps in zip(judged, kept) if keeps]
-    classes = any((item.run.path / cell_classes.FOLDER).is_dir() for item in judged)
+    classes = all((item.run.path / cell_classes.FOLDER).is_dir() for item in judged)
     folders = (*results.FOLDERS, *[cell_classes.FOLDER] * classes)
-    write = partial(write_kept, kept=chosen, folders=folders, fields=results.MANIFEST_FIELDS, several=several)
+
+    def write(folder: Path) -> None:
+        write_kept(folder, chosen, folders, results.MANIFEST_FIELDS, several)
+        if classes:
+            cell_classes.pass_on(judged[0].run.path, folder)
+
     replace_folder(out / "kept", write, "--results_path")
     rows = [
         {

@@ -25,6 +25,14 @@ def test_a_table_is_read_as_it_was_written_from_any_folder_in_its_data(tmp_path)
     }
 
 
+@pytest.mark.parametrize("folder", ["MoNuSegTrainingData", "clusters/0/MoNuSegTrainingData", "clusters/0/10ss/train"])
+def test_the_table_of_a_mask_is_its_data_s(tmp_path, folder):
+    (tmp_path / "data").mkdir()
+    cell_classes.write_classes(tmp_path / "data", CLASSES)
+    assert cell_classes.of_mask(f"{tmp_path}/data/{folder}/class_masks/a/b.png") == CLASSES
+    assert cell_classes.of_mask(f"{tmp_path}/{folder}/class_masks/a/b.png") == []
+
+
 def test_colours_differ():
     classes = cell_classes.named(list("abcdefgh"))
     assert len({one.colour for one in classes[:7]}) == 7 and classes[7].colour == classes[0].colour

@@ -114,6 +114,16 @@ def test_what_a_filter_kept_keeps_its_scores(results, tmp_path):
     assert [(row["run"], row["score"], row["weight"]) for row in rows] == [("results", "1.5", "0.25")] * 2
 
 
+def test_what_a_filter_kept_of_test_structures_stays_for_testing(results, tmp_path):
+    (results / "run.json").write_text('{"use_train": false, "structure_dir": "", "mpp": 0.5}')
+    [run] = find_runs([results])
+    (tmp_path / "ood" / "kept").mkdir(parents=True)
+    write_kept(tmp_path / "ood" / "kept", [Kept(run, run.samples[0], 1.5, 0.25)], FOLDERS, MANIFEST_FIELDS)
+    [row] = export(tmp_path / "ood" / "kept", tmp_path / "out")
+    assert row["split"] == "test"
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["mpp"] == 0.5
+
+
 def test_a_sweep_is_one_set(tmp_path):
     for s in ("1", "2"):
         write_run(tmp_path / "sweep" / f"s{s}.5", count=2, s=s)

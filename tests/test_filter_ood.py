@@ -13,7 +13,7 @@ from conftest import draw_patch, write_patches
 from PIL import Image
 from test_evaluate import write_fields, write_run
 
-from guided_diffusion import cli, slides
+from guided_diffusion import cell_classes, cli, slides
 from guided_diffusion.files import csv_text
 from guided_diffusion.histology.evaluation.runs import find_runs
 from guided_diffusion.histology.features import backbones
@@ -112,6 +112,20 @@ def test_kept_is_a_results_folder(pooled):
     assemble_set.main(arguments.split())
     made = [row for row in read_csv("set/manifest.csv") if row["source"] == "synthetic"]
     assert len(made) == 4 and all(float(row["score"]) > 0 and row["checkpoint"] for row in made)
+
+
+def test_what_is_kept_keeps_its_classes(pooled, tmp_path):
+    """Where all runs have them; the table, too, which lies with the sweep."""
+    for name in ("m_s1", "m_s2"):
+        shutil.copytree(f"sweep/{name}", f"deep/sweep/{name}")
+        shutil.copytree(f"sweep/{name}/labels", f"deep/sweep/{name}/class_masks")
+    cell_classes.write_classes(tmp_path / "deep/sweep", cell_classes.named(["nucleus"]))
+    run("--mode", "top_n", "--top_n", 6, synthetic=["deep/sweep"])
+    stems = {path.stem for path in Path("out/kept/samples").iterdir()}
+    assert {path.stem for path in Path("out/kept/class_masks").iterdir()} == stems
+    assert [one.name for one in cell_classes.read_classes("out/kept")] == ["nucleus"]
+    run("--mode", "top_n", "--top_n", 6, synthetic=["deep/sweep/m_s1", "sweep/m_s2"])
+    assert not Path("out/kept/class_masks").exists() and not Path("out/kept/classes.json").exists()
 
 
 def test_one_run_keeps_its_stems_and_weights_are_the_formula(pooled):

@@ -17,6 +17,8 @@ from guided_diffusion.conditioning import ConditionSpec, instance_edges, shuffle
 from guided_diffusion.data_stream import stream
 from guided_diffusion.hv_maps import gen_instance_hv_map
 from guided_diffusion.image_datasets import load_data, load_dataset
+from guided_diffusion.images import list_structures
+from guided_diffusion.reading import read_structure
 
 SPEC = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
 TRAIN = "MoNuSegTrainingData"
@@ -430,6 +432,23 @@ def test_some_files_are_read_at_the_start(data_dir, monkeypatch):
         dataset(data_dir, match_struct=True)
 
 
+def test_classes_of_cells_by_the_references_keywords(data_dir):
+    """Where nothing says how many classes there are."""
+    train = data_dir / "MoNuSegTrainingData"
+    (train / "bin_masks").rename(train / "class_masks")
+    data = load_data(
+        data_dir=str(data_dir),
+        dataset_mode="monuseg",
+        batch_size=2,
+        image_size=16,
+        class_cond=True,
+        use_hv_map=True,
+        deterministic=True,
+    )
+    _, cond = next(data)
+    assert sorted(cond["classes"].unique().tolist()) == [0, 255]
+
+
 @pytest.mark.parametrize("class_cond", [False, True])
 def test_by_the_references_keywords(data_dir, class_cond):
     """As its training script asks for data, and without the channels that a model would want."""
@@ -443,6 +462,21 @@ def test_by_the_references_keywords(data_dir, class_cond):
     assert cond["label"].shape == (3, 1 if class_cond else 2, 32, 32) and cond["instance"].shape == (3, 1, 32, 32)
     assert len(cond["path"]) == 3 and cond["label_ori"].shape == (3, 32, 32)
     assert len(list(itertools.islice(data, 5))) == 5
+
+
+@pytest.mark.parametrize(
+    ("size", "number", "message"),
+    [((19, 20), 1, "made.png is 19 x 20 px, .*made.tif 20 x 20: they"), ((20, 20), 257, "class id 257 is out of")],
+)
+def test_classes_of_a_structure_that_will_not_do(tmp_path, size, number, message):
+    for name in ("inst_masks", "class_masks"):
+        (tmp_path / name).mkdir()
+    Image.new("I;16", (20, 20), 1).save(tmp_path / "inst_masks/made.tif")
+    Image.new("I;16", size, number).save(tmp_path / "class_masks/made.png")
+    (item,) = list_structures(str(tmp_path), "--structure_dir")
+    spec = ConditionSpec(class_cond=number > 1, use_hv_map=number > 1, num_classes=3 if number > 1 else 2)
+    with pytest.raises(ValueError, match=message):
+        read_structure(item, spec, 16, 0.0)
 
 
 def test_a_patch_with_no_nucleus(data_dir):

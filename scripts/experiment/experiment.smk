@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir).parents[1]))
-from scripts.experiment.plan import diffusion_steps
+from scripts.experiment.plan import diffusion_steps, image_size
 from scripts.workflow.wiring import (
     CORES,
     GPUS,
@@ -30,6 +30,7 @@ CELLS = [cell for cell in os.environ["CELLS"].split() if cell != "none"]
 NAMES = ("PATCH", "TEST", "MODEL", "DIFFUSION", "SAMPLE", "FILTER", "SEGMENTER", "PLAIN", "COLOUR")
 FLAGS = {name: os.environ[f"SDM_{name}_FLAGS"] for name in NAMES}
 BATCH, RATE, VAL_SHARE = (os.environ[name] for name in ("DIFFUSION_BATCH", "EMA_RATE", "VAL_SHARE"))
+IMAGE_SIZE = image_size(FLAGS["MODEL"])
 SAMPLES, SCALE = int(os.environ["SAMPLES"]), os.environ["S"]
 # set -> the results folders in the cell that it takes, and the stages that make them.
 SYNTHETIC = {"unfiltered": (STRUCTURES, STRUCTURES), "filtered": (("ood/kept",), ("filter",))}
@@ -73,12 +74,6 @@ def steps(wildcards):
 def count(kind):
     """An input function: how many samples there are to be of a kind."""
     return lambda wildcards: divide(SAMPLES or seen(wildcards))[kind or wildcards.kind]
-
-
-def option(name):
-    """A flag of the model."""
-    words = shlex.split(FLAGS["MODEL"])
-    return words[words.index(name) + 1]
 
 
 wildcard_constraints:
@@ -185,7 +180,8 @@ rule structures:
     log:
         f"logs/{NAME}-structures.log",
     params:
-        settings=count("made"),
+        settings=lambda wildcards: f"{count('made')(wildcards)} {IMAGE_SIZE}",
+        amount=count("made"),
     resources:
         gpu=0,
     threads: CORES
@@ -193,9 +189,7 @@ rule structures:
         stage(
             f"{CELL}-structures",
             f"{CELL}/structures",
-            make_structures(
-                f"{CELL}/slides/seen", f"{CELL}/structures", "{params.settings}", option("--image_size")
-            )
+            make_structures(f"{CELL}/slides/seen", f"{CELL}/structures", "{params.amount}", IMAGE_SIZE)
             + " --seed {wildcards.seed}",
         )
 

@@ -86,6 +86,13 @@ def cell_of(counts: dict[str, int], fraction: float, seed: int, val_share: float
     return Cell(len(slides), len(held), sum(counts[s] for s in slides), sum(counts[s] for s in slides - held))
 
 
+def image_size(flags: str) -> int:
+    """:return: that of the model's flags, as words of a shell; without one, image_train.py's default."""
+    parser = cli.FlagParser(add_help=False)
+    parser.add_argument("--image_size", type=int, default=64)
+    return parser.parse_known_args(shlex.split(flags))[0].image_size
+
+
 def diffusion_steps(patches: int) -> int:
     """:return: for how many steps a model that sees so many patches is trained: DIFFUSION_STEPS, or MAX_EPOCHS."""
     steps, epochs, batch = (int(os.environ[name]) for name in ("DIFFUSION_STEPS", "MAX_EPOCHS", "DIFFUSION_BATCH"))

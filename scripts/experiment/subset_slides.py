@@ -3,11 +3,11 @@ Make a data folder of a share of the training slides.
 
     python scripts/experiment/subset_slides.py DATA OUT --subsample 0.2 [--seed 0] [--val_share 0.15]
 
-OUT gets the patches of the chosen slides, at least one, as relative links, slides.csv, which says their slides, and
-prepare.json, which says their magnification; the test data are one link to DATA's. With --val_share, OUT/held is a data
-folder of those that train_segmenter.py with the same --val_share and --seed holds out, and OUT/seen of the others, and
-OUT/colours holds the training images of DATA but for the held-out slides: what to train a diffusion model on, and what
-samples may take their colours from, where neither is to see what is chosen by.
+OUT gets the patches of the chosen slides, at least one, as relative links, slides.csv, which says their slides,
+prepare.json, which says their magnification, and DATA's classes.json; the test data are one link to DATA's. With
+--val_share, OUT/held is a data folder of those that train_segmenter.py with the same --val_share and --seed holds out,
+and OUT/seen of the others, and OUT/colours holds the training images of DATA but for the held-out slides: what to train
+a diffusion model on, and what samples may take their colours from, where neither is to see what is chosen by.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-from guided_diffusion import cli
+from guided_diffusion import cell_classes, cli
 from guided_diffusion.files import LOCK, replace_folder
 from guided_diffusion.histology.features.cluster_folders import list_patches
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         wanted |= {f"{COLOURS}/{patch.image.name}": patch.image for patch in colours}
         tables[f"{COLOURS}/{TABLE}"] = [(patch.image.name, patch.slide) for patch in colours]
     present = {p.relative_to(args.out).as_posix() for p in args.out.rglob("*") if p.is_symlink() or p.is_file()}
-    foreign = sorted(present - {*wanted, *tables, LOCK, MANIFEST})
+    foreign = sorted(present - {*wanted, *tables, LOCK, MANIFEST, cell_classes.TABLE})
     if foreign or args.out.resolve() == args.data.resolve():
         named = f"holds {foreign[0]}, which is not of this choice" if foreign else "is DATA itself"
         raise ValueError(f"OUT {args.out} {named}: give a new folder")
@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(os.path.relpath(target.resolve(), place.parent.resolve()))
         pass_on(args.data, folder)
+        cell_classes.pass_on(args.data, folder)
         for name, rows in tables.items():
             write_table((folder / name).parent, rows)
 

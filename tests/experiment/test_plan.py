@@ -65,3 +65,8 @@ def test_what_cannot_is_refused(raw, shipped, monkeypatch, name, value, message)
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         plan.main([str(raw)])
+
+
+@pytest.mark.parametrize("flags", ["--lr 1 --image_size 32 --num_channels 8", "--image_size=32", "--lr 1"])
+def test_the_size_of_the_models_images(flags):
+    assert plan.image_size(flags) == (64 if flags == "--lr 1" else 32)

@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import write_patches
 
-from guided_diffusion import cli, magnification
+from guided_diffusion import cell_classes, cli, magnification
 from guided_diffusion.histology.segmenter.data import hold_out, training_pairs
 from guided_diffusion.images import list_images, list_items
 from scripts.experiment import subset_slides
@@ -36,6 +36,14 @@ def test_a_share_says_the_magnification(data, tmp_path):
     for _ in range(2):
         subset(data, tmp_path / "out", 40)
         assert magnification.of_data(tmp_path / "out") == 0.5
+
+
+def test_a_share_has_the_classes(data, tmp_path):
+    classes = cell_classes.named(["small", "large"])
+    cell_classes.write_classes(data, classes)
+    for _ in range(2):
+        subset(data, tmp_path / "other" / "out", 40)
+        assert cell_classes.read_classes(tmp_path / "other" / "out") == classes
 
 
 def test_links_are_relative_and_a_second_run_changes_nothing(data, tmp_path):
