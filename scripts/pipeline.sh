@@ -57,8 +57,9 @@ done
 export STRUCTURES=${STRUCTURES:-real}
 check_structures
 [[ ${NUM_SAMPLES:-1000} =~ ^[0-9]+$ ]] || die "NUM_SAMPLES=$NUM_SAMPLES is not a number of samples"
-[[ $STRUCTURES == real || ${NUM_SAMPLES:-1000} =~ [1-9] ]] \
-    || die "STRUCTURES=$STRUCTURES with NUM_SAMPLES=$NUM_SAMPLES, which is as many as real structures: give a number"
+case $STRUCTURES in real) least=0 ;; recombine) least=1 ;; both) least=2 ;; esac
+((10#${NUM_SAMPLES:-1000} >= least)) \
+    || die "STRUCTURES=$STRUCTURES with NUM_SAMPLES=$NUM_SAMPLES: give $least samples at least"
 
 export CLUSTERS=${CLUSTERS:-} BACKBONE=${BACKBONE:-efficientnet_lite0} RATIO=${RATIO:-1} EMA_RATE=${EMA_RATE:-0.9999}
 export SDM_PATCH_FLAGS="--patch_size 128 --stride 128" SDM_CLUSTER_FLAGS="--reduce pca --cluster kmeans"

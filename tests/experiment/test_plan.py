@@ -28,9 +28,9 @@ def raw(tmp_path_factory) -> Path:
 def shipped(monkeypatch):
     """Settings of experiment.conf in the environment."""
     words = 'printf "%s\\0" "$FRACTIONS" "$SEEDS" "$VAL_SHARE" "$DIFFUSION_BATCH" "$DIFFUSION_STEPS" "$MAX_EPOCHS"'
-    script = f'set -eu; source {CONFIG}; {words} "${{PATCH_FLAGS[*]}}"'
+    script = f'set -eu; source {CONFIG}; {words} "${{PATCH_FLAGS[*]}}" "${{MODEL_FLAGS[*]}}" "$STRUCTURES" "$SAMPLES"'
     values = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")
-    for name, value in zip((*NUMBERS, "SDM_PATCH_FLAGS"), values):
+    for name, value in zip((*NUMBERS, "SDM_PATCH_FLAGS", "SDM_MODEL_FLAGS", "STRUCTURES", "SAMPLES"), values):
         monkeypatch.setenv(name, value)
 
 
@@ -65,6 +65,25 @@ def test_what_cannot_is_refused(raw, shipped, monkeypatch, name, value, message)
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         plan.main([str(raw)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "samples", "flags", "message"),
+    [
+        ("both", 1, "", "STRUCTURES=both with SAMPLES=1: give 2"),
+        (
+            "recombine",
+            0,
+            "--class_cond=True --use_hv_map true",
+            "STRUCTURES=recombine with --class_cond True and --use_hv",
+        ),
+    ],
+)
+def test_structures_that_cannot_be_made_are_refused(kind, samples, flags, message):
+    with pytest.raises(ValueError, match=message):
+        plan.check_made(kind, samples, flags)
+    plan.check_made("real", samples, flags)
+    plan.check_made(kind, 0, flags.partition(" ")[0])
 
 
 @pytest.mark.parametrize("flags", ["--lr 1 --image_size 32 --num_channels 8", "--image_size=32", "--lr 1"])
