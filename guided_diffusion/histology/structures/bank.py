@@ -6,6 +6,7 @@ Knows instance maps, not their files.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -38,7 +39,8 @@ class Pattern:
     How the nuclei of one real mask lie.
 
     :param density: nuclei a pixel; what the border cuts counts by half, at a corner by a quarter.
-    :param areas: [N] in pixels, of its whole nuclei, and angles, [N], and weights, [N], theirs.
+    :param areas: [N] in pixels, of its whole nuclei, and angles, [N], and weights, [N], theirs. Where it has none,
+        those of all masks that are no smaller than the largest part in sight.
     :param gaps: [M] pixels between the edges of each nucleus and its nearest neighbour; 1 where they touch.
     """
 
@@ -56,7 +58,8 @@ class Bank:
 
     :param nuclei: of all masks.
     :param areas: [N] theirs, in pixels.
-    :param patterns: one a mask with a whole nucleus.
+    :param patterns: one a mask: without those of large nuclei, which small masks cut, and those of none, there would be
+        too many nuclei in what is made of them.
     """
 
     nuclei: list[Nucleus]
@@ -69,16 +72,16 @@ class Bank:
         :param inst_maps: [H x W] integer arrays.
         :raises ValueError: where none has a whole nucleus.
         """
-        nuclei, patterns = [], []
-        for inst_map in inst_maps:
-            own, pattern = look(inst_map)
-            nuclei += own
-            if own:
-                patterns.append(pattern)
+        looks = [look(inst_map) for inst_map in inst_maps]
+        nuclei = sorted((nucleus for own, _, _ in looks for nucleus in own), key=lambda nucleus: nucleus.area)
         if not nuclei:
             raise ValueError("no mask has a nucleus that its border does not cut")
-        nuclei.sort(key=lambda nucleus: nucleus.area)
-        return cls(nuclei, np.array([nucleus.area for nucleus in nuclei]), patterns)
+        areas = np.array([nucleus.area for nucleus in nuclei])
+        patterns = []
+        for own, spread, part in looks:
+            known = own or nuclei[min(int(np.searchsorted(areas, part)), len(nuclei) - 1) :]
+            patterns.append(Pattern(**spread, **measures(known)))
+        return cls(nuclei, areas, patterns)
 
     def like(self, area: float, rng: np.random.Generator, among: int = 20) -> Nucleus:
         """:return: one of the nuclei whose areas come nearest to one."""
@@ -87,26 +90,25 @@ class Bank:
         return self.nuclei[int(rng.integers(first, min(first + among, len(self.nuclei))))]
 
 
-def look(inst_map: np.ndarray) -> tuple[list[Nucleus], Pattern]:
-    """:return: the whole nuclei of an instance map, and how all of them lie."""
+def look(inst_map: np.ndarray) -> tuple[list[Nucleus], dict[str, Any], int]:
+    """:return: the whole nuclei of an instance map, its Pattern's density and gaps, and the area of the largest part."""
     height, width = inst_map.shape
-    nuclei, count = [], 0.0
+    nuclei, count, largest = [], 0.0, 0
     for region in regionprops(inst_map.astype(np.int32)):
         top, left, bottom, right = region.bbox
         cut = (top == 0) + (left == 0) + (bottom == height) + (right == width)
-        count += 0.5**cut
+        count, largest = count + 0.5**cut, max(largest, int(region.area))
         if not cut:
             # The share of all places in which the border would have cut it.
             seen = (height - (bottom - top)) * (width - (right - left)) / (height * width)
             nuclei.append(Nucleus(region.image, angle_of(region.orientation), 1 / max(seen, 0.05)))
-    pattern = Pattern(
-        density=count / inst_map.size,
-        areas=np.array([nucleus.area for nucleus in nuclei]),
-        angles=np.array([nucleus.angle for nucleus in nuclei]),
-        weights=np.array([nucleus.weight for nucleus in nuclei]),
-        gaps=gaps(inst_map),
-    )
-    return nuclei, pattern
+    return nuclei, {"density": count / inst_map.size, "gaps": gaps(inst_map)}, largest
+
+
+def measures(nuclei: list[Nucleus]) -> dict[str, np.ndarray]:
+    """What a Pattern says of nuclei, one by one."""
+    rows = np.array([(nucleus.area, nucleus.angle, nucleus.weight) for nucleus in nuclei])
+    return dict(zip(("areas", "angles", "weights"), rows.T))
 
 
 def angle_of(orientation: float) -> float:

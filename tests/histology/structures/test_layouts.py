@@ -86,7 +86,9 @@ def test_a_nucleus_is_turned_and_scaled(angle):
 def test_what_a_mask_says():
     inst_map = np.zeros((20, 30), int)
     inst_map[5:8, 5:10], inst_map[5:8, 10:12], inst_map[15:20, 20:25], inst_map[0:2, 28:30] = 7, 3, 9, 4
-    nuclei, pattern = banks.look(inst_map)
+    nuclei, spread, part = banks.look(inst_map)
+    assert part == 25  # of 9, at the border
+    pattern = banks.Pattern(**spread, **banks.measures(nuclei))
     assert sorted(nucleus.area for nucleus in nuclei) == [6, 15] and nuclei[1].mask.shape == (3, 5)
     assert pattern.density == pytest.approx((1 + 1 + 0.5 + 0.25) / 600)
     assert nuclei[1].weight == pytest.approx(600 / ((20 - 3) * (30 - 5)))
@@ -94,6 +96,19 @@ def test_what_a_mask_says():
     assert pattern.gaps == pytest.approx([1, np.hypot(14, 4), 1, np.hypot(8, 9)])
     with pytest.raises(ValueError, match="no mask has a nucleus"):
         banks.Bank.of([inst_map[:, 24:]])
+
+
+def test_masks_without_a_whole_nucleus_count():
+    """What is cut is no smaller than what shows of it; a mask without nuclei is part of the tissue, too."""
+    whole, cut = np.zeros((20, 20), int), np.zeros((20, 20), int)
+    whole[2:4, 2:4], whole[8:12, 8:12], whole[14:19, 4:9] = 1, 2, 3
+    cut[:3, 5:10] = 1
+    bank = banks.Bank.of([whole, cut, np.zeros((20, 20), int)])
+    assert bank.areas.tolist() == [4, 16, 25] and len(bank.patterns) == 3
+    assert bank.patterns[1].areas.tolist() == [16, 25] and bank.patterns[1].density == 0.5 / 400
+    assert bank.patterns[2].density == 0
+    made = [layouts.recombine(bank, 40, np.random.default_rng(seed)) for seed in range(30)]
+    assert 5 <= sum(not layout.any() for layout in made) <= 20
 
 
 def test_figures_by_hand():
