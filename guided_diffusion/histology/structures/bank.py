@@ -91,7 +91,7 @@ class Bank:
 
 
 def look(inst_map: np.ndarray) -> tuple[list[Nucleus], dict[str, Any], int]:
-    """:return: the whole nuclei of an instance map, its Pattern's density and gaps, and the area of the largest part."""
+    """:return: the whole nuclei of an instance map, its Pattern's density and gaps, the area of its largest part."""
     height, width = inst_map.shape
     nuclei, count, largest = [], 0.0, 0
     for region in regionprops(inst_map.astype(np.int32)):
