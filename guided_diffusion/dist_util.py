@@ -122,10 +122,10 @@ def _join(store: dist.Store, rank: int, size: int, own_gpus: bool) -> None:
 def _end_group() -> None:
     """
     End the group of a script that comes to its end without shutdown, as those for the reference do: gloo's threads let
-    go of tensors, which takes the interpreter, and abort the process where that has ended. Not after an error, where
-    the others may be waiting.
+    go of tensors, which takes the interpreter, and abort the process where that has ended. Not after an error, nor
+    with NCCL, whose end may wait for the others.
     """
-    if dist.is_initialized() and not hasattr(sys, "last_type"):
+    if dist.is_initialized() and dist.get_backend() == "gloo" and not hasattr(sys, "last_type"):
         dist.destroy_process_group()
 
 

@@ -92,7 +92,7 @@ class SamplingPlan:
         Sample fields, by windows. A field of one window is what `sample` makes of it; other parameters as there.
 
         :param shown: gives the conditions of one of the fields' batches of windows, in place of y and null.
-        :return: an [H x W] image of each field, [channels x H x W] fp32.
+        :return: of each field a [channels x H x W] image fp32.
         """
         noise = SampleNoise(self.seed, indices, fields.device)
         shapes = [(self.channels, *shape) for shape in fields.shapes]
