@@ -111,7 +111,7 @@ SAMPLE_FLAGS=(
 
 # check_structures: stop unless STRUCTURES, of a workflow, is one of its kinds.
 check_structures() {
-    case $STRUCTURES in real | recombine | both) ;; *) die "STRUCTURES=$STRUCTURES: give real, recombine or both" ;; esac
+    [[ $STRUCTURES =~ ^(real|recombine|both)$ ]] || die "STRUCTURES=$STRUCTURES: give real, recombine or both"
 }
 
 # workflow FILE.smk RAW OUT [flags of run.py and snakemake ...]: run a workflow, in place of this shell.

@@ -13,7 +13,6 @@ import gc
 import importlib
 import json
 import os
-import runpy
 import shlex
 import signal
 import socket
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -132,7 +132,11 @@ def run(argv: list[str], folder: str, environment: dict[str, str], descriptors: 
     sys.path[0] = os.path.dirname(os.path.abspath(argv[0]))
     code: object = 0
     try:
-        runpy.run_path(argv[0], run_name="__main__")
+        # As the main module by both names, so that processes that the program spawns can send it objects of its own.
+        module = types.ModuleType("__main__")
+        module.__file__ = os.path.abspath(argv[0])
+        sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+        exec(compile(Path(argv[0]).read_bytes(), module.__file__, "exec"), module.__dict__)
     except SystemExit as end:
         code = end.code
     except BaseException:

@@ -324,10 +324,9 @@ def test_images_without_masks_are_learned_from(data_dir, logdir, tmp_path, monke
         f"--data_dir {data_dir} --use_train True --num_samples 2 --s 2 --num_steps 2 --sampler dpmpp_2m --num_workers 0"
     )
     shown = []
-    monkeypatch.setattr(
-        "guided_diffusion.condition_cache.ConditionCache._shown",
-        lambda model, y, keep, of=ConditionCache._shown: shown.append(y) or of(model, y, keep),
-    )
+    show = ConditionCache._shown
+    watch = staticmethod(lambda model, y, keep: shown.append(y) or show(model, y, keep))
+    monkeypatch.setattr(ConditionCache, "_shown", watch)
     path = str(logdir / "ema_0.9_000003.pt")
     image_sample.main([*sample.split(), "--model_path", path, "--results_path", str(made)])
     expected = th.zeros(1, 6, 16, 16)
