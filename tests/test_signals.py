@@ -122,7 +122,8 @@ def test_workers_leave_a_request_to_those_they_work_for():
         + """
 with signals.raised():
     data = batches()
-    next(data)
+    for _ in range(4):  # so that each worker has begun
+        next(data)
     with signals.StopRequest() as stop:
         print("ready", flush=True)
         while not stop:
