@@ -7,7 +7,7 @@ of how other data sets write classes down.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,11 @@ class CellClass:
     colour: tuple[int, int, int]
 
 
+def ids_of(classes: Iterable[CellClass]) -> set[int]:
+    """:return: the numbers of classes in class masks."""
+    return {one.id for one in classes}
+
+
 def named(names: Sequence[str]) -> list[CellClass]:
     """:return: classes of these names, numbered from 1, in colours that differ as long as there are."""
     return [CellClass(number, name, _COLOURS[(number - 1) % len(_COLOURS)]) for number, name in enumerate(names, 1)]
@@ -75,6 +80,21 @@ def write_classes(folder: Path, classes: Sequence[CellClass]) -> None:
     """Write a folder's classes.json. :raises ValueError: where a reader would refuse it."""
     path = folder / TABLE
     write_json(path, [asdict(one) for one in _checked(classes, str(path))])
+
+
+def shared(folders: Sequence[str | Path]) -> list[CellClass]:
+    """
+    :return: the classes of several folders, see read_classes.
+    :raises ValueError: where two have others, so that a number would mean two things.
+    """
+    first, *others = folders
+    classes = read_classes(first)
+    for other in others:
+        if read_classes(other) != classes:
+            raise ValueError(
+                f"{first} and {other} have not the same classes of cells by their {TABLE}: use one of them"
+            )
+    return classes
 
 
 def pass_on(source: str | Path, target: Path) -> None:
@@ -116,13 +136,13 @@ def _is_int(value: Any) -> bool:
 # ---- masks ----
 
 
-def of_nuclei(inst_map: np.ndarray, class_map: np.ndarray, classes: Sequence[CellClass], where: str) -> dict[int, int]:
+def of_nuclei(inst_map: np.ndarray, class_map: np.ndarray, known: Collection[int], where: str) -> dict[int, int]:
     """
     Look up the class of each nucleus, and check that a class mask says one.
 
     :param inst_map: an [H x W] integer array of instance ids, 0 outside nuclei.
     :param class_map: an [H x W] integer array of class ids, 0 outside nuclei.
-    :param classes: those that there are. :param where: what names the class mask in an error.
+    :param known: the ids of the classes that there are. :param where: what names the class mask in an error.
     :return: instance id -> class id, in rising order of instances.
     :raises ValueError: where sizes differ, a nucleus has no class, several, or one that is not in the table, or a class
         lies outside nuclei.
@@ -143,7 +163,6 @@ def of_nuclei(inst_map: np.ndarray, class_map: np.ndarray, classes: Sequence[Cel
             f"{where}: nucleus {several[0]} has pixels of classes {_listed(pairs[1][pairs[0] == several[0]])}"
             f"{f', and {len(several) - 1} more are so' if len(several) > 1 else ''}: a nucleus is of one class"
         )
-    known = {one.id for one in classes}
     for nucleus, number in found.items():
         if number not in known:
             what = f"is of class {number}, which is not in {TABLE} ({_listed(sorted(known))})" if number else "has none"

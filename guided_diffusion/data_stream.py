@@ -183,7 +183,8 @@ def read_batches(
     )
     with contextlib.ExitStack() as closing:
         try:
-            reader = iter(loader)
+            with signals.held():
+                reader = iter(loader)
             if num_workers:
                 # By name, since an error's traceback would keep the reader, and with it the workers, for good.
                 closing.callback(reader._shutdown_workers)

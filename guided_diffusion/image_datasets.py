@@ -211,14 +211,12 @@ def load_dataset(
 
     :param data_dir: see list_items; so are dataset_mode and is_train. Where the spec has no mpp, it is the folder's.
     :param subsample: use only this share of the items; shuffle_masks: give each the image of another, by a permutation.
-    :param match_struct: give it that of an item with similar nuclei.
+    :param match_struct: give it that of an item with similar nuclei; match_other_slide: from other slides only.
     :param match_app: give it that of an item with a similar image: by `features`, else by its stain.
-    :param match_other_slide: choose a similar item from other slides only.
     :param appearance_dir: give it one of the images in this folder, which need no masks: any, or with match_struct one
         that seems to hold as much of nuclei.
     :param structure_dir: take the structures from these instance masks, and the appearances as with appearance_dir.
-    :param unlabelled_dir: images that are samples, too, see list_unlabelled; min_nucleus: see read_structure; field:
-        see NucleiDataset.
+    :param unlabelled_dir: images that are samples, too, see list_unlabelled; min_nucleus: see read_structure.
     :param features: gives an [N x D] array for N paths of images, or raises ValueError for the first it has none of.
     :param seed: of the choices above and of all samples; other parameters as NucleiDataset's.
     :param val_share: see split_slides; part: what to load: "train", "held_out", which may be none, or "" for all.
@@ -227,33 +225,36 @@ def load_dataset(
         shuffle_masks=shuffle_masks, match_struct=match_struct, match_app=match_app, match_other_slide=match_other_slide
     )
     check_pairing(**choice, appearance_dir=appearance_dir, structure_dir=structure_dir)
-    listed = list_items(data_dir, dataset_mode, is_train) if data_dir or not (structure_dir and appearance_dir) else []
+    needed, classes = data_dir or not (structure_dir and appearance_dir), spec.class_cond
+    listed = list_items(data_dir, dataset_mode, is_train, classes) if needed else []
     items, others = _split(listed, subsample, part, val_share, seed)
     spec = spec if spec.mpp else replace(spec, mpp=magnification.of_data(data_dir) or magnification.REFERENCE_MPP)
     hidden = [*others, *(list_test_images(data_dir, dataset_mode) if unlabelled_dir and is_train else [])]
     unlabelled, copies = dist_util.from_rank_0(lambda: list_unlabelled(unlabelled_dir, items, hidden))
-    items, appearances = _lenders(items, appearance_dir, structure_dir)
+    items, appearances = _lenders(items, appearance_dir, structure_dir, classes)
     looks = dict(augment=augment, stain_jitter=stain_jitter, preserve_nuclei_col=preserve_nuclei_col, ids=ids)
-    looks |= dict(unmasked=appearances or unlabelled, min_nucleus=min_nucleus, field=field, seed=seed)
-    dataset = NucleiDataset(items, spec, image_size, **looks)
+    looks |= dict(unmasked=appearances or unlabelled, min_nucleus=min_nucleus, field=field)
+    dataset = NucleiDataset(items, spec, image_size, **looks, seed=seed)
     dataset.copies, vectors = copies, features and features([item.image for item in items])
-    _pair(dataset, Pairing(items, appearances, **choice, vectors=vectors, seed=seed))
-    return dataset
+    return _paired(dataset, Pairing(items, appearances, **choice, vectors=vectors, seed=seed))
 
 
-def _lenders(items: list[Item], appearance_dir: str, structure_dir: str) -> tuple[list[Item], list[Item]]:
+def _lenders(
+    items: list[Item], appearance_dir: str, structure_dir: str, classes: bool
+) -> tuple[list[Item], list[Item]]:
     """The structures, and the images that lend them their colours, where these are not those of the items."""
     appearances = list_images(appearance_dir, "--appearance_dir") if appearance_dir else []
     if not structure_dir:
         return items, appearances
     own = [replace(item, class_mask=None, inst_mask=None) for item in items]
-    return list_structures(structure_dir, "--structure_dir"), appearances or own
+    return list_structures(structure_dir, "--structure_dir", classes), appearances or own
 
 
-def _pair(dataset: NucleiDataset, pairing: Pairing) -> None:
-    """Choose appearances. Collective."""
+def _paired(dataset: NucleiDataset, pairing: Pairing) -> NucleiDataset:
+    """Choose a data set's appearances. Collective."""
     dataset.choose = functools.partial(pairing.choose, pairing.look(_read(dataset, pairing)))
     dataset.appearance = dataset.choose()
+    return dataset
 
 
 def _split(items: list[Item], subsample: float, part: str, share: float, seed: int) -> tuple[list[Item], list[Item]]:

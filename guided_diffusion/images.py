@@ -63,12 +63,13 @@ class Item:
         return self.image or self.inst_mask
 
 
-def list_items(data_dir: str, dataset_mode: str, is_train: bool = True) -> list[Item]:
+def list_items(data_dir: str, dataset_mode: str, is_train: bool = True, classes: bool = False) -> list[Item]:
     """
     Pair a split's files by stem; they may lie in sub-folders, of the same names for images and masks.
 
     :param data_dir: the folder, or blobfile URL, that holds the splits.
     :param dataset_mode: a key of LAYOUTS.
+    :param classes: where there are masks of cells' classes, they are the class masks.
     :return: the items, sorted by stem.
     :raises ValueError: where the mode is unknown, the split empty, or a file without its partner.
     :raises FileNotFoundError: where a folder is missing.
@@ -89,9 +90,8 @@ def list_items(data_dir: str, dataset_mode: str, is_train: bool = True) -> list[
     if not images:
         raise ValueError(f"{bf.join(folder, 'images')} holds no image ({', '.join(EXTENSIONS)})")
     inst_masks = _masks(folder, layout.instance_folder, images)
-    # Classes of cells say of every pixel what the binary mask says, and more.
-    classes = _masks(folder, CLASS_FOLDER, images) if inst_masks else {}
-    class_masks = classes or _masks(folder, layout.class_folder, images)
+    of_cells = _masks(folder, CLASS_FOLDER, images) if classes and inst_masks else {}
+    class_masks = of_cells or _masks(folder, layout.class_folder, images)
     if not class_masks and not inst_masks:
         wanted = " or ".join(name for name in (layout.instance_folder, layout.class_folder) if name)
         raise FileNotFoundError(f"{folder} has no {wanted}: every image needs a mask")
@@ -126,11 +126,11 @@ def list_images(folder: str, flag: str) -> list[Item]:
     return list(map(Item, images, slides_of(folder, list(images.values())), images.values()))
 
 
-def list_structures(folder: str, flag: str) -> list[Item]:
+def list_structures(folder: str, flag: str, classes: bool = False) -> list[Item]:
     """
     List instance masks that have no images; parameters, order and errors as list_images'.
 
-    :param folder: of masks, or one whose inst_masks holds them; its class_masks say of which classes nuclei are.
+    :param folder: of masks, or one whose inst_masks holds them. :param classes: see list_items.
     """
     _require_folder(flag, folder, "one of instance masks")
     inner = bf.join(folder, "inst_masks")
@@ -138,8 +138,8 @@ def list_structures(folder: str, flag: str) -> list[Item]:
     if not masks:
         raise ValueError(f"{flag} {folder} holds no mask ({', '.join(EXTENSIONS)})")
     slides, kind = slides_of(folder, list(masks.values())), _kind(folder)
-    classes = _masks(folder, CLASS_FOLDER, masks) if bf.isdir(inner) else {}
-    return [Item(stem, slide, "", classes.get(stem), mask, kind) for (stem, mask), slide in zip(masks.items(), slides)]
+    of_cells = _masks(folder, CLASS_FOLDER, masks) if classes and bf.isdir(inner) else {}
+    return [Item(stem, slide, "", of_cells.get(stem), mask, kind) for (stem, mask), slide in zip(masks.items(), slides)]
 
 
 def _kind(folder: str) -> str:

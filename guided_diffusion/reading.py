@@ -103,8 +103,7 @@ def _checked(item: Item, spec: ConditionSpec, class_map: np.ndarray, inst_map: n
         )
     spec.check_classes(class_map, path)
     if spec.cell_classes:
-        ids = range(1, min(spec.num_classes, cell_classes.MOST + 1))
-        cell_classes.of_nuclei(inst_map, class_map, cell_classes.named([*map(str, ids)]), path)
+        cell_classes.of_nuclei(inst_map, class_map, range(1, spec.num_classes), path)
     return class_map.astype(np.uint8) if class_map.max(initial=0) <= 255 else class_map
 
 

@@ -16,17 +16,12 @@ from PIL import Image
 
 from . import files
 from .cell_classes import FOLDER as CLASS_FOLDER
-from .cell_classes import TABLE
+from .cell_classes import TABLE, CellClass, write_classes
 from .pictures import draw_grid, is_whole, save_picture
 
 FOLDERS = ("images", "labels", "cond", "samples", "inst_masks")  # and, of classes, CLASS_FOLDER
-NEW_FIELDS = (
-    "structure_slide",
-    "appearance_slide",
-    "noise",
-    "structure_kind",
-    "classes",
-)  # which earlier versions did not write
+# Which earlier versions did not write.
+NEW_FIELDS = ("structure_slide", "appearance_slide", "noise", "structure_kind", "classes")
 MANIFEST_FIELDS = (
     *("index", "stem", "seed", "structure", "appearance", "s", "checkpoint", "sampler", "steps"),
     *NEW_FIELDS,
@@ -84,13 +79,17 @@ class ResultFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def open(self, classes: bool = False) -> None:
+    def open(self, classes: Sequence[CellClass] | None = None) -> None:
         """
         Make the folders, and clear away what killed runs had begun to write; for one process, before the others.
 
-        :param classes: samples come with the classes of their cells.
+        :param classes: those of the samples' cells, none where these have no names; None: they have no classes.
         """
-        for folder in (self.path, *(self.path / name for name in (*FOLDERS, *[CLASS_FOLDER] * classes))):
+        if classes is not None:
+            (self.path / CLASS_FOLDER).mkdir(parents=True, exist_ok=True)
+        if classes and not (self.path / TABLE).exists():
+            write_classes(self.path, classes)
+        for folder in (self.path, *(self.path / name for name in self._folders())):
             folder.mkdir(parents=True, exist_ok=True)
             files.remove_leftovers(folder)
 
@@ -98,8 +97,9 @@ class ResultFolder:
         return (*FOLDERS, CLASS_FOLDER) if (self.path / CLASS_FOLDER).is_dir() else FOLDERS
 
     def _files(self, stem: str) -> dict[str, Path]:
-        suffixes = {"inst_masks": "tif"}
-        return {name: self.path / name / f"{stem}.{suffixes.get(name, 'png')}" for name in self._folders()}
+        return {
+            name: self.path / name / f"{stem}.{'tif' if name == 'inst_masks' else 'png'}" for name in self._folders()
+        }
 
     def write(
         self,
@@ -181,11 +181,12 @@ class ResultFolder:
         for row in self.rows().values():
             for path in self._files(row["stem"]).values():
                 path.unlink(missing_ok=True)
+        tables = [TABLE] if CLASS_FOLDER in self._folders() else []
         for folder in self._folders():
             files.remove_leftovers(self.path / folder)
             with contextlib.suppress(OSError):  # what holds other files stays
                 (self.path / folder).rmdir()
-        for path in (*self._parts(), *(self.path / name for name in (MANIFEST, RUN, TABLE, "grid.png", "sweep.png"))):
+        for path in (*self._parts(), *(self.path / name for name in (MANIFEST, RUN, *tables, "grid.png", "sweep.png"))):
             path.unlink(missing_ok=True)
 
     def picture(self, folder: str, stem: str) -> np.ndarray:

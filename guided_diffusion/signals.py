@@ -121,6 +121,19 @@ def _connections_of_workers_may_end(owner: int) -> Iterator[None]:
             sys.excepthook = before
 
 
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """
+    In a with block, requests to stop wait for its end. Processes that are forked in it never take any, if the first
+    thing that they do is leave_to_parent: else one that comes before that would end them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_to_parent(worker: int = 0) -> None:
     """
     Leave requests to stop to the process that this one, a worker, was forked by: clusters and terminals ask all

@@ -200,12 +200,9 @@ class Sweep:
         for pair, folder in self.folders.items():
             self._check_rows(*pair, folder)
         pending = {}
-        if self.spec.cell_classes:
-            Path(self.results_path).mkdir(parents=True, exist_ok=True)
-            if classes := cell_classes.of_mask(self.dataset.items[0].class_mask):
-                cell_classes.write_classes(Path(self.results_path), classes)
+        classes = cell_classes.of_mask(self.dataset.items[0].class_mask) if self.spec.cell_classes else None
         for pair, folder in self.folders.items():
-            folder.open(self.spec.cell_classes)
+            folder.open(classes)
             pending[pair] = set(range(self.count)) - folder.merge().keys()
         return pending
 

@@ -14,7 +14,6 @@ training, and prints a table.
 """
 
 import argparse
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -37,11 +36,11 @@ from guided_diffusion.histology.evaluation.evaluator import (
     Evaluator,
     Figures,
     PatchSet,
-    StructureMetric,
     halves,
 )
 from guided_diffusion.histology.features.backbones import Backbone
-from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
+from guided_diffusion.histology.segmenter.agreement import estimate, structure_metric
+from guided_diffusion.histology.segmenter.decoding import load_segmenter
 from guided_diffusion.histology.segmenter.net import ADAPT
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT
 from guided_diffusion.image_files import EXTENSIONS, read_image, read_inst_mask
@@ -306,53 +305,6 @@ def find_originals(items: Sequence[Item | None], inst_maps: np.ndarray) -> np.nd
             return None
         images.append(image)
     return np.stack(images)
-
-
-# ---- structure ----
-
-
-def structure_metric(segmenter: Segmenter) -> StructureMetric:
-    """
-    :return: a metric of how well a segmenter finds the nuclei that patches should show, f1 and aji; of each kind of
-        structure apart, f1_KIND and aji_KIND, where there are several; and those of the real patches that have the same
-        masks, where they are known: what perfect samples would reach. Of a segmenter that was trained on those patches,
-        that is more than new samples can.
-    """
-
-    def agreement(name: str, images: np.ndarray, patches: PatchSet) -> Figures:
-        bar = tqdm(images, f"{name}: segmenting", leave=False, delay=2)
-        tallies = [
-            instance_metrics.tally(truth, segmenter.segment(image)) for image, truth in zip(bar, patches.inst_maps)
-        ]
-        figures = summed_up(tallies, patches.slides)
-        kinds = sorted(set(patches.kinds or ()))
-        for kind in kinds if len(kinds) > 1 else ():
-            own = [number for number, found in enumerate(patches.kinds) if found == kind]
-            of_kind = summed_up([tallies[i] for i in own], [patches.slides[i] for i in own])
-            figures |= {f"{name}_{kind}": value for name, value in of_kind.items()}
-        return figures
-
-    known: dict[bytes, Figures] = {}  # the runs of a sweep share their originals
-
-    def measure(patches: PatchSet) -> Figures:
-        figures = agreement(patches.name, patches.images, patches)
-        if patches.originals is not None:
-            key = hashlib.sha256(patches.originals.tobytes() + patches.inst_maps.tobytes()).digest()
-            if key not in known:
-                known[key] = agreement(f"{patches.name}, originals", patches.originals, patches)
-            figures |= {f"{name}_originals": value for name, value in known[key].items()}
-        return figures
-
-    return measure
-
-
-def summed_up(tallies: Sequence[instance_metrics.Tally], slides: Sequence[str]) -> Figures:
-    means = instance_metrics.summarise(tallies, slides)
-    return {name: estimate(means[key]) for name, key in (("f1", "f1@0.5"), ("aji", "aji"))}
-
-
-def estimate(summary: dict[str, float | None]) -> image_metrics.Estimate:
-    return image_metrics.Estimate(summary["mean"], summary["low"], summary["high"])
 
 
 # ---- writing ----

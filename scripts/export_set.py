@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from guided_diffusion import cli, magnification
-from guided_diffusion.cell_classes import FOLDER, CellClass, read_classes, write_classes
+from guided_diffusion.cell_classes import FOLDER, CellClass, shared, write_classes
 from guided_diffusion.files import by_stem, check_apart, csv_text, replace_folder, write_bytes, write_json, write_text
 from guided_diffusion.histology.evaluation.runs import MANIFEST, Run, find_runs, slides_of_sample
 from guided_diffusion.histology.features.cluster_folders import list_patches
@@ -114,53 +114,42 @@ def find_entries(folder: Path) -> list[Entry]:
 def of_data(folder: Path) -> Iterator[Entry]:
     """The pictures of a data folder, which assemble_set.py may have made."""
     told = {row["file"]: row for row in read_rows(folder / MANIFEST) if row.get("file")}
-    masks: dict[str, dict[str, str]] = {}
     for patch in list_patches(folder):
         if "inst_masks" not in patch.files:
             raise ValueError(f"SET {folder} has no {patch.split}/inst_masks: give a folder of prepare_monuseg.py")
-        if patch.split not in masks:
-            masks[patch.split] = class_masks(folder / patch.split)
         row = told.get(patch.file, {"stem": patch.stem, "source": "real", "slide": patch.slide})
         split = "train" if patch.split == TRAIN_SPLIT else "test"
-        class_mask = class_mask_of(patch.stem, masks[patch.split], patch.image)
-        yield Entry(plain_name(patch.stem), split, patch.image, patch.files["inst_masks"], class_mask, row)
+        masks = (patch.files["inst_masks"], patch.files.get(FOLDER))
+        yield Entry(plain_name(patch.stem), split, patch.image, *masks, row)
 
 
 def of_run(run: Run, prefix: str) -> Iterator[Entry]:
     """The samples of a results folder. Those that were made of test structures are for the test split."""
-    masks = class_masks(run.path)
+    masks = by_stem(run.path / FOLDER, EXTENSIONS) if (run.path / FOLDER).is_dir() else {}
     for sample in run.samples:
         flags = flags_of(sample.sample)
         split = "test" if flags.get("use_train") is False and not flags.get("structure_dir") else "train"
         structure, appearance = slides_of_sample(sample, {})
         row = {"stem": sample.stem, **sample.row, "source": "synthetic", "slide": appearance}
         row["structure_slide"] = structure
-        class_mask = class_mask_of(sample.stem, masks, sample.sample)
+        if masks and sample.stem not in masks:
+            raise ValueError(f"{sample.sample} has no mask {sample.stem}.* in {FOLDER}: add it or remove the image")
+        class_mask = Path(masks[sample.stem]) if masks else None
         yield Entry(plain_name(prefix + sample.stem), split, sample.sample, sample.inst_mask, class_mask, row)
-
-
-def class_masks(folder: Path) -> dict[str, str]:
-    """Stem -> class mask, of a folder that may have none."""
-    return by_stem(folder / FOLDER, EXTENSIONS, deep=True) if (folder / FOLDER).is_dir() else {}
-
-
-def class_mask_of(stem: str, masks: dict[str, str], image: Path) -> Path | None:
-    if masks and stem not in masks:
-        raise ValueError(f"{image} has no mask {stem}.* in {FOLDER}: add it or remove the image")
-    return Path(masks[stem]) if masks else None
 
 
 def find_classes(folder: Path, entries: Sequence[Entry]) -> list[CellClass]:
     """
     :return: the classes that the set's class masks tell apart; none where it has no such masks.
-    :raises ValueError: where some pictures have no such mask, or the classes have no names.
+    :raises ValueError: where some pictures have no such mask, or the classes have no names, or several.
     """
     lacking = [entry for entry in entries if not entry.class_mask]
     if len(lacking) == len(entries):
         return []
     if lacking:
         raise ValueError(f"{lacking[0].image} has no class mask, as others of SET {folder} have: add those, or none")
-    classes = read_classes(folder)
+    folders = dict.fromkeys(str(entry.class_mask).rpartition(f"/{FOLDER}/")[0] for entry in entries)
+    classes = shared([*folders])
     if not classes:
         raise ValueError(f"SET {folder} has {FOLDER} but no classes.json: copy it from the data that they are made of")
     return classes

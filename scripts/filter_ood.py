@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from guided_diffusion import cell_classes, cli, results
 from guided_diffusion.bridge import load_backbone
+from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
 from guided_diffusion.files import check_apart, csv_text, list_files, replace_folder, write_bytes, write_text
 from guided_diffusion.histology.assembly import (
@@ -44,7 +45,7 @@ from guided_diffusion.histology.assembly import (
     is_kept,
     write_kept,
 )
-from guided_diffusion.histology.evaluation.runs import Sample, add_run_flags, find_runs, slides_of_sample
+from guided_diffusion.histology.evaluation.runs import Run, Sample, add_run_flags, find_runs, slides_of_sample
 from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.filtering import comparison, patchcore
 from guided_diffusion.histology.filtering.picture import SHOWN, Scored, draw_scores
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     real = find_real(args.real)
     runs = find_runs(args.synthetic)
     check_out(args)
+    classes = shared_classes(runs)
     names = slides_of(args.real, real)
     known, slides = np.unique(names, return_inverse=True)
     folds = comparison.deal_folds(known.tolist(), args.held_out, args.seed)
@@ -106,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         "runs": by_run([run.name for run, _ in samples], compared, kept),
     }
     picture = draw(extractor, memory, judged, worst, origins, compared, report)
-    write_out(args.out, judged, kept, picture, report, several=len(runs) > 1)
+    write_out(args.out, judged, kept, picture, report, classes, several=len(runs) > 1)
     print(f"{args.out}: kept {kept.sum()} of {len(kept)}, threshold {threshold:.4g}, AUROC {report['auroc']:.3f}")
     if unknown:
         print(
@@ -343,18 +345,31 @@ def draw(
     return draw_scores(*compared.pooled, compared.scores, report["threshold"], *ends, title)
 
 
-def write_out(out: Path, judged: list[Kept], kept: np.ndarray, picture: bytes, report: dict, several: bool) -> None:
+def shared_classes(runs: Sequence[Run]) -> list[CellClass] | None:
+    """:return: the classes of the samples' cells; None where some have none. :raises ValueError: where they differ."""
+    paths = [run.path for run in runs]
+    return cell_classes.shared(paths) if all((path / cell_classes.FOLDER).is_dir() for path in paths) else None
+
+
+def write_out(
+    out: Path,
+    judged: list[Kept],
+    kept: np.ndarray,
+    picture: bytes,
+    report: dict,
+    classes: list[CellClass] | None,
+    several: bool,
+) -> None:
     """Write all files, the report last: where it is, the others are of the same run."""
     out.mkdir(parents=True, exist_ok=True)
     (out / REPORT).unlink(missing_ok=True)
     chosen = [item for item, keeps in zip(judged, kept) if keeps]
-    classes = all((item.run.path / cell_classes.FOLDER).is_dir() for item in judged)
-    folders = (*results.FOLDERS, *[cell_classes.FOLDER] * classes)
+    folders = results.FOLDERS if classes is None else (*results.FOLDERS, cell_classes.FOLDER)
 
     def write(folder: Path) -> None:
         write_kept(folder, chosen, folders, results.MANIFEST_FIELDS, several)
         if classes:
-            cell_classes.pass_on(judged[0].run.path, folder)
+            cell_classes.write_classes(folder, classes)
 
     replace_folder(out / "kept", write, "--results_path")
     rows = [

@@ -109,6 +109,7 @@ RANKS = {
     "histology.filtering.picture": 0,
     "histology.segmenter.net": 1,
     "histology.segmenter.decoding": 2,
+    "histology.segmenter.agreement": 3,
     "histology.segmenter.data": 3,
     "histology.segmenter.training": 4,
     "histology.structures.bank": 0,

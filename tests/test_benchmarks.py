@@ -52,23 +52,24 @@ def test_startup(monkeypatch, capsys):
     assert "40 images without masks: the first step ends" in first and len(table) == 10
 
 
-@pytest.mark.slow
-def test_samplers(data_dir, tmp_path):
+@pytest.fixture
+def paths(data_dir, tmp_path) -> list[str]:
+    """Flags of data and a model."""
     args = image_sample.create_argparser().parse_args(TINY_MODEL)
     model, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
     checkpoint.save(model.state_dict(), str(tmp_path), "model000001.pt")
-    paths = ["--data_dir", str(data_dir), "--model_path", str(tmp_path / "model000001.pt"), "--use_train", "True"]
+    return ["--data_dir", str(data_dir), "--model_path", str(tmp_path / "model000001.pt"), "--use_train", "True"]
+
+
+@pytest.mark.slow
+def test_samplers(paths):
     flags = [*TINY_MODEL, "--num_samples", "3", "--timestep_respacing", "4", "--num_steps", "3"]
     table, _ = rows("compare_samplers.py", *paths, *flags)
     assert len(table) == 6 and table["ddpm, 4 steps, again"]["over the chain's own"] == "1.00"
 
 
 @pytest.mark.slow
-def test_fields(data_dir, tmp_path):
-    args = image_sample.create_argparser().parse_args(TINY_MODEL)
-    model, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
-    checkpoint.save(model.state_dict(), str(tmp_path), "model000001.pt")
-    paths = ["--data_dir", str(data_dir), "--model_path", str(tmp_path / "model000001.pt"), "--use_train", "True"]
+def test_fields(paths, tmp_path):
     flags = [*TINY_MODEL, "--num_samples", "2", "--timestep_respacing", "2", "--field", "True"]
     image_sample.main([*paths, *flags, "--results_path", str(tmp_path / "out")])
     table, output = rows("measure_fields.py", str(tmp_path / "out"), "--side", "24", "--memory", "48,64")

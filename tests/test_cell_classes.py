@@ -9,6 +9,7 @@ from guided_diffusion import cell_classes
 from guided_diffusion.cell_classes import CellClass
 
 CLASSES = cell_classes.named(["neutrophil", "epithelial", "lymphocyte"])
+IDS = cell_classes.ids_of(CLASSES)
 INST = np.array([[0, 7, 7, 0], [0, 7, 0, 3], [90000, 90000, 0, 3]], np.int32)
 CLASS = np.array([[0, 2, 2, 0], [0, 2, 0, 1], [2, 2, 0, 1]], np.uint8)
 
@@ -72,12 +73,12 @@ def test_what_a_reader_would_refuse_is_not_written(tmp_path):
 
 
 def test_classes_of_nuclei_and_their_mask():
-    found = cell_classes.of_nuclei(INST, CLASS, CLASSES, "m.png")
+    found = cell_classes.of_nuclei(INST, CLASS, IDS, "m.png")
     assert found == {3: 1, 7: 2, 90000: 2}
     mask = cell_classes.painted(INST, found)
     assert mask.dtype == np.uint8 and np.array_equal(mask, CLASS)
     assert np.array_equal(cell_classes.painted(INST[1:, 2:], found), CLASS[1:, 2:])
-    assert cell_classes.of_nuclei(0 * INST, 0 * CLASS, CLASSES, "m.png") == {}
+    assert cell_classes.of_nuclei(0 * INST, 0 * CLASS, IDS, "m.png") == {}
     assert not cell_classes.painted(0 * INST, {}).any()
 
 
@@ -98,4 +99,18 @@ def changed(row, column, value):
 )
 def test_a_mask_that_names_no_class_of_a_nucleus_is_refused(class_map, what):
     with pytest.raises(ValueError, match=what):
-        cell_classes.of_nuclei(INST, class_map, CLASSES, "m.png")
+        cell_classes.of_nuclei(INST, class_map, IDS, "m.png")
+
+
+def test_folders_that_are_put_together_have_the_same_classes(tmp_path):
+    for name, classes in (("a", CLASSES), ("b", CLASSES), ("c", CLASSES[:2]), ("d", [])):
+        (tmp_path / name / "class_masks").mkdir(parents=True)
+        if classes:
+            cell_classes.write_classes(tmp_path / name, classes)
+    assert cell_classes.shared([tmp_path / "a", tmp_path / "b"]) == CLASSES
+    assert cell_classes.shared([tmp_path / "d"]) == []
+    for other in "cd":
+        with pytest.raises(
+            ValueError, match=rf"/a and .*/{other} have not the same classes of cells by their classes.j"
+        ):
+            cell_classes.shared([tmp_path / "a", tmp_path / other])

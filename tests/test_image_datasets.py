@@ -473,7 +473,7 @@ def test_classes_of_a_structure_that_will_not_do(tmp_path, size, number, message
         (tmp_path / name).mkdir()
     Image.new("I;16", (20, 20), 1).save(tmp_path / "inst_masks/made.tif")
     Image.new("I;16", size, number).save(tmp_path / "class_masks/made.png")
-    (item,) = list_structures(str(tmp_path), "--structure_dir")
+    (item,) = list_structures(str(tmp_path), "--structure_dir", classes=True)
     spec = ConditionSpec(class_cond=number > 1, use_hv_map=number > 1, num_classes=3 if number > 1 else 2)
     with pytest.raises(ValueError, match=message):
         read_structure(item, spec, 16, 0.0)

@@ -84,7 +84,7 @@ def test_five_folders_manifest_and_grid(data_dir, model_path, tmp_path):
     assert any(row["structure"] != row["appearance"] for row in rows)
 
 
-def test_classes_of_cells_go_through(data_dir, tmp_path):
+def test_classes_of_cells_go_through(data_dir, model_path, tmp_path):
     """From class_masks to the results', cut as the nuclei are; a nucleus of two classes is told."""
     data = data_dir
     cell_classes.write_classes(data, cell_classes.named(["small", "large"]))
@@ -110,6 +110,11 @@ def test_classes_of_cells_go_through(data_dir, tmp_path):
         assert row["classes"] == " ".join(expected)
     before = manifest(out)
     assert manifest(run(data, path, out, "--num_samples", "3", *extra)) == before
+    run(data, path, out, "--num_samples", "3", *extra, "--overwrite", "True")
+    assert len(cell_classes.read_classes(out)) == 2
+    plain = run(data, model_path, tmp_path / "plain", "--num_samples", "1")
+    assert not (plain / "class_masks").exists() and not (plain / "classes.json").exists()
+    assert set(np.unique(np.asarray(Image.open(next((plain / "labels").iterdir()))))) <= {0, 255}
     wrong = np.asarray(Image.open(data / "MoNuSegTrainingData/class_masks/slide-0_000.png")).copy()
     wrong[np.nonzero(wrong)[0][0], np.nonzero(wrong)[1][0]] ^= 3
     Image.fromarray(wrong).save(data / "MoNuSegTrainingData/class_masks/slide-0_000.png")

@@ -122,7 +122,7 @@ def test_workers_leave_a_request_to_those_they_work_for():
         + """
 with signals.raised():
     data = batches()
-    for _ in range(4):  # so that each worker has begun
+    with signals.held():
         next(data)
     with signals.StopRequest() as stop:
         print("ready", flush=True)
@@ -135,6 +135,27 @@ print("saved", flush=True)
     )
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(20) == 0
+    assert (process.stdout.read(), process.stderr.read()) == ("saved\n", "")
+
+
+def test_a_request_before_workers_have_begun():
+    """It waits for no worker, and ends none."""
+    process = start(
+        """
+from guided_diffusion import data_stream
+prepare = data_stream._prepare_worker
+data_stream._prepare_worker = lambda worker: (time.sleep(1), prepare(worker))
+with signals.raised(), signals.StopRequest() as stop:
+    data = data_stream.read_batches(list(range(100)), [[k] for k in range(100)], 2)
+    print("ready", flush=True)
+    made = [next(data) for _ in range(20)]
+    data.close()
+print("saved" if stop else "not asked", flush=True)
+"""
+    )
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(20) == 0
     assert (process.stdout.read(), process.stderr.read()) == ("saved\n", "")
 

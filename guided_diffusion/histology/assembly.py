@@ -216,7 +216,7 @@ def write_set(
 ) -> None:
     """
     Fill a data folder: all real training patches, the synthetic ones beside them, the test split, slides.csv, and a
-    manifest. Classes of cells come along where all of these patches have them.
+    manifest. Classes of cells come along where all of these patches have them; ValueError where they differ.
 
     :param folder: exists. :param data: the real data folder, whose test split is linked or copied as it is.
     :param real: its patches, the training ones each with an instance mask; a missing binary one is made of it.
@@ -228,6 +228,9 @@ def write_set(
     rows, training = [], [patch for patch in real if patch.split == TRAIN_SPLIT]
     classes = all(cell_classes.FOLDER in patch.files for patch in training)
     classes = classes and all(item.class_mask.exists() for item in synthetic)
+    if classes:
+        table = cell_classes.shared([data, *dict.fromkeys(item.class_mask.parents[1] for item in synthetic)])
+        cell_classes.write_classes(folder, table)
     for patch in training:
         for name, source in patch.places():
             if name.startswith(f"{cell_classes.FOLDER}/") and not classes:
@@ -254,8 +257,6 @@ def write_set(
         shutil.copytree(data / TEST_SPLIT, folder / TEST_SPLIT)
     elif (data / TEST_SPLIT).is_dir():
         put(data / TEST_SPLIT, folder / TEST_SPLIT)
-    if classes:
-        cell_classes.pass_on(data, folder)
     pass_on(data, folder)
     write_table(folder, ((patch.file, patch.slide) for patch in (*real, *synthetic)))
     write_text(folder / MANIFEST, csv_text(SET_FIELDS, rows))

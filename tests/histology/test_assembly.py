@@ -146,7 +146,8 @@ def test_a_set_of_classes(tmp_path, whole):
     for path in places:
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(np.ones((8, 8), np.uint8)).save(path)
-    cell_classes.write_classes(data, cell_classes.named(["any"]))
+    for folder in (data, tmp_path / "run"):
+        cell_classes.write_classes(folder, cell_classes.named(["any"]))
     patch = replace(patch, files={**patch.files, "class_masks": places[0]})
     (tmp_path / "out").mkdir()
     assembly.write_set(tmp_path / "out", data, [patch], assembly.name_synthetic(samples, [patch]), copy=False)
@@ -154,6 +155,11 @@ def test_a_set_of_classes(tmp_path, whole):
     assert made == (["slide-0_000", "slide-0_100000", "slide-0_100001"] if whole else [])
     assert (tmp_path / "out/classes.json").exists() == whole
     assert len(list_items(str(tmp_path / "out"), "monuseg")) == 3
+    if whole:
+        cell_classes.write_classes(tmp_path / "run", cell_classes.named(["other"]))
+        (tmp_path / "again").mkdir()
+        with pytest.raises(ValueError, match="data and .*/run have not the same classes of cells"):
+            assembly.write_set(tmp_path / "again", data, [patch], assembly.name_synthetic(samples, [patch]), copy=False)
 
 
 def test_sizes_must_agree(tmp_path):

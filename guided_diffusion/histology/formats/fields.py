@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...cell_classes import CellClass, of_nuclei
+from ...cell_classes import CellClass, ids_of, of_nuclei
 
 TRAIN, TEST = "train", "test"
 OVERLAPS, EMPTY = "overlaps", "empty"
@@ -106,4 +106,4 @@ def checked(
         raise ValueError(f"{one.where}: no nucleus in the mask; remove the image, or --allow {EMPTY} if it is meant")
     if not classes:
         return labelled, {}
-    return labelled, of_nuclei(inst_map, labelled.class_map, classes, one.where)
+    return labelled, of_nuclei(inst_map, labelled.class_map, ids_of(classes), one.where)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ...cell_classes import FOLDER as CLASS_FOLDER
-from ...cell_classes import CellClass, of_nuclei
+from ...cell_classes import CellClass, ids_of, of_nuclei
 from ...files import by_stem, nfc
 from ...image_files import EXTENSIONS, read_image, read_inst_mask, read_mask
 from ...magnification import check
@@ -142,7 +142,7 @@ def read_classes_of(slide: Slide, inst_map: np.ndarray, classes: Sequence[CellCl
     """
     if slide.class_mask is None:
         return {}
-    return of_nuclei(inst_map, read_mask(slide.class_mask), classes, str(slide.class_mask))
+    return of_nuclei(inst_map, read_mask(slide.class_mask), ids_of(classes), str(slide.class_mask))
 
 
 def _touches(polygon: np.ndarray, height: int, width: int) -> bool:

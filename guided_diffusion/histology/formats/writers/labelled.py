@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ....cell_classes import CellClass, named, of_nuclei, painted
+from ....cell_classes import CellClass, ids_of, named, of_nuclei, painted
 from ....image_files import read_image, read_inst_mask, read_mask
 
 NUCLEUS = named(["nucleus"])  # the one class of a set that tells none apart
@@ -68,7 +68,7 @@ def read_example(entry: Entry, classes: Sequence[CellClass]) -> Example:
             f"{entry.inst_mask} is {wide} x {other} px, its image {width} x {height} px: they must be alike"
         )
     if entry.class_mask:
-        of_nucleus = of_nuclei(inst_map, read_mask(entry.class_mask), classes, str(entry.class_mask))
+        of_nucleus = of_nuclei(inst_map, read_mask(entry.class_mask), ids_of(classes), str(entry.class_mask))
     else:
         of_nucleus = dict.fromkeys(np.unique(inst_map[inst_map > 0]).tolist(), NUCLEUS[0].id)
     return Example(entry, image, inst_map, of_nucleus)
