@@ -185,7 +185,9 @@ def test_made_structures_in_place_of_real_ones_and_beside_them(toy, raw, tmp_pat
     """As many samples in all, however they are divided; NUM_SAMPLES is 8, for two checkpoints at two s."""
     assert toy.done(raw, "out", NUM_SAMPLES="7") == ALL
     sample, out = ["samples", "filter", "set"], tmp_path / "out"
-    assert toy.done(raw, "out", NUM_SAMPLES="7", STRUCTURES="both") == ["structures", "samples", *sample]
+    ran = toy.done(raw, "out", NUM_SAMPLES="7", STRUCTURES="both")
+    # Samples of real structures need no made ones: which of the two comes first is the engine's choice.
+    assert sorted(ran[:3]) == ["samples", "samples", "structures"] and ran[3:] == sample[1:]
     kept = [path.name.split("-")[0] for path in (out / "filtered/kept/samples").iterdir()]
     assert kept.count("samples") == 7 * 4 and kept.count("made") == 3 * 4
     assert toy.done(raw, "out", NUM_SAMPLES="7", STRUCTURES="recombine") == ["structures", *sample]
