@@ -1,12 +1,13 @@
 """
-Toy H&E: seeded drawings of tissue with known nuclei, in the layout the MoNuSeg archives are published in.
+Toy H&E: seeded drawings of tissue with known nuclei, in the layout the MoNuSeg archives are published in; or, with
+nuclei of known classes, in our own layout of raw slides.
 
 Owns the drawing. A slide is drawn in optical density (Beer-Lambert): a plane of hematoxylin (nuclei) and one of eosin
 (all else), mixed with the colours of a stain and turned into light. Knows nothing of how annotations are read: what
 it promises is that the outlines, filled by OpenCV's polygon rules, are the nuclei of the picture.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -15,8 +16,14 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from scipy.spatial import cKDTree
 
+from ...cell_classes import FOLDER as CLASS_FOLDER
+from ...cell_classes import named, painted, write_classes
+from ...slides import write_table
+
 TRAIN_FOLDER = "MoNuSeg 2018 Training Data"
 TEST_FOLDER = "MoNuSegTestData"
+CLASSES = named(["epithelial", "spindle", "lymphocyte"])
+_MPP = 0.252  # micrometres a pixel
 
 # (a dense nucleus, plain cytoplasm) as RGB: what differs between laboratories and appearance transfer carries over.
 STAINS = (
@@ -40,11 +47,13 @@ class ToySlide:
     :param image: an [S x S x 3] uint8 RGB image.
     :param inst_map: an [S x S] int32 map of the nuclei drawn, id = position in `outlines` + 1.
     :param outlines: per nucleus a [V x 2] float64 array of (x, y) in px, with two decimals.
+    :param of_nucleus: id -> class, an id of CLASSES.
     """
 
     image: np.ndarray
     inst_map: np.ndarray
     outlines: list[np.ndarray]
+    of_nucleus: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,13 @@ class _Kind:
 _EPITHELIAL = _Kind(radius=(8.5, 12.0), aspect=(1.0, 1.5), density=(0.46, 0.82), rim=0.26, clumps=0.21, nucleoli=2)
 _SPINDLE = _Kind(radius=(7.0, 9.0), aspect=(2.2, 3.4), density=(0.72, 1.0), rim=0.12, clumps=0.16, nucleoli=0)
 _LYMPHOCYTE = _Kind(radius=(7.0, 8.2), aspect=(1.0, 1.15), density=(0.95, 1.15), rim=0.1, clumps=0.16, nucleoli=0)
+_KINDS = (_EPITHELIAL, _SPINDLE, _LYMPHOCYTE)
+# The same three, each of a size and a density that no other has: what a small model can learn to paint.
+_KINDS_APART = (
+    replace(_EPITHELIAL, radius=(9.5, 12.0), density=(0.4, 0.56)),
+    replace(_SPINDLE, radius=(7.6, 9.0), density=(0.74, 0.88)),
+    replace(_LYMPHOCYTE, radius=(5.4, 6.4), density=(1.1, 1.3)),
+)
 
 
 @dataclass(frozen=True)
@@ -84,23 +100,26 @@ class _Nucleus:
     window: tuple[slice, slice]
 
 
-def draw_slide(seed: int | list[int], size: int = 256, stain: int = 0) -> ToySlide:
+def draw_slide(seed: int | list[int], size: int = 256, stain: int = 0, apart: bool = False) -> ToySlide:
     """
     Draw one slide.
 
     :param seed: whatever `numpy.random.default_rng` takes; equal seeds give equal bytes.
     :param size: side in px, at 40x: nuclei are about 7 to 12 px in radius.
     :param stain: which of STAINS, counted round (-1 is the last).
+    :param apart: let the classes differ more, in size and in how dark they stain.
     """
     if size < _MIN_SIZE:
         raise ValueError(f"size is {size}; a toy slide has at least {_MIN_SIZE} px a side")
     rng = np.random.default_rng(seed)
     tissue = _draw_tissue(rng, size)
-    nuclei, inst_map = _place_nuclei(rng, tissue)
+    kinds = _KINDS_APART if apart else _KINDS
+    nuclei, inst_map = _place_nuclei(rng, tissue, kinds)
     hematoxylin = _draw_chromatin(rng, tissue, nuclei, inst_map)
     eosin = _draw_eosin(rng, tissue, nuclei, inst_map)
     image = _develop(rng, hematoxylin, eosin, STAINS[stain % len(STAINS)])
-    return ToySlide(image, inst_map, [nucleus.outline for nucleus in nuclei])
+    of_nucleus = {number: 1 + kinds.index(nucleus.kind) for number, nucleus in enumerate(nuclei, start=1)}
+    return ToySlide(image, inst_map, [nucleus.outline for nucleus in nuclei], of_nucleus)
 
 
 def aperio_xml(outlines: list[np.ndarray]) -> str:
@@ -113,18 +132,22 @@ def aperio_xml(outlines: list[np.ndarray]) -> str:
             f"\t\t\t\t<Vertices>\n{vertices}\t\t\t\t</Vertices>\n\t\t\t</Region>\n"
         )
     return (
-        '<Annotations MicronsPerPixel="0.252000">\n\t<Annotation Id="1" Name="" Type="4">\n'
+        f'<Annotations MicronsPerPixel="{_MPP:f}">\n\t<Annotation Id="1" Name="" Type="4">\n'
         f"\t\t<Regions>\n{''.join(regions)}\t\t</Regions>\n\t</Annotation>\n</Annotations>\n"
     )
 
 
-def write_toy_monuseg(out: Path, train: int = 6, test: int = 2, size: int = 256, seed: int = 0) -> list[Path]:
+def write_toy_monuseg(
+    out: Path, train: int = 6, test: int = 2, size: int = 256, seed: int = 0, classes: bool = False
+) -> list[Path]:
     """
     Draw a data set in the raw layout: OUT/MoNuSeg 2018 Training Data/{Tissue Images,Annotations}, OUT/MoNuSegTestData.
 
-    Slide k of a split depends on (seed, split, k, size) alone. Training takes the stains from the first on, testing
-    from the last one back.
+    Slide k of a split depends on (seed, split, k, size, classes) alone. Training takes the stains from the first on,
+    testing from the last one back.
 
+    :param classes: draw nuclei of CLASSES, that differ in size and stain, and tell which is which: in
+        OUT/{train,test}/{images,inst_masks,class_masks}, OUT/classes.json and slides.csv.
     :return: the images, training first.
     :raises ValueError: an invalid count or size, or files in OUT that this call would not write.
     """
@@ -132,25 +155,49 @@ def write_toy_monuseg(out: Path, train: int = 6, test: int = 2, size: int = 256,
         if value < least:
             raise ValueError(f"--{flag} is {value}; give at least {least}")
     root = Path(out)
-    train_names = [f"TCGA-TOY-A{k:03d}-01Z-00-DX1" for k in range(train)]
-    test_names = [f"TCGA-TOY-B{k:03d}-01Z-00-DX1" for k in range(test)]
-    images, outlines = root / TRAIN_FOLDER / "Tissue Images", root / TRAIN_FOLDER / "Annotations"
-    flat = root / TEST_FOLDER
-    plan = [(images / f"{name}.tif", outlines / f"{name}.xml", [seed, 0, k], k) for k, name in enumerate(train_names)]
-    plan += [(flat / f"{name}.tif", flat / f"{name}.xml", [seed, 1, k], -1 - k) for k, name in enumerate(test_names)]
+    plan = []  # the files of a slide, its seed, its stain
+    for split, count in enumerate((train, test)):
+        for k in range(count):
+            files = _files_of(root, split, f"TCGA-TOY-{'AB'[split]}{k:03d}-01Z-00-DX1", classes)
+            plan.append((files, [seed, split, k], -1 - k if split else k))
+    _check_folders(root, {path for files, *_ in plan for path in files})
+    for files, slide_seed, stain in plan:
+        slide = draw_slide(slide_seed, size, stain, apart=classes)
+        for path in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(slide.image).save(files[0])
+        if classes:
+            Image.fromarray(slide.inst_map).save(files[1])
+            Image.fromarray(painted(slide.inst_map, slide.of_nucleus)).save(files[2])
+        else:
+            files[1].write_text(aperio_xml(slide.outlines), encoding="utf-8", newline="\n")
+    images = [files[0] for files, *_ in plan]
+    if classes:
+        write_classes(root, CLASSES)
+        rows = [(path.relative_to(root).as_posix(), path.stem, f"{_MPP:g}") for path in images]
+        write_table(root, rows, ["mpp"])
+    return images
 
-    ours = {path for row in plan for path in row[:2]}
-    for folder in (images, outlines, flat):
+
+def _files_of(root: Path, split: int, name: str, classes: bool) -> list[Path]:
+    """:return: a slide's image and what says where its nuclei are; split: 0 training, 1 test."""
+    if classes:
+        places = ("images", ".png"), ("inst_masks", ".tif"), (CLASS_FOLDER, ".png")
+        return [root / ("train", "test")[split] / folder / f"{name}{suffix}" for folder, suffix in places]
+    folders = ("Tissue Images", "Annotations") if split == 0 else ("", "")
+    parent = root / (TRAIN_FOLDER, TEST_FOLDER)[split]
+    return [parent / folder / f"{name}{suffix}" for folder, suffix in zip(folders, (".tif", ".xml"))]
+
+
+def _check_folders(root: Path, ours: set[Path]) -> None:
+    """:raises ValueError: where there are files of other slides, in either layout."""
+    layouts = {
+        path.parent for split in (0, 1) for classes in (False, True) for path in _files_of(root, split, "", classes)
+    }
+    for folder in sorted(layouts):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path not in ours:
                 raise ValueError(f"{path} is there and not one of these toy slides; choose another OUT or delete it")
-    for image_path, xml_path, slide_seed, stain in plan:
-        slide = draw_slide(slide_seed, size, stain)
-        for path in (image_path, xml_path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(slide.image).save(image_path)
-        xml_path.write_text(aperio_xml(slide.outlines), encoding="utf-8", newline="\n")
-    return [row[0] for row in plan]
 
 
 def _noise(rng: np.random.Generator, size: int, sigma: float) -> np.ndarray:
@@ -166,9 +213,12 @@ def _draw_tissue(rng: np.random.Generator, size: int) -> _Tissue:
     return _Tissue(angle, nest, lumen)
 
 
-def _place_nuclei(rng: np.random.Generator, tissue: _Tissue) -> tuple[list[_Nucleus], np.ndarray]:
+def _place_nuclei(
+    rng: np.random.Generator, tissue: _Tissue, kinds: tuple[_Kind, _Kind, _Kind]
+) -> tuple[list[_Nucleus], np.ndarray]:
     """Throw nuclei at random places or against one another; keep those that hardly overlap what is there."""
     size = len(tissue.nest)
+    epithelial, spindle, lymphocyte = kinds
     nuclei: list[_Nucleus] = []
     inst_map = np.zeros((size, size), dtype=np.int32)
     throws = int(rng.uniform(0.7, 1.3) * size * size / 420)
@@ -183,8 +233,8 @@ def _place_nuclei(rng: np.random.Generator, tissue: _Tissue) -> tuple[list[_Nucl
         column, row = np.clip(centre.astype(int), 0, size - 1)
         in_nest = rng.random() < tissue.nest[row, column]
         roll, keep = rng.random(2)
-        kind = _LYMPHOCYTE if roll < 0.12 else _EPITHELIAL if in_nest else _SPINDLE
-        outline = _outline(rng, kind, centre, tissue.angle[row, column] if kind is _SPINDLE else rng.uniform(0, np.pi))
+        kind = lymphocyte if roll < 0.12 else epithelial if in_nest else spindle
+        outline = _outline(rng, kind, centre, tissue.angle[row, column] if kind is spindle else rng.uniform(0, np.pi))
         if tissue.lumen[row, column] > 0.15 or keep > (1.0 if in_nest else 0.45):
             continue
         window, mask = _fill(outline, size)

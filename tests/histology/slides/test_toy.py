@@ -5,6 +5,7 @@ import importlib
 import numpy as np
 import pytest
 
+from guided_diffusion.cell_classes import read_classes
 from guided_diffusion.histology.slides import annotations, aperio, toy
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 
@@ -51,6 +52,29 @@ def test_the_layout_is_the_published_one(tmp_path):
     assert {path.parent.name for path in written} == {"Tissue Images", "MoNuSegTestData"}
     image, inst_map = annotations.read_slide(found[0])
     assert image.shape == (64, 64, 3) and inst_map.max() >= 1
+
+
+def test_classes_are_told_in_our_layout_and_differ_in_size_and_stain(tmp_path):
+    make_toy_monuseg.main([str(tmp_path), "--train", "3", "--test", "1", "--size", "192", "--classes", "True"])
+    found = annotations.find_slides(tmp_path)
+    assert [slide.split for slide in found] == [TRAIN_SPLIT] * 3 + [TEST_SPLIT]
+    assert {slide.mpp for slide in found} == {0.252} and read_classes(tmp_path) == toy.CLASSES
+    for k, slide in enumerate(found[:3]):
+        drawn = toy.draw_slide([0, 0, k], 192, k, apart=True)
+        image, inst_map = annotations.read_slide(slide)
+        assert np.array_equal(image, drawn.image) and np.array_equal(inst_map, drawn.inst_map)
+        of_nucleus = annotations.read_classes_of(slide, inst_map, toy.CLASSES)
+        assert of_nucleus == drawn.of_nucleus and set(of_nucleus.values()) == {1, 2, 3}
+        inner = np.delete(np.arange(1, 1 + inst_map.max()), np.unique(edge_of(inst_map))[1:] - 1)  # whole ones
+        of_class = {c: [inst_map == n for n in inner if of_nucleus[n] == c] for c in (1, 2, 3)}
+        sizes, greys = zip(*[np.mean([(m.sum(), image[m].mean()) for m in of_class[c]], axis=0) for c in (1, 2, 3)])
+        assert sizes[0] > 1.3 * sizes[1] > 1.3 * 1.3 * sizes[2] and greys[0] > greys[1] + 8 > greys[2] + 16
+    with pytest.raises(ValueError, match="TCGA-TOY-.* is there and not one of these toy slides"):
+        toy.write_toy_monuseg(tmp_path, train=3, test=1)
+
+
+def edge_of(inst_map):
+    return np.concatenate([[0], inst_map[0], inst_map[-1], inst_map[:, 0], inst_map[:, -1]])
 
 
 def test_nuclei_have_the_sizes_of_40x(slides):
