@@ -5,9 +5,9 @@ Find the nuclei of images, and measure how well, where the truth is known.
 
 MODEL is a segmenter.pt of scripts/train_segmenter.py, or its folder; IMAGES a folder of images of any size. Writes
 DIR/inst_masks/STEM.tif (uint16, 0 = background) and DIR/overlays/STEM.png: nuclei outlined in yellow, the true ones in
-blue. With --truth, a folder of instance masks of the same stems, also DIR/metrics.json: all metrics per image, and
-their averages: the images of a slide are pooled, slides averaged, with 95 % intervals by bootstrap over slides. Slides
-that the model was trained on, or held out to choose its weights by, are refused then.
+blue. With --truth, a folder of instance masks of the same stems, also DIR/metrics.json: all metrics per image, per
+slide, whose images are pooled, of all images pooled, and the average of the slides, with 95 % intervals by bootstrap
+over them. Slides that the model was trained on, or held out to choose its weights by, are refused then.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from guided_diffusion import cli, magnification
 from guided_diffusion.devices import find_device
 from guided_diffusion.files import write_json, writing
 from guided_diffusion.histology.evaluation import instance_metrics
+from guided_diffusion.histology.evaluation.instance_metrics import Tally
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter, outlined
 from guided_diffusion.histology.segmenter.net import ADAPT
@@ -63,12 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         write_pictures(args.out, stem, image, found, truth)
     print(f"{args.out}: {len(images)} images")
     if masks is not None:
-        average = instance_metrics.summarise(list(tallies.values()), [slides[stem] for stem in tallies], args.seed)
-        rows = {stem: own.figures() for stem, own in tallies.items()}
-        write_json(
-            args.out / METRICS, {"model": str(args.model), "adapt": args.adapt, "average": average, "images": rows}
-        )
-        print(table(average))
+        print(table(write_metrics(args, tallies, [slides[stem] for stem in tallies])))
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -145,6 +141,22 @@ def write_pictures(out: Path, stem: str, image: np.ndarray, found: np.ndarray, t
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing(path, durable=False) as file:
             Image.fromarray(array).save(file, kind)
+
+
+def write_metrics(args: argparse.Namespace, tallies: dict[str, Tally], slides: list[str]) -> dict[str, dict]:
+    """Write metrics.json, of the images' tallies and their slides. :return: the averages."""
+    own = list(tallies.values())
+    average = instance_metrics.summarise(own, slides, args.seed)
+    facts = {
+        "model": str(args.model),
+        "adapt": args.adapt,
+        "average": average,
+        "pooled": instance_metrics.pooled(own).figures(),
+        "slides": {slide: part.figures() for slide, part in instance_metrics.by_slide(own, slides).items()},
+        "images": {stem: part.figures() for stem, part in tallies.items()},
+    }
+    write_json(args.out / METRICS, facts)
+    return average
 
 
 def table(average: dict[str, dict[str, float | None]]) -> str:

@@ -98,6 +98,7 @@ RANKS = {
     "histology.evaluation.runs": 0,
     "histology.evaluation.evaluator": 1,
     "histology.evaluation.report": 1,
+    "histology.experiment.gains": 0,
     "histology.features.lite0": 0,
     "histology.features.backbones": 1,
     "histology.features.clustering": 0,
@@ -135,6 +136,7 @@ RANKS = {
 ROOMS = {
     "slides": set(),
     "evaluation": set(),
+    "experiment": set(),
     "features": {"slides"},
     "formats": {"slides"},
     "filtering": set(),

@@ -65,6 +65,8 @@ def test_masks_pictures_and_figures(model, split, tmp_path, capsys):
         assert {segment.FOUND, segment.TRUE} <= {tuple(pixel) for pixel in overlay.reshape(-1, 3)}
     assert list(figures["images"].values()) == [row.figures() for row in rows]
     assert figures["average"] == instance_metrics.summarise(rows, ["slide-1", "slide-1", "slide-2"])
+    pooled = [instance_metrics.pooled(rows[:count]).figures() for count in (2, 3)]
+    assert figures["slides"] == {"slide-1": pooled[0], "slide-2": rows[2].figures()} and figures["pooled"] == pooled[1]
     printed = capsys.readouterr().out
     assert "3 images" in printed and f"{figures['average']['aji']['mean']:.3f}" in printed
 

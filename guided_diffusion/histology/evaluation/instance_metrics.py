@@ -137,6 +137,14 @@ def pooled(tallies: Iterable[Tally]) -> Tally:
     return Tally(*map(sum, zip(*tallies)))
 
 
+def by_slide(tallies: Sequence[Tally], slides: Sequence[str]) -> dict[str, Tally]:
+    """:return: slide -> what its images count together, sorted by slide. :param slides: the slide of each image."""
+    members = defaultdict(list)
+    for own, slide in zip(tallies, slides):
+        members[slide].append(own)
+    return {slide: pooled(members[slide]) for slide in sorted(members)}
+
+
 def summarise(tallies: Sequence[Tally], slides: Sequence[str], seed: int = 0) -> dict[str, dict[str, float | None]]:
     """
     Average the slides' figures, with a bootstrap interval over slides.
@@ -153,10 +161,7 @@ def summarise(tallies: Sequence[Tally], slides: Sequence[str], seed: int = 0) ->
         raise ValueError(
             f"{len(tallies)} images and {len(slides)} slides: give the slide of each of at least one image"
         )
-    members = defaultdict(list)
-    for own, slide in zip(tallies, slides):
-        members[slide].append(own)
-    rows = [pooled(members[slide]).figures() for slide in sorted(members)]
+    rows = [own.figures() for own in by_slide(tallies, slides).values()]
     values = np.array([list(row.values()) for row in rows])
     low = high = [None] * values.shape[1]
     if len(rows) > 1:
