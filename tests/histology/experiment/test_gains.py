@@ -14,7 +14,7 @@ def test_gains_are_paired_by_seed_and_slide():
     other = {1: {"a": 0.4, "b": 0.4}, 0: {"a": 0.4, "b": 0.5}}
     assert gains.differences(own, other) == pytest.approx(np.array([[0.1, 0.2], [0.5, 0.2]]))
     assert gains.gain(gains.differences(own, other)) == (pytest.approx(0.25), None, None, None)  # of two seeds
-    with pytest.raises(ValueError, match="tested on others each"):
+    with pytest.raises(ValueError, match="tested on different ones"):
         gains.differences(own, {0: {"a": 0.4}})
 
 
