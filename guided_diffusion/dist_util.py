@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import blobfile as bf
 import torch as th
 import torch.distributed as dist
-from tqdm.auto import tqdm
+from tqdm import std
 
-from . import devices, environment, mpi, network, signals
+from . import devices, environment, mpi, network, progress, signals
 
 T = TypeVar("T")
 
@@ -272,14 +272,9 @@ def deal(count: int) -> Iterator[int]:
     return itertools.takewhile(lambda ticket: ticket < count, tickets)
 
 
-def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
-    """
-    Make a bar that rank 0 shows; where stderr is a file rather than a terminal, a line every half minute.
-
-    :param options: tqdm's.
-    """
-    interval = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(iterable, disable=rank() != 0, mininterval=interval, maxinterval=interval, **options)
+def progress_bar(iterable: Iterable | None = None, **options: Any) -> std.tqdm:
+    """:return: a bar that rank 0 shows, see progress.bar."""
+    return progress.bar(iterable, disable=rank() != 0, **options)
 
 
 def agree(function: Callable[[], T]) -> T:

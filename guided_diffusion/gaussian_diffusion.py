@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from tqdm.auto import tqdm
 
 from .diffusion_process import CondFn, DenoisedFn, DiffusionProcess, ModelMeanType, ModelVarType
 from .guidance import Model
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
+from .progress import bar
 from .samplers import Steps, ancestral_step, ddim_step, sample_ddim, sample_ddpm
 from .schedules import NOISE_SCHEDULES, betas_for_alpha_bar, get_named_beta_schedule
 
@@ -199,7 +199,7 @@ class GaussianDiffusion(DiffusionProcess):
         x = th.randn(tuple(shape), device=device) if noise is None else noise.to(device)
         last = self.num_timesteps - 1
         steps = sampler(lambda x, i: self.denoise(model, x, last - i, **asked), x, self.schedule, th.randn_like)
-        for x, x_start in tqdm(steps, total=last + 1, unit="step", leave=False, disable=not progress):
+        for x, x_start in bar(steps, total=last + 1, unit="step", leave=False, disable=not progress):
             yield {"sample": x, "pred_xstart": x_start}
 
     # ---- losses and likelihoods ----

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch as th
-from tqdm.auto import tqdm
 
 from .gaussian_diffusion import GaussianDiffusion
 from .guidance import GuidedModel, Model
+from .progress import bar
 from .respace import respaced
 from .samplers import SAMPLERS, Denoised, Denoiser, NoiseFn, SampleNoise
 from .schedules import even_timesteps, timesteps_even_in_lambda
@@ -125,7 +125,7 @@ class SamplingPlan:
     def _walk(self, denoiser: Denoiser, x: th.Tensor, noise_fn: NoiseFn, progress: bool) -> th.Tensor:
         """From noise to image."""
         steps = SAMPLERS[self.sampler](denoiser, x, self.process.schedule, noise_fn)
-        for step in tqdm(steps, total=len(self), unit="step", leave=False, disable=not progress):
+        for step in bar(steps, total=len(self), unit="step", leave=False, disable=not progress):
             x, _ = step
         return x
 

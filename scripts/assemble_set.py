@@ -24,9 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
 
-from guided_diffusion import cli
+from guided_diffusion import cli, progress
 from guided_diffusion.files import check_apart, list_files, replace_folder, write_text
 from guided_diffusion.histology.assembly import (
     check_sizes,
@@ -71,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
     distinct = count_distinct(chosen)
     settings = {name: getattr(args, name) for name in ("ratio", "weighted", "seed", "copy")}
-    with tqdm(desc="writing", total=len(real) + len(synthetic), unit="patch", leave=False, disable=None) as bar:
+    with progress.bar(desc="writing", total=len(real) + len(synthetic), unit="patch", leave=False) as bar:
 
         def fill(folder: Path) -> None:
             write_set(folder, args.real, patches, synthetic, args.copy, bar.update)

@@ -27,9 +27,8 @@ from pathlib import Path, PurePath
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from tqdm import tqdm
 
-from guided_diffusion import cli
+from guided_diffusion import cli, progress
 from guided_diffusion.histology.features.cluster_folders import (
     Patch,
     check_replaceable,
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.cluster == "slide":
         labels = [patch.slide for patch in patches]
     else:
-        with tqdm(total=args.trials, desc="clustering", unit="trial") as bar:
+        with progress.bar(total=args.trials, desc="clustering", unit="trial") as bar:
             seeds = range(args.seed, args.seed + args.trials)
             best, trials = best_of(vectors[~is_test], vectors[is_test], options, seeds, bar.update)
         labels = [*best.train_labels, *best.test_labels]
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     summary = json.dumps({**scores, "sizes": sizes, "settings": settings}, indent=1) + "\n"
     contents = (table(patches, labels, args.data).encode(), summary.encode(), picture)
     entries = plan(patches, labels, subsets, args.copy)
-    with tqdm(total=len(entries), desc="writing", unit="file", leave=False) as bar:
+    with progress.bar(total=len(entries), desc="writing", unit="file", leave=False) as bar:
         write_clusters(folder, entries, dict(zip(OWN_FILES, contents)), args.copy, bar.update)
     report(folder, labels, scores, subsets, percents)
     warn_of_lopsided(labels, patches)

@@ -22,9 +22,8 @@ from pathlib import Path, PurePath
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from tqdm import tqdm
 
-from guided_diffusion import cli, magnification
+from guided_diffusion import cli, magnification, progress
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
 from guided_diffusion.files import by_stem, nfc, write_json, writing
@@ -197,7 +196,7 @@ def embed(name: str, images: np.ndarray, backbone: Backbone | None, batch_size: 
     """:return: the features of all images, [N x D]; none, [N x 0], without a backbone."""
     if backbone is None:
         return np.empty((len(images), 0), np.float32)
-    starts = tqdm(range(0, len(images), batch_size), f"{name}: features", leave=False, delay=2)
+    starts = progress.bar(range(0, len(images), batch_size), f"{name}: features", leave=False, delay=2)
     return np.concatenate([backbone.embed(images[start : start + batch_size]) for start in starts])
 
 
@@ -205,7 +204,8 @@ def real_set(name: str, items: list[Item], backbone: Backbone | None, batch_size
     for item in items:
         if item.inst_mask is None:
             raise ValueError(f"{item.image} has no instance mask in inst_masks: evaluation needs one")
-    pairs = [read_pair(item.image, item.inst_mask) for item in tqdm(items, f"{name}: reading", leave=False, delay=2)]
+    bar = progress.bar(items, f"{name}: reading", leave=False, delay=2)
+    pairs = [read_pair(item.image, item.inst_mask) for item in bar]
     images = stacked([image for image, _ in pairs], [item.image for item in items])
     inst_maps = np.stack([inst_map for _, inst_map in pairs])
     stems = [PurePath(item.stem).name for item in items]
@@ -228,7 +228,7 @@ def synthetic_set(
     samples = spread(run.samples, args.limit)
     pairs = [
         read_pair(sample.sample, sample.inst_mask)
-        for sample in tqdm(samples, f"{run.name}: reading", leave=False, delay=2)
+        for sample in progress.bar(samples, f"{run.name}: reading", leave=False, delay=2)
     ]
     coloured = None
     if all(sample.appearance for sample in samples):
@@ -390,7 +390,7 @@ def compare_masks(args: argparse.Namespace) -> None:
         there, missing = (args.predicted, args.truth) if stem in predicted else (args.truth, args.predicted)
         raise ValueError(f"{there} has {stem}, {missing} has not: the folders must hold the same stems")
     tallies = {}
-    for stem in tqdm(sorted(truth), "comparing", leave=False, delay=2):
+    for stem in progress.bar(sorted(truth), "comparing", leave=False, delay=2):
         pair = [read_inst_mask(path) for path in (truth[stem], predicted[stem])]
         if pair[0].shape != pair[1].shape:
             sizes = [f"{mask.shape[1]} x {mask.shape[0]} px" for mask in pair]

@@ -21,9 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
 
-from guided_diffusion import cli, magnification
+from guided_diffusion import cli, magnification, progress
 from guided_diffusion.cell_classes import FOLDER, CellClass, shared, write_classes
 from guided_diffusion.files import by_stem, check_apart, csv_text, replace_folder, write_bytes, write_json, write_text
 from guided_diffusion.histology.evaluation.runs import MANIFEST, Run, find_runs, slides_of_sample
@@ -195,7 +194,7 @@ def write_examples(folder: Path, writer: Writer, entries: Sequence[Entry], worke
     order = by_lot(entries) if packed else entries
     records = []
     with Shards(folder) if packed else nullcontext() as shards:
-        for record, members in tqdm(each(task, order, workers), "writing", len(order), unit="image", mininterval=1):
+        for record, members in progress.bar(each(task, order, workers), "writing", len(order), unit="image"):
             if packed:
                 record = record.at(f"{shards.add(record.entry.split, members)}/{record.file}")
             records.append(record)

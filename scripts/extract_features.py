@@ -25,9 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
 
-from guided_diffusion import cli
+from guided_diffusion import cli, progress
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
 from guided_diffusion.histology.features.embeddings import (
@@ -53,10 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     root = data_root(files, args.root)
     backbone = load_backbone(args.backbone, find_device(args.device), PRECISIONS[args.precision])
     with ThreadPoolExecutor(max(args.num_workers, 1)) as pool:
-        digests = list(tqdm(pool.map(digest, files), "checking", len(files), leave=False, disable=None))
+        digests = list(progress.bar(pool.map(digest, files), "checking", len(files), leave=False))
 
     parts = args.out.with_name(f"{args.out.name}.parts")
-    with tqdm(desc=args.backbone, total=len(files), unit="image") as bar:
+    with progress.bar(desc=args.backbone, total=len(files), unit="image") as bar:
         vectors = extract(
             files,
             digests,

@@ -33,9 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch as th
-from tqdm import tqdm
 
-from guided_diffusion import cell_classes, cli, results
+from guided_diffusion import cell_classes, cli, progress, results
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
@@ -232,7 +231,7 @@ def find_patches(real: Sequence[Path], synthetic: Sequence[Path]) -> tuple[list[
     """
     files = [*real, *synthetic]
     with ThreadPoolExecutor(2) as pool:
-        sizes = list(tqdm(pool.map(check_image, files), "checking", len(files), leave=False, disable=None))
+        sizes = list(progress.bar(pool.map(check_image, files), "checking", len(files), leave=False))
     for number, (file, found) in enumerate(zip(files, sizes)):
         if found != sizes[0] and (number < len(real) or min(np.subtract(found, sizes[0])) < 0):
             first, other = (" x ".join(map(str, pair)) for pair in (sizes[0], found))
@@ -255,7 +254,7 @@ class Extractor:
     def batches(self, patches: Sequence[Patch], what: str) -> Iterator[th.Tensor]:
         """:return: [N x P x D] local features, batch by batch, the next one's images being read meanwhile."""
         starts = range(0, len(patches), self.batch_size)
-        bar = tqdm(desc=what, total=len(patches), unit="image", disable=None if len(patches) > 2 * SHOWN else True)
+        bar = progress.bar(desc=what, total=len(patches), unit="image", disable=len(patches) <= 2 * SHOWN)
         with ThreadPoolExecutor(2) as pool, bar:
             waiting: deque = deque()
             for start in [*starts, None]:
@@ -289,7 +288,7 @@ class Extractor:
 def fit(features: th.Tensor, parts: np.ndarray, args: argparse.Namespace) -> patchcore.Memory:
     """:param parts: [N] int64, the fold of each real patch."""
     total = int(features.shape[0] * features.shape[1] * args.fraction)
-    with tqdm(desc="coreset", total=min(total, args.max_bank), unit="vector", disable=None) as bar:
+    with progress.bar(desc="coreset", total=min(total, args.max_bank), unit="vector") as bar:
         return patchcore.Memory.fit(features, parts, args.fraction, args.max_bank, args.seed, bar.update)
 
 

@@ -19,9 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
 
-from guided_diffusion import cell_classes, cli, magnification
+from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.files import check_apart, replace_folder, write_json
 from guided_diffusion.histology.formats import data_sets, raw_layout
 from guided_diffusion.histology.formats.fields import ALLOWED, TEST, TRAIN, DataSet
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         options = dict(out=folder, classes=data_set.classes, sparse=data_set.sparse, allowed=allowed)
         task = partial(raw_layout.write_field, **options)
         done = each(task, data_set.fields, args.num_workers)
-        written.extend(tqdm(done, "importing", len(data_set.fields), mininterval=1))
+        written.extend(progress.bar(done, "importing", len(data_set.fields)))
         if not any(one.nuclei for one in written):
             raise ValueError(f"SRC: {args.src} has no nucleus in any image: are these the masks?")
         write_json(folder / RECORD, {"format": name, "mpp": mpp, "test": test, "allow": allowed})

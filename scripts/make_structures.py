@@ -23,9 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from guided_diffusion import cli, magnification, streams
+from guided_diffusion import cli, magnification, progress, streams
 from guided_diffusion.files import fingerprint, write_json, writing
 from guided_diffusion.histology.structures import statistics
 from guided_diffusion.histology.structures.bank import Bank
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check(args)
     items = masked_items(args.data)
-    masks = [read_inst_mask(item.inst_mask) for item in tqdm(items, "reading", leave=False, delay=1)]
+    masks = [read_inst_mask(item.inst_mask) for item in progress.bar(items, "reading", leave=False, delay=1)]
     make = maker(args, masks)
     settings = dict(method=args.method, seed=args.seed, size=args.size, masks=fingerprint([i.inst_mask for i in items]))
     begin(args.out, settings, args.count)
@@ -56,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     jobs = [(number, args.seed, paths[number]) for number in missing]
     with multiprocessing.get_context("fork").Pool(args.num_workers, set_maker, (make,)) as pool:
-        list(tqdm(pool.imap_unordered(make_one, jobs, 8), "making", len(jobs), mininterval=1))
-        real = list(tqdm(pool.imap(statistics.measure, masks, 32), "measuring", len(masks), leave=False))
+        list(progress.bar(pool.imap_unordered(make_one, jobs, 8), "making", len(jobs)))
+        real = list(progress.bar(pool.imap(statistics.measure, masks, 32), "measuring", len(masks), leave=False))
         layouts = [read_inst_mask(str(path)) for path in paths]
         made = list(pool.imap(statistics.measure, layouts, 32))
     report(args, settings, items, (masks, real), (layouts, made))

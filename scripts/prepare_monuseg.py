@@ -26,9 +26,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from tqdm import tqdm
 
-from guided_diffusion import cell_classes, cli, magnification
+from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.files import write_text
 from guided_diffusion.histology.slides import annotations, aperio, patches, scales
@@ -79,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     zooms = scales.zooms(mpp_of, args.mpp)
     jobs = [Job(slide, zooms[slide.stem]) for slide in slides]
     checks = each(partial(look_at, classes=classes, **cut), jobs, args.num_workers)
-    findings = list(tqdm(checks, "checking", len(slides), leave=False, disable=None))
+    findings = list(progress.bar(checks, "checking", len(slides), leave=False))
     jobs, counts = numbered(jobs, findings)
     check_recorded_slides(args.out, counts, bool(classes))
 
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     if classes:
         cell_classes.write_classes(args.out, classes)
     write = partial(write_patches, out=args.out, resize=args.resize, classes=classes, **cut)
-    for _ in tqdm(each(write, jobs, args.num_workers), "slides", len(slides), mininterval=1):
+    for _ in progress.bar(each(write, jobs, args.num_workers), "slides", len(slides)):
         pass
     write_manifest(args.out, facts, counts, complete=True)
     summary = "; ".join(f"{split}: {len(c)} slides, {sum(c.values())} patches" for split, c in counts.items())

@@ -18,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from guided_diffusion import cli, magnification
+from guided_diffusion import cli, magnification, progress
 from guided_diffusion.devices import find_device
 from guided_diffusion.files import write_json, writing
 from guided_diffusion.histology.evaluation import instance_metrics
@@ -50,13 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     check_out(args)
     slides = dict(zip(images, slides_of(args.images, list(images.values())))) if args.truth else {}
     masks = truth_files(args.truth, images, segmenter, slides) if args.truth else None
-    for stem in tqdm(images, "checking", leave=False, mininterval=1, disable=None):
+    for stem in progress.bar(images, "checking", leave=False):
         read(stem, images, masks)
 
     if line := magnification.mismatch(f"MODEL {args.model}", segmenter.mpp, args.images):
         print(line)
     tallies = {}
-    for stem in tqdm(images, "segmenting", mininterval=1):
+    for stem in progress.bar(images, "segmenting"):
         image, truth = (array if array is None else centre(array, args.centre) for array in read(stem, images, masks))
         found = segmenter.segment(image)
         if truth is not None:

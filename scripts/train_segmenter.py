@@ -19,9 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
 
-from guided_diffusion import cli, magnification
+from guided_diffusion import cli, magnification, progress
 from guided_diffusion.devices import UNSCALED, find_device
 from guided_diffusion.files import write_json
 from guided_diffusion.histology.segmenter import data as segmenter_data
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.out}: finished before")
         return
 
-    bar = tqdm([*train, *held], "reading", leave=False, mininterval=1, disable=None)
+    bar = progress.bar([*train, *held], "reading", leave=False)
     examples = [segmenter_data.read_pair(pair) for pair in bar]
     if not any(example.inst_map.any() for example in examples[: len(train)]):
         raise ValueError(f"DATA {args.data} shows no nucleus in any instance mask to train on: give annotated images")
@@ -189,7 +188,7 @@ def short(value: Any) -> str:
 
 
 def report(row: dict[str, float]) -> None:
-    tqdm.write(f"step {row['step']}: {line({k: v for k, v in row.items() if k not in ('step', 'score')})}")
+    progress.write(f"step {row['step']}: {line({k: v for k, v in row.items() if k not in ('step', 'score')})}")
 
 
 def line(figures: dict[str, float]) -> str:

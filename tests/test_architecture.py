@@ -12,6 +12,7 @@ RANKS = {
     # Shared by the core and histology:
     "files": -3,
     "figures": -2,
+    "progress": -3,
     "image_decoding": -3,
     "image_files": -2,
     "slides": -2,
@@ -151,6 +152,7 @@ SHARED = {
     "image_files",
     "slides",
     "images",
+    "progress",
     "stains",
     "devices",
     "magnification",

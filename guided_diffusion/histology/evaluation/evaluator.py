@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from ... import streams
+from ... import progress, streams
 from . import image_metrics as im
 
 METRICS = ("kid", "frechet", "precision_recall", "colour", "structure", "copies", "diversity")
@@ -163,7 +162,7 @@ class Evaluator:
         if itself:  # each patch's others: its own place goes last
             order = np.argsort(candidates == rows[:, None], axis=1, kind="stable")[:, :count]
             candidates, away = candidates[rows[:, None], order], away[rows[:, None], order]
-        bar = tqdm(patches.images, f"{patches.name}: looking for copies", leave=False, delay=2)
+        bar = progress.bar(patches.images, f"{patches.name}: looking for copies", leave=False, delay=2)
         aligned = np.array(
             [im.aligned_distance(im.thumbnail(image), self._thumbnails[near]) for image, near in zip(bar, candidates)]
         )

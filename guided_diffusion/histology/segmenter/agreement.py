@@ -8,8 +8,8 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from ... import progress
 from ..evaluation import image_metrics, instance_metrics
 from ..evaluation.evaluator import Figures, PatchSet, StructureMetric
 from .decoding import Segmenter
@@ -24,7 +24,7 @@ def structure_metric(segmenter: Segmenter) -> StructureMetric:
     """
 
     def agreement(name: str, images: np.ndarray, patches: PatchSet) -> Figures:
-        bar = tqdm(images, f"{name}: segmenting", leave=False, delay=2)
+        bar = progress.bar(images, f"{name}: segmenting", leave=False, delay=2)
         tallies = [
             instance_metrics.tally(truth, segmenter.segment(image)) for image, truth in zip(bar, patches.inst_maps)
         ]

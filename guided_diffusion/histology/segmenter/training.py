@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 import torch as th
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from ... import progress
 from ...devices import PRECISIONS
 from ...files import writing
 from ...magnification import REFERENCE_MPP, length, odd_length
@@ -138,7 +138,7 @@ class Training:
         """
         started = time.monotonic() - self.seconds
         losses: list[float] = []
-        with tqdm(total=self.settings.steps, initial=self.step, desc="training", mininterval=1, disable=None) as bar:
+        with progress.bar(total=self.settings.steps, initial=self.step, desc="training") as bar:
             batches = self._batches(workers)
             while not self._finished():
                 losses.append(self._train_step(*next(batches)))
