@@ -5,9 +5,10 @@ Train a segmenter of nuclei on a MoNuSeg-layout folder.
 
 DATA/MoNuSegTrainingData/{images,inst_masks} holds whole slides or patches, real or mixed by scripts/assemble_set.py:
 what DATA/manifest.csv calls synthetic is trained on, but never validated on, and left out where it was made from a
-held-out slide. Of the slides a seeded share is held out; training stops when they no longer improve, and the best
-weights are kept. Writes DIR/segmenter.pt, config.json and result.json; until then checkpoint.pt, from which the same
-command resumes. By steps, and on a CPU, equal seeds give equal weights; by minutes they cannot.
+held-out slide. With ignore_masks/ beside them, nothing is learned where such a mask is not 0, but in nuclei. Of the
+slides a seeded share is held out; training stops when they no longer improve, and the best weights are kept. Writes
+DIR/segmenter.pt, config.json and result.json; until then checkpoint.pt, from which the same command resumes. By steps,
+and on a CPU, equal seeds give equal weights; by minutes they cannot.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
     bar = progress.bar([*train, *held], "reading", leave=False)
     examples = [segmenter_data.read_pair(pair) for pair in bar]
-    if not any(example.inst_map.any() for example in examples[: len(train)]):
+    if not any((example.inst_map > 0).any() for example in examples[: len(train)]):
         raise ValueError(f"DATA {args.data} shows no nucleus in any instance mask to train on: give annotated images")
     validation = segmenter_data.validation_part(examples[len(train) :])
     slides = config["slides_trained_on"]
@@ -106,6 +107,12 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num_workers", type=int, default=0, help="processes that make crops")
     parser.add_argument("--colour_augment", type=str2bool, default=True, help="jitter the stains")
+    parser.add_argument(
+        "--synthetic_first",
+        type=float,
+        default=usual.synthetic_first,
+        help="share of the steps, the first ones, that take synthetic images alone, and the rest real ones; 0: mixed",
+    )
     parser.add_argument("--pretrained", type=str2bool, default=True, help="begin with ImageNet weights")
     parser.add_argument(
         "--mpp", type=float, default=0.0, help="micrometres a pixel; 0: as DATA/prepare.json says, else 0.25 (40x)"
@@ -132,6 +139,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise ValueError(f"--val_share {args.val_share} must be in [0, 1)")
     if not 0 <= args.adapt <= 1:
         raise ValueError(f"--adapt {args.adapt} must be between 0 and 1")
+    if not 0 <= args.synthetic_first < 1 or (args.synthetic_first and args.minutes is not None):
+        raise ValueError(f"--synthetic_first {args.synthetic_first} must be in [0, 1), and goes without --minutes")
     if args.precision not in UNSCALED:
         raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(UNSCALED)}")
     spelled = {"steps": "max_steps", "eval_interval": "val_interval"}
@@ -171,8 +180,9 @@ def check_out(out: Path, config: dict[str, Any]) -> None:
                 raise ValueError(f"--results_path {out} holds {name} of an unknown run: give another folder")
         return
     try:
-        # Earlier versions knew 40x alone, and always adapted.
-        before = {"mpp": magnification.REFERENCE_MPP, "adapt": ADAPT, **json.loads(path.read_text())}
+        # Earlier versions knew 40x alone, always adapted, and always mixed.
+        usual = {"mpp": magnification.REFERENCE_MPP, "adapt": ADAPT, "synthetic_first": 0.0}
+        before = {**usual, **json.loads(path.read_text())}
     except (ValueError, TypeError):
         raise ValueError(f"{path} does not parse: give another --results_path") from None
     for name, value in config.items():

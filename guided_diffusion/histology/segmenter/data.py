@@ -29,6 +29,8 @@ from .decoding import hv_target
 _SCALES = (0.8, 1.25)
 _JITTER = 0.35  # of the stains
 _VAL_PIXELS = 400 * 400  # of each held-out slide
+IGNORE_MASKS = "ignore_masks"  # beside inst_masks: not 0 where it is not known whether there are other nuclei
+UNKNOWN = -1  # such a pixel in an instance map
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Pair:
 
     :param stem: their common name.
     :param slides: where the picture comes from: its own slide, or those of a synthetic one's structure and appearance.
+    :param ignored: its mask in IGNORE_MASKS, if it has one.
     """
 
     stem: str
@@ -45,16 +48,21 @@ class Pair:
     mask: Path
     slides: frozenset[str]
     synthetic: bool = False
+    ignored: Path | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """An [H x W x 3] uint8 image and its [H x W] int32 instance map; the slide, where it is of a known one."""
+    """
+    An [H x W x 3] uint8 image and its [H x W] int32 instance map, UNKNOWN where that says nothing; the slide, where it
+    is of a known one.
+    """
 
     stem: str
     image: np.ndarray
     inst_map: np.ndarray
     slide: str = ""
+    synthetic: bool = False
 
 
 def find_pairs(folder: Path) -> list[Pair]:
@@ -74,8 +82,9 @@ def find_pairs(folder: Path) -> list[Pair]:
         raise ValueError(f"{masks[stem]} has no image in {folder / 'images'}: add it or remove the mask")
     sources = _synthetic_sources(folder.parent / MANIFEST)
     own = slides_of(folder.parent, list(images.values()))
+    ignored = files_in(folder / IGNORE_MASKS, deep=True) if (folder / IGNORE_MASKS).is_dir() else {}
     return [
-        Pair(stem, image, masks[stem], sources.get(stem) or frozenset([slide]), stem in sources)
+        Pair(stem, image, masks[stem], sources.get(stem) or frozenset([slide]), stem in sources, ignored.get(stem))
         for (stem, image), slide in zip(images.items(), own)
     ]
 
@@ -109,7 +118,7 @@ def checksum(pairs: Iterable[Pair]) -> str:
     """:return: a SHA-256 of the names and the contents of the pairs' files; what is no file is left to its reader."""
     found = hashlib.sha256()
     for pair in pairs:
-        for path in (pair.image, pair.mask):
+        for path in filter(None, (pair.image, pair.mask, pair.ignored)):
             content = path.read_bytes() if path.is_file() else b""
             found.update(f"{path.name} {hashlib.sha256(content).hexdigest()}\n".encode())
     return found.hexdigest()
@@ -159,7 +168,11 @@ def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair]
 
 def read_pair(pair: Pair) -> Example:
     """:raises ValueError: a file that cannot be used, or the two differ in size."""
-    return replace(read_example(pair.stem, pair.image, pair.mask), slide=min(pair.slides))
+    example = read_example(pair.stem, pair.image, pair.mask)
+    if pair.ignored:
+        ignored = read_example(pair.stem, pair.image, pair.ignored).inst_map > 0
+        example.inst_map[ignored & (example.inst_map == 0)] = UNKNOWN
+    return replace(example, slide=min(pair.slides), synthetic=pair.synthetic)
 
 
 def read_example(stem: str, image_path: Path, mask_path: Path) -> Example:
@@ -195,27 +208,38 @@ class Crops(th.utils.data.Dataset):
     :param crop: side in px.
     :param seed: of all draws.
     :param colour: jitter the stains.
-    :raises ValueError: an image is smaller than the crop.
+    :param synthetic_first: crops before this one are of synthetic examples alone, from it on of real ones alone; 0: all
+        are of either.
+    :raises ValueError: an image is smaller than the crop; or with synthetic_first there are none of a kind.
     """
 
-    def __init__(self, examples: Sequence[Example], crop: int, seed: int, colour: bool = True) -> None:
+    def __init__(
+        self, examples: Sequence[Example], crop: int, seed: int, colour: bool = True, synthetic_first: int = 0
+    ) -> None:
         for example in examples:
             if min(example.inst_map.shape) < crop:
                 height, width = example.inst_map.shape
                 raise ValueError(f"--crop {crop} is larger than {example.stem}, {width} x {height} px: give less")
-        self.examples = examples
-        self.crop, self.seed, self.colour = crop, seed, colour
-        areas = np.cumsum([example.inst_map.size for example in examples])
-        self._shares = areas / areas[-1]
+        self.crop, self.seed, self.colour, self.synthetic_first = crop, seed, colour, synthetic_first
+        kinds = (True, False) if synthetic_first else ()
+        parts = [[example for example in examples if example.synthetic == kind] for kind in kinds] or [examples]
+        if not all(parts):
+            raise ValueError("--synthetic_first takes synthetic images, then real ones: DATA has none of one kind")
+        areas = [np.cumsum([example.inst_map.size for example in part]) for part in parts]
+        self._parts = [(part, area / area[-1]) for part, area in zip(parts, areas)]
 
     def __getitem__(self, index: int) -> tuple[th.Tensor, th.Tensor]:
-        """:return: [crop x crop x 3] uint8 and [3 x crop x crop] float32: nucleus (0 or 1), x and y in it."""
+        """
+        :return: [crop x crop x 3] uint8 and [3 x crop x crop] float32: nucleus (0 or 1, UNKNOWN), x and y in it.
+        """
         rng = streams.rng("crop", self.seed, index)
-        example = self.examples[int(np.searchsorted(self._shares, rng.random(), side="right"))]
+        examples, shares = self._parts[0 if index < self.synthetic_first else -1]
+        example = examples[int(np.searchsorted(shares, rng.random(), side="right"))]
         image, inst_map = self._cut(example, rng)
         if self.colour:
             image = jitter_stains(image, _JITTER, rng)
-        target = np.concatenate([(inst_map > 0)[..., None], hv_target(inst_map)], axis=2, dtype=np.float32)
+        nucleus, nuclei = np.sign(inst_map), np.maximum(inst_map, 0)
+        target = np.concatenate([nucleus[..., None], hv_target(nuclei)], axis=2, dtype=np.float32)
         return th.tensor(image), th.from_numpy(np.ascontiguousarray(target.transpose(2, 0, 1)))
 
     def _cut(self, example: Example, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

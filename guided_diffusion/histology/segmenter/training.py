@@ -46,6 +46,8 @@ class Settings:
     :param crop: side of the training crops in px, a multiple of 16.
     :param eval_interval: steps between validations and checkpoints.
     :param patience: validations without a better score after which to stop; 0 never stops early.
+    :param synthetic_first: share of the steps, the first ones, that take synthetic images alone; the rest then takes
+        real ones alone. 0: all take either.
     :param mpp: micrometres a pixel of the images.
     :param adapt: of validation, see Segmenter.
     """
@@ -61,6 +63,7 @@ class Settings:
     patience: int = 10
     colour_augment: bool = True
     pretrained: bool = True
+    synthetic_first: float = 0.0
     mpp: float = REFERENCE_MPP
     adapt: float = ADAPT
 
@@ -70,19 +73,20 @@ def segmentation_loss(out: th.Tensor, target: th.Tensor, mpp: float = REFERENCE_
     HoVer-Net's loss: cross-entropy and Dice of the nuclei, squared error of the position and of its slope in nuclei.
 
     :param out: [N x 3 x H x W] float32: logit, x, y.
-    :param target: the same shape: 0 or 1, x, y.
+    :param target: the same shape: 0 or 1, x, y. A pixel of neither, data.UNKNOWN, costs nothing.
     :param mpp: micrometres a pixel; the slope is by pixels of 40x.
     :return: a scalar.
     """
-    logit, nucleus = out[:, :1], target[:, :1]
-    probability = logit.sigmoid()
+    logit, nucleus = out[:, :1], target[:, :1].clamp(min=0)
+    known = (target[:, :1] >= 0).to(out)
+    probability = logit.sigmoid() * known
     overlap = 2 * (probability * nucleus).sum() + 1
     dice = 1 - overlap / (probability.sum() + nucleus.sum() + 1)
-    error = out[:, 1:] - target[:, 1:]
+    error = (out[:, 1:] - target[:, 1:]) * known
     kernels = _sobel(odd_length(_SLOPE, mpp)).to(error)
     slope = F.conv2d(error, kernels, padding=kernels.shape[-1] // 2, groups=2) * length(1, mpp)
     steepness = (slope.square() * nucleus).sum() / (nucleus.sum() + 1)
-    cross_entropy = F.binary_cross_entropy_with_logits(logit, nucleus)
+    cross_entropy = F.binary_cross_entropy_with_logits(logit, nucleus, known)
     return cross_entropy + dice + _HV_WEIGHT * error.square().mean() + _GRADIENT_WEIGHT * steepness
 
 
@@ -116,7 +120,8 @@ class Training:
         slides: Sequence[str] = (),
     ) -> None:
         self.settings, self.held, self.out, self.device, self.slides = settings, held, out, device, slides
-        self.crops = Crops(examples, settings.crop, settings.seed, settings.colour_augment)
+        first = round(settings.synthetic_first * (settings.steps or 0)) * settings.batch_size
+        self.crops = Crops(examples, settings.crop, settings.seed, settings.colour_augment, first)
         net = seeded_net(settings.seed)
         if settings.pretrained:
             load_imagenet_weights(net)

@@ -1,8 +1,11 @@
 """What is held out, what would leak, and the crops that are drawn of the rest."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import draw_patch, write_patches
+from PIL import Image
 
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.data import Crops, Example, Pair
@@ -195,6 +198,34 @@ def test_large_images_are_drawn_from_more_often():
     crops = Crops([Example(s, np.zeros((*m.shape, 3), np.uint8), m) for s, m in (("a", large), ("b", small))], 16, 0)
     share = np.mean([float(crops[k][1][0].mean()) for k in range(300)])
     assert share == pytest.approx(0.8, abs=0.08)
+
+
+def test_synthetic_images_first_and_then_real_ones():
+    kinds = [
+        Example(s, np.zeros((16, 16, 3), np.uint8), np.full((16, 16), int(s == "made")), synthetic=s == "made")
+        for s in ("made", "real")
+    ]
+    shown = [float(Crops(kinds, 16, 0, synthetic_first=count)[k][1][0].mean()) for count in (12, 0) for k in range(24)]
+    assert shown[:24] == [1] * 12 + [0] * 12 and 4 < sum(shown[24:36]) < 9
+    with pytest.raises(ValueError, match="--synthetic_first takes synthetic images, then real ones"):
+        Crops(kinds[1:], 16, 0, synthetic_first=12)
+
+
+def test_where_nuclei_are_not_known_is_no_background(data_dir):
+    folder = data_dir / "MoNuSegTrainingData"
+    (folder / "ignore_masks").mkdir()
+    ignored = np.zeros((32, 32), np.uint8)
+    ignored[:, :16] = 255
+    Image.fromarray(ignored).save(folder / "ignore_masks" / "slide-0_002.png")
+    plain, pair = segmenter_data.find_pairs(folder)[1:3]
+    truth, found = draw_patch(2)[1], segmenter_data.read_pair(pair).inst_map
+    assert plain.ignored is None and segmenter_data.checksum([pair]) != segmenter_data.checksum(
+        [replace(pair, ignored=None)]
+    )
+    assert np.array_equal(found == segmenter_data.UNKNOWN, (ignored > 0) & (truth == 0))
+    assert np.array_equal(np.maximum(found, 0), truth)
+    _, target = Crops([segmenter_data.read_pair(pair)], 32, 0)[0]
+    assert {*target[0].unique().tolist()} == {-1, 0, 1} and not target[1:, target[0] < 1].any()
 
 
 def test_a_crop_larger_than_an_image_is_refused():

@@ -57,6 +57,17 @@ def test_a_constant_offset_of_the_position_costs_its_square_alone():
     assert float(segmentation_loss(truth, target)) == pytest.approx(4 * 0.25, abs=1e-3)
 
 
+def test_what_is_predicted_where_nothing_is_known_costs_nothing():
+    target = perfect(toy.draw_slide(3, 64).inst_map)
+    unknown = (target[:, :1] == 0) & (th.arange(64) < 40)
+    out = th.randn(1, 3, 64, 64, generator=th.Generator().manual_seed(0))
+    losses = []
+    for known in (target[:, :1], th.where(unknown, -1.0, target[:, :1])):
+        own = th.cat([known, target[:, 1:]], 1)
+        losses.append([float(segmentation_loss(x, own)) for x in (out, th.where(unknown, 9.0, out))])
+    assert losses[0][0] < losses[0][1] and losses[1][0] == losses[1][1]
+
+
 def test_validation_adapts_as_told(tmp_path):
     found = [training(tmp_path / str(adapt), drawn(2), adapt=adapt).run()["history"] for adapt in (0, 0.9)]
     assert found[0][0]["loss"] == found[1][0]["loss"] and found[0][0]["dice"] != found[1][0]["dice"]
@@ -106,16 +117,17 @@ class Killed(Exception):
 
 def test_a_run_taken_up_ends_like_one_that_never_stopped(tmp_path):
     held = drawn(2)
-    whole = training(tmp_path / "whole", held).run()
+    both = [replace(example, synthetic=k > 0) for k, example in enumerate(drawn(0, 1))]
+    whole = training(tmp_path / "whole", held, both, synthetic_first=0.5).run()
 
     def kill(row):
         if row["step"] == 4:
             raise Killed
 
     with pytest.raises(Killed):
-        training(tmp_path / "parts", held).run(report=kill)
+        training(tmp_path / "parts", held, both, synthetic_first=0.5).run(report=kill)
     assert not (tmp_path / "parts" / "segmenter.pt").exists()
-    resumed = training(tmp_path / "parts", held)
+    resumed = training(tmp_path / "parts", held, both, synthetic_first=0.5)
     assert resumed.step == 2
     result = resumed.run()
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
