@@ -2,7 +2,8 @@
 Score synthetic patches by how far they are from real ones, and link those that look real.
 
     python scripts/filter_ood.py --data_dir DATA --synthetic RESULTS... --results_path OUT
-        [--backbone efficientnet_lite0] [--mode threshold|weights|top_n] [--tau 0.95] [--top_n N] [--quantile 0.95]
+        [--backbone efficientnet_lite0] [--mode threshold|weights|top_n|useful] [--tau 0.95] [--top_n N]
+        [--quantile 0.95] [--model_path SEGMENTER [--useful_bounds 0.2,0.7]]
 
 A sample is scored (PatchCore, Roth et al. 2022) without the slides of its structure and its appearance, and held
 against real patches of these very slides, scored without them too: samples as good as real patches have an AUROC of
@@ -12,6 +13,8 @@ their colours. A sample larger than the real patches is cut into such: its score
     threshold   keep scores up to the --tau quantile of those real patches' scores
     weights     weight 1 - s of scores clipped at their --quantile and scaled to [0, 1]; keep what has a weight above 0
     top_n       keep the --top_n lowest
+    useful      of what threshold keeps, that with which a segmenter agrees in part: from what it has still to learn.
+                Its AJI with the sample's mask lies within --useful_bounds
 
 RESULTS is a results folder (samples/ and inst_masks/) or a sweep of them. OUT gets scores.csv (raw scores, comparable
 between runs with equal --data_dir, --backbone and --seed), kept/ (a results folder of relative links, with a manifest),
@@ -34,34 +37,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch as th
 
-from guided_diffusion import cell_classes, cli, progress, results
+from guided_diffusion import cell_classes, cli, magnification, progress, results
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
 from guided_diffusion.files import check_apart, csv_text, list_files, replace_folder, write_bytes, write_text
-from guided_diffusion.histology.assembly import (
-    Kept,
-    is_kept,
-    write_kept,
-)
+from guided_diffusion.histology.assembly import Kept, is_kept, write_kept
 from guided_diffusion.histology.evaluation.runs import Run, Sample, add_run_flags, find_runs, slides_of_sample
 from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.filtering import comparison, patchcore
 from guided_diffusion.histology.filtering.picture import SHOWN, Scored, draw_scores
+from guided_diffusion.histology.segmenter.agreement import agreement_of
+from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
-from guided_diffusion.image_files import EXTENSIONS, check_image, read_image
+from guided_diffusion.image_files import EXTENSIONS, check_image, read_image, read_inst_mask
 from guided_diffusion.images import check_complete
 from guided_diffusion.script_util import str2bool
 from guided_diffusion.slides import slides_of
 from guided_diffusion.windows import tiles
 
 REPORT = "report.json"
-SCORE_FIELDS = ("path", "run", "stem", "score", "weight", "kept")
+SCORE_FIELDS = ("path", "run", "stem", "score", "weight", "agreement", "kept")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    check_flags(args)
+    bounds = check_flags(args)
+    segmenter = load_segmenter(args.model_path, find_device(args.device)) if args.model_path else None
     real = find_real(args.real)
     runs = find_runs(args.synthetic)
     check_out(args)
@@ -84,6 +86,10 @@ def main(argv: list[str] | None = None) -> None:
     threshold = float(compared.quantile(args.tau))
     weight = comparison.weights(scores, args.quantile)
     kept = comparison.keep(args.mode, scores, weight, threshold, args.top_n)
+    agreement = np.full(len(samples), np.nan)
+    if segmenter:
+        agreement[kept] = agreements(segmenter, [sample for (_, sample), keeps in zip(samples, kept) if keeps])
+        kept &= (bounds[0] <= agreement) & (agreement <= bounds[1])
     judged = [Kept(*pair, float(s), float(w)) for pair, s, w in zip(samples, scores, weight)]
 
     unknown = int(origins.unknown.sum())
@@ -107,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         "runs": by_run([run.name for run, _ in samples], compared, kept),
     }
     picture = draw(extractor, memory, judged, worst, origins, compared, report)
-    write_out(args.out, judged, kept, picture, report, classes, several=len(runs) > 1)
+    write_out(args.out, judged, agreement, kept, picture, report, classes, several=len(runs) > 1)
     print(f"{args.out}: kept {kept.sum()} of {len(kept)}, threshold {threshold:.4g}, AUROC {report['auroc']:.3f}")
     if unknown:
         print(
@@ -138,6 +144,8 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--tau", type=float, default=0.95, help="quantile that is the threshold")
     parser.add_argument("--top_n", type=int, help="samples to keep with --mode top_n")
     parser.add_argument("--quantile", type=float, default=0.95, help="scores are clipped at for weights")
+    parser.add_argument("--model_path", "--segmenter", metavar="MODEL", type=Path, help="segmenter of --mode useful")
+    parser.add_argument("--useful_bounds", default="0.2,0.7", metavar="LOW,HIGH", help="of its AJI, in [0, 1]")
     parser.add_argument("--reweight", type=str2bool, default=False, help="re-weight scores by equation 7 of the paper")
     parser.add_argument("--seed", type=int, default=0, help="of the folds of slides and the projection")
     parser.add_argument("--batch_size", type=int, default=32, help="images at once")
@@ -146,7 +154,8 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> tuple[float, float]:
+    """:return: the two numbers in --useful_bounds. :raises ValueError: where flags do not go together."""
     if args.mode not in comparison.MODES:
         raise ValueError(f"unknown --mode {args.mode}: choose one of {', '.join(comparison.MODES)}")
     if (args.mode == "top_n") != (args.top_n is not None):
@@ -164,6 +173,15 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} must not be negative")
     patchcore.check_windows(args.neighbourhood, args.stride)
+    if (args.mode == "useful") != (args.model_path is not None):
+        raise ValueError(f"--mode {args.mode} with --model_path {args.model_path}: give it with useful, and only there")
+    try:
+        low, high = map(float, args.useful_bounds.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"--useful_bounds {args.useful_bounds}: give two numbers in [0, 1] such as 0.2,0.7")
+    return low, high
 
 
 def check_out(args: argparse.Namespace) -> None:
@@ -316,6 +334,14 @@ def score(
     return np.array([part.mean() for part in own]), [p[int(f.argmax())] for p, f in zip(parts, own)]
 
 
+def agreements(segmenter: Segmenter, samples: Sequence[Sample]) -> list[float]:
+    """:return: how well a segmenter finds the nuclei of each sample, in [0, 1]."""
+    if line := magnification.mismatch("--model_path", segmenter.mpp, samples[0].sample.parent) if samples else "":
+        print(line)
+    bar = progress.bar(samples, "segmenting", leave=False)
+    return [agreement_of(segmenter, read_image(own.sample), read_inst_mask(own.inst_mask)) for own in bar]
+
+
 def draw(
     extractor: Extractor,
     memory: patchcore.Memory,
@@ -353,6 +379,7 @@ def shared_classes(runs: Sequence[Run]) -> list[CellClass] | None:
 def write_out(
     out: Path,
     judged: list[Kept],
+    agreement: np.ndarray,
     kept: np.ndarray,
     picture: bytes,
     report: dict,
@@ -378,9 +405,10 @@ def write_out(
             "stem": item.sample.stem,
             "score": item.score,
             "weight": item.weight,
+            "agreement": "" if np.isnan(agrees) else float(agrees),
             "kept": bool(keeps),
         }
-        for item, keeps in zip(judged, kept)
+        for item, agrees, keeps in zip(judged, agreement, kept)
     ]
     write_text(out / "scores.csv", csv_text(SCORE_FIELDS, rows))
     write_bytes(out / "ood.png", picture)

@@ -59,6 +59,16 @@ def test_the_set_is_a_data_dir(data_dir, synthetic, tmp_path, capsys):
         assert np.array_equal(mask, Image.open(source.parents[1] / "inst_masks" / f"{source.stem}.tif"))
 
 
+def test_what_is_not_known_of_a_sample_comes_along(data_dir, synthetic, tmp_path):
+    (synthetic / "ignore_masks").mkdir()
+    source = sorted((synthetic / "labels").iterdir())[0]
+    shutil.copy(source, synthetic / "ignore_masks")
+    made = assemble(data_dir, synthetic, tmp_path / "set", "--ratio", "all")
+    (stem,) = [row["stem"] for row in made if Path(row["sample"]).stem == source.stem]
+    (link,) = (tmp_path / "set" / TRAIN / "ignore_masks").iterdir()
+    assert link.name == f"{stem}.png" and link.read_bytes() == source.read_bytes()
+
+
 def test_the_real_files_are_the_real_files(data_dir, synthetic, tmp_path):
     assemble(data_dir, synthetic, tmp_path / "set")
     made, real = snapshot(tmp_path / "set"), snapshot(data_dir)

@@ -15,9 +15,12 @@ from test_evaluate import write_fields, write_run
 
 from guided_diffusion import cell_classes, cli, slides
 from guided_diffusion.files import csv_text
+from guided_diffusion.histology.evaluation import instance_metrics
 from guided_diffusion.histology.evaluation.runs import find_runs
 from guided_diffusion.histology.features import backbones
 from guided_diffusion.histology.filtering import comparison
+from guided_diffusion.histology.segmenter.decoding import as_content, load_segmenter
+from guided_diffusion.histology.segmenter.net import seeded_net
 from guided_diffusion.results import FOLDERS
 from scripts import assemble_set, filter_ood
 
@@ -126,6 +129,29 @@ def test_what_is_kept_keeps_its_classes(pooled, tmp_path):
     assert [one.name for one in cell_classes.read_classes("out/kept")] == ["nucleus"]
     run("--mode", "top_n", "--top_n", 6, synthetic=["deep/sweep/m_s1", "sweep/m_s2"])
     assert not Path("out/kept/class_masks").exists() and not Path("out/kept/classes.json").exists()
+
+
+def test_useful_is_what_looks_real_and_a_segmenter_half_finds(pooled):
+    net = seeded_net()
+    with th.no_grad():
+        net.head.weight[:4] *= 30  # of chance weights, it says nucleus in many places
+    th.save(as_content(net, []), "segmenter.pt")
+    segmenter = load_segmenter("segmenter.pt", th.device("cpu"))
+    _, before = run("--tau", 0.99)
+    real = [row["kept"] == "True" for row in before]
+    agreement = []
+    for row in before:
+        files = (
+            Path("sweep", row["run"], "samples", f"{row['stem']}.png"),
+            Path("sweep", row["run"], "inst_masks", f"{row['stem']}.tif"),
+        )
+        image, truth = (np.asarray(Image.open(file)) for file in files)
+        agreement.append(instance_metrics.measure(truth, segmenter.segment(image))["aji"])
+    low, high = np.quantile(np.array(agreement)[real], (0.3, 0.7))
+    _, rows = run("--tau", 0.99, "--mode", "useful", "--model_path", "segmenter.pt", "--useful_bounds", f"{low},{high}")
+    expected = [looks and low <= agrees <= high for looks, agrees in zip(real, agreement)]
+    assert [row["kept"] == "True" for row in rows] == expected and 0 < sum(expected) < sum(real) < 10
+    assert [row["agreement"] for row in rows] == [str(a) if looks else "" for a, looks in zip(agreement, real)]
 
 
 def test_one_run_keeps_its_stems_and_weights_are_the_formula(pooled):
@@ -262,6 +288,9 @@ CASES = [
     (None, "--backbone stain", "stain has no feature maps"),
     (None, "--backbone sdm:nowhere.pt", "nowhere.pt is not a file"),
     (None, "--mode best", "unknown --mode best"),
+    (None, "--mode useful", "--mode useful with --model_path None"),
+    (None, "--mode useful --model_path none.pt", "there is no file none.pt"),
+    (None, "--mode useful --model_path none.pt --useful_bounds 0.5", "--useful_bounds 0.5: give two numbers"),
     (None, "--mode top_n", "--mode top_n with --top_n None"),
     (None, "--top_n 3", "--mode threshold with --top_n 3"),
     (None, "--mode top_n --top_n 0", "--top_n 0 must be at least 1"),

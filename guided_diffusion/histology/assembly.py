@@ -23,7 +23,7 @@ from ..slides import write_table
 from .evaluation.runs import MANIFEST, Run, Sample, slides_of_sample
 from .features.cluster_folders import Patch
 from .slides.annotations import TEST_SPLIT, TRAIN_SPLIT
-from .slides.patches import SUFFIXES
+from .slides.patches import IGNORE_MASKS, SUFFIXES
 
 SET_FIELDS = (
     *("file", "stem", "source", "slide", "structure", "structure_slide", "structure_kind", "appearance"),
@@ -111,7 +111,11 @@ class Synthetic:
     @property
     def class_mask(self) -> Path:
         """Where the classes of its cells are, if it has any."""
-        return self.sample.sample.parents[1] / cell_classes.FOLDER / f"{self.sample.stem}.png"
+        return self.beside(cell_classes.FOLDER)
+
+    def beside(self, folder: str) -> Path:
+        """Where its file in another folder of its results folder is, if it has one."""
+        return self.sample.sample.parents[1] / folder / f"{self.sample.stem}.png"
 
     @property
     def file(self) -> str:
@@ -249,6 +253,9 @@ def write_set(
         put(item.sample.sample, train / "images" / f"{item.stem}.png", copy)
         put(item.sample.inst_mask, train / "inst_masks" / f"{item.stem}.tif", copy)
         _write_binary(item.sample.inst_mask, train / "bin_masks" / f"{item.stem}.png")
+        if (ignored := item.beside(IGNORE_MASKS)).exists():
+            (train / IGNORE_MASKS).mkdir(exist_ok=True)
+            put(ignored, train / IGNORE_MASKS / f"{item.stem}.png", copy)
         if classes:
             put(item.class_mask, train / cell_classes.FOLDER / f"{item.stem}.png", copy)
         rows.append(item.row(folder))

@@ -18,7 +18,7 @@ import torch as th
 from ...slides import ranked
 from .patchcore import Memory
 
-MODES = ("threshold", "weights", "top_n")
+MODES = ("threshold", "weights", "top_n", "useful")
 SHARE = 0.1  # of the slides in a fold
 
 
@@ -183,11 +183,11 @@ def weights(scores: np.ndarray, quantile: float) -> np.ndarray:
 
 def keep(mode: str, scores: np.ndarray, weight: np.ndarray, threshold: float, top_n: int | None) -> np.ndarray:
     """
-    :param mode: threshold keeps scores up to it; weights keeps what has a weight above 0; top_n the lowest, of equals
-        the first.
+    :param mode: threshold keeps scores up to it; so does useful, of which agreement then takes a part; weights keeps
+        what has a weight above 0; top_n the lowest, of equals the first.
     :return: an [N] bool array.
     """
-    if mode == "threshold":
+    if mode in ("threshold", "useful"):
         return scores <= threshold
     if mode == "weights":
         return weight > 0

@@ -1,5 +1,5 @@
 """
-How well a segmenter finds the nuclei that patches should show: the evaluation's figure of structure.
+How well a segmenter finds the nuclei that patches should show: the evaluation's figure of structure, and one patch's.
 
 Owns what the segmenter's findings are held against and how they are averaged. Knows no files.
 """
@@ -48,6 +48,14 @@ def structure_metric(segmenter: Segmenter) -> StructureMetric:
         return figures
 
     return measure
+
+
+def agreement_of(segmenter: Segmenter, image: np.ndarray, inst_map: np.ndarray) -> float:
+    """
+    :param image: an [H x W x 3] uint8 array; inst_map: the [H x W] nuclei that it should show.
+    :return: the AJI of what the segmenter finds there, in [0, 1]; 1 where it rightly finds nothing.
+    """
+    return instance_metrics.measure(inst_map, segmenter.segment(image))["aji"]
 
 
 def _summed_up(tallies: Sequence[instance_metrics.Tally], slides: Sequence[str]) -> Figures:

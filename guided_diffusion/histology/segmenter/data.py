@@ -24,13 +24,13 @@ from ...slides import slides_of, without_number
 from ...stains import jitter_stains
 from ..evaluation.runs import MANIFEST
 from ..slides.annotations import TRAIN_SPLIT
+from ..slides.patches import IGNORE_MASKS
 from .decoding import hv_target
 
 _SCALES = (0.8, 1.25)
 _JITTER = 0.35  # of the stains
 _VAL_PIXELS = 400 * 400  # of each held-out slide
-IGNORE_MASKS = "ignore_masks"  # beside inst_masks: not 0 where it is not known whether there are other nuclei
-UNKNOWN = -1  # such a pixel in an instance map
+UNKNOWN = -1  # in an instance map, where it is not known whether there are nuclei
 
 
 @dataclass(frozen=True)

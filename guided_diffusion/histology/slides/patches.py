@@ -16,6 +16,7 @@ from ...files import writing
 
 MODES = ("valid", "mirror")
 SUFFIXES = {"images": ".png", "bin_masks": ".png", "inst_masks": ".tif"}
+IGNORE_MASKS = "ignore_masks"  # beside those: not 0 where it is not known whether there are other nuclei
 PNG_LEVEL = 2  # a third of the time of the default 6, for a few percent more bytes
 
 
