@@ -62,6 +62,11 @@ class Item:
         """The path that it is known by: the image's, else the instance mask's."""
         return self.image or self.inst_mask
 
+    @property
+    def cell_classes(self) -> bool:
+        """Whether the class mask tells classes of cells."""
+        return bool(self.class_mask) and self.class_mask.split("/")[-2 - self.stem.count("/")] == CLASS_FOLDER
+
 
 def list_items(data_dir: str, dataset_mode: str, is_train: bool = True, classes: bool = False) -> list[Item]:
     """

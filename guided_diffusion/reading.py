@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import PurePath
 
 import numpy as np
 from scipy import ndimage
@@ -95,8 +94,7 @@ def _checked(item: Item, spec: ConditionSpec, class_map: np.ndarray, inst_map: n
     :raises ValueError: where the model takes classes, and the masks do not say one of each nucleus.
     """
     path = item.class_mask or item.inst_mask
-    there = item.class_mask is not None and PurePath(item.class_mask).parent.name == cell_classes.FOLDER
-    if spec.cell_classes and not there:
+    if spec.cell_classes and not item.cell_classes:
         raise ValueError(
             f"{item.inst_mask} has no classes in {cell_classes.FOLDER} beside it, which --class_cond True with "
             "--use_hv_map True reads: add them, or turn --class_cond off"

@@ -9,14 +9,20 @@ perturb takes a real layout and moves each nucleus a little. MASKS/inst_masks ge
 depends on --seed, k and the other flags alone. MASKS/structures.json says how far the layouts are from real ones,
 figure by figure, beside how far one half of the real slides is from the other (Wasserstein distance, in standard
 deviations of the real ones); structures.png shows it. The same command goes on, also with a larger --count.
+
+Where DATA has class_masks, MASKS gets class_masks/made_000000.png and classes.json, too: recombine puts in as many
+nuclei of each class as one real mask has, of shapes of that class; with perturb each keeps its own.
 """
 
 import argparse
+import functools
 import json
+import logging
+import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,20 +30,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
-from guided_diffusion import cli, magnification, progress, streams
+from guided_diffusion import cell_classes, cli, magnification, progress, streams
+from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.files import fingerprint, write_json, writing
 from guided_diffusion.histology.structures import statistics
-from guided_diffusion.histology.structures.bank import Bank
+from guided_diffusion.histology.structures.bank import Bank, Layout
 from guided_diffusion.histology.structures.layouts import perturb, recombine
 from guided_diffusion.histology.structures.picture import SHOWN, draw_structures
-from guided_diffusion.image_files import read_inst_mask
+from guided_diffusion.image_files import read_inst_mask, read_mask
 from guided_diffusion.images import STRUCTURES, Item, list_items
 from guided_diffusion.slides import write_table
 
 METHODS = ("recombine", "perturb")
 REPORT, PICTURE, FOLDER = STRUCTURES, "structures.png", "inst_masks"
 
-Make = Callable[[np.random.Generator], np.ndarray]
+Make = Callable[[np.random.Generator], Layout]
+Measured = dict[str, np.ndarray]
 _make: Make | None = None  # of a worker process
 
 
@@ -45,21 +53,30 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check(args)
     items = masked_items(args.data)
-    masks = [read_inst_mask(item.inst_mask) for item in progress.bar(items, "reading", leave=False, delay=1)]
-    make = maker(args, masks)
-    settings = dict(method=args.method, seed=args.seed, size=args.size, masks=fingerprint([i.inst_mask for i in items]))
-    begin(args.out, settings, args.count)
+    own = [item.class_mask if item.cell_classes else None for item in items]
+    table = cell_classes.of_mask(own[0]) if own[0] else []
+    read = functools.partial(read_layout, known=cell_classes.ids_of(table) or range(1, cell_classes.MOST + 1))
+    layouts = [
+        read(item.inst_mask, mask) for item, mask in zip(progress.bar(items, "reading", leave=False, delay=1), own)
+    ]
+    names = class_names(table, layouts)
+    make = maker(args, layouts, names)
+    masks = [item.inst_mask for item in items] + [mask for mask in own if mask]
+    settings = dict(method=args.method, seed=args.seed, size=args.size, masks=fingerprint(masks))
+    begin(args.out, settings, args.count, table, bool(names))
     magnification.pass_on(args.data, args.out)
     paths = [args.out / FOLDER / f"made_{number:06d}.tif" for number in range(args.count)]
     write_table(args.out, [(path.name, path.stem) for path in paths])
-    missing = [number for number, path in enumerate(paths) if not path.exists()]
-    jobs = [(number, args.seed, paths[number]) for number in missing]
+    class_paths = [class_mask_of(path) if names else None for path in paths]
+    jobs = [(number, args.seed, *pair) for number, pair in enumerate(zip(paths, class_paths))]
+    missing = [job for job in jobs if not all(path.exists() for path in job[2:] if path)]
+    measure = functools.partial(measured, names)
     with multiprocessing.get_context("fork").Pool(args.num_workers, set_maker, (make,)) as pool:
-        list(progress.bar(pool.imap_unordered(make_one, jobs, 8), "making", len(jobs)))
-        real = list(progress.bar(pool.imap(statistics.measure, masks, 32), "measuring", len(masks), leave=False))
-        layouts = [read_inst_mask(str(path)) for path in paths]
-        made = list(pool.imap(statistics.measure, layouts, 32))
-    report(args, settings, items, (masks, real), (layouts, made))
+        list(progress.bar(pool.imap_unordered(make_one, missing, 8), "making", len(missing)))
+        real = list(progress.bar(pool.imap(measure, layouts, 32), "measuring", len(layouts), leave=False))
+        made_layouts = [read(*pair) for pair in zip(paths, class_paths)]
+        made = list(pool.imap(measure, made_layouts, 32))
+    report(args, settings, items, names, (layouts, real), (made_layouts, made))
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -91,42 +108,73 @@ def check(args: argparse.Namespace) -> None:
 
 def masked_items(data: Path) -> list[Item]:
     """:return: the training patches of a data folder. :raises ValueError: where they have no instance masks."""
-    items = list_items(str(data), "monuseg")
+    items = list_items(str(data), "monuseg", classes=True)
     if items[0].inst_mask is None:
         raise ValueError(f"DATA {data} has no inst_masks: layouts are made of instances")
     return items
 
 
-def maker(args: argparse.Namespace, masks: list[np.ndarray]) -> Make:
+def read_layout(inst_mask: str | Path, class_mask: str | Path | None, known: Collection[int]) -> Layout:
+    """:return: the nuclei of a mask, and, of a class mask, their classes. :raises ValueError: see of_nuclei."""
+    inst_map = read_inst_mask(inst_mask)
+    if class_mask is None:
+        return Layout(inst_map)
+    return Layout(inst_map, cell_classes.of_nuclei(inst_map, read_mask(class_mask), known, str(class_mask)))
+
+
+def class_names(table: Sequence[CellClass], layouts: Sequence[Layout]) -> dict[int, str]:
+    """:return: number -> name of the classes that there are, by their table, else as they occur."""
+    numbers = {number for layout in layouts for number in layout.classes.values()}
+    return {one.id: one.name for one in table} or {number: str(number) for number in sorted(numbers)}
+
+
+def class_mask_of(path: Path) -> Path:
+    """:return: where the classes of a layout are."""
+    return path.parents[1] / cell_classes.FOLDER / f"{path.stem}.png"
+
+
+def measured(numbers: Collection[int], layout: Layout) -> Measured:
+    """:return: a layout's figures, those of these classes among them."""
+    return {**statistics.measure(layout.inst_map), **statistics.class_shares(layout, numbers)}
+
+
+def maker(args: argparse.Namespace, layouts: list[Layout], names: dict[int, str]) -> Make:
     """:return: what makes a layout. :raises ValueError: where --size does not allow it, or no nucleus is whole."""
     if args.method == "perturb":
-        smallest = min(min(mask.shape) for mask in masks)
+        smallest = min(min(layout.inst_map.shape) for layout in layouts)
         if smallest < args.size:
             raise ValueError(
                 f"--size {args.size}: the smallest mask of DATA is {smallest} px, and perturb makes no more"
             )
-        return lambda rng: perturb(window(masks[int(rng.integers(len(masks)))], args.size, rng), rng)
+        return lambda rng: perturb(window(layouts[int(rng.integers(len(layouts)))], args.size, rng), rng)
     try:
-        bank = Bank.of(masks)
+        bank = Bank.of(layouts)
     except ValueError as error:
         raise ValueError(f"DATA {args.data}: {error}") from None
-    largest = max(max(nucleus.mask.shape) for nucleus in bank.nuclei)
-    if args.size < largest:
-        raise ValueError(f"--size {args.size} is below the largest nucleus of DATA, {largest} px: give more")
+    if args.size < bank.largest:
+        raise ValueError(f"--size {args.size} is below the largest nucleus of DATA, {bank.largest} px: give more")
+    cut = {number for layout in layouts for number in layout.classes.values()} - bank.stocks.keys()
+    for number in sorted(cut):
+        logging.getLogger(__name__).warning(
+            f"class {names[number]} has no whole nucleus in DATA: layouts have none of it"
+        )
     return lambda rng: recombine(bank, args.size, rng)
 
 
-def window(mask: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """:return: a [size x size] part of a mask, anywhere."""
-    top, left = (int(rng.integers(side - size + 1)) for side in mask.shape)
-    return mask[top : top + size, left : left + size]
+def window(layout: Layout, size: int, rng: np.random.Generator) -> Layout:
+    """:return: a [size x size] part of a layout, anywhere."""
+    top, left = (int(rng.integers(side - size + 1)) for side in layout.inst_map.shape)
+    return Layout(layout.inst_map[top : top + size, left : left + size], layout.classes)
 
 
-def begin(out: Path, settings: dict[str, object], count: int) -> None:
+def begin(out: Path, settings: dict[str, object], count: int, table: Sequence[CellClass], classes: bool) -> None:
     """Make the folder, and note what is made in it. :raises ValueError: where it holds something else."""
     path = out / REPORT
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path} is damaged, so what was begun there is not known: give another folder") from None
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
@@ -138,7 +186,10 @@ def begin(out: Path, settings: dict[str, object], count: int) -> None:
             raise ValueError(f"--results_path {out} holds {made} layouts, more than --count {count}: give as many")
     elif (out / FOLDER).exists():
         raise ValueError(f"--results_path {out} holds {FOLDER} that this program did not make: give another folder")
-    (out / FOLDER).mkdir(parents=True, exist_ok=True)
+    for folder in (FOLDER, cell_classes.FOLDER) if classes else (FOLDER,):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    if table:
+        cell_classes.write_classes(out, table)
     if not path.exists():
         write_json(path, {"settings": settings})
 
@@ -148,34 +199,55 @@ def set_maker(make: Make) -> None:
     _make = make
 
 
-def make_one(job: tuple[int, int, Path]) -> None:
-    number, seed, path = job
+def make_one(job: tuple[int, int, Path, Path | None]) -> None:
+    number, seed, path, class_path = job
     layout = _make(streams.rng("layout of nuclei", seed, number))
+    if class_path:
+        with writing(class_path, durable=False) as file:
+            Image.fromarray(cell_classes.painted(layout.inst_map, layout.classes)).save(file, format="PNG")
     with writing(path, durable=False) as file:
-        Image.fromarray(layout.astype(np.uint16)).save(file, format="TIFF", compression="tiff_lzw")
+        Image.fromarray(layout.inst_map.astype(np.uint16)).save(file, format="TIFF", compression="tiff_lzw")
 
 
 def report(
     args: argparse.Namespace,
     settings: dict[str, object],
     items: list[Item],
-    real: tuple[list[np.ndarray], list[dict]],
-    made: tuple[list[np.ndarray], list[dict]],
+    names: dict[int, str],
+    real: tuple[list[Layout], list[Measured]],
+    made: tuple[list[Layout], list[Measured]],
 ) -> None:
     """Write structures.json and structures.png, and print the table. Of each kind: layouts, and what they measure."""
     values = [statistics.pooled(measured) for _, measured in (real, made)]
     slides = [item.slide for item in items]
     halves = statistics.between_halves(real[1], slides, streams.rng("halves of slides", args.seed))
     away = statistics.distances(*values)
-    figures = {name: {"distance": away[name], "between_halves": halves[name]} for name in statistics.FIGURES}
-    write_json(args.out / REPORT, {"settings": settings, "count": args.count, "figures": figures})
+    figures = {name: {"distance": away[name], "between_halves": halves[name]} for name in halves}
+    classes = {name: figures.pop(f"class {number}") for number, name in names.items()}
+    for kind, (layouts, _) in ({"real": real, "made": made} if names else {}).items():
+        nuclei = [layout.class_of(own) for layout in layouts for own in np.unique(layout.inst_map).tolist() if own]
+        for number, name in names.items():
+            classes[name][kind] = nuclei.count(number) / max(len(nuclei), 1)
+    rows = {"figures": for_json(figures), **({"classes": for_json(classes)} if classes else {})}
+    write_json(args.out / REPORT, {"settings": settings, "count": args.count, **rows})
     order = streams.rng("shown layouts", args.seed).permutation(len(items))[:SHOWN]
+    shares = {name: (row["real"], row["made"]) for name, row in classes.items()}
     with writing(args.out / PICTURE) as file:
-        draw_structures(*values, figures, ([real[0][i] for i in order], made[0]), file)
+        draw_structures(*values, figures, ([real[0][i] for i in order], made[0]), shares, file)
     print(f"{'':10} distance  between halves of the slides")
     for name, row in figures.items():
         print(f"{name:10} {row['distance']:8.3f}  {row['between_halves']:.3f}")
+    for name, row in classes.items():
+        print(f"{name:10} {row['distance']:8.3f}  {row['between_halves']:.3f}  {row['real']:.3f} real, ", end="")
+        print(f"{row['made']:.3f} made: share of the nuclei")
     print(f"{args.out}: {args.count} layouts; look at {args.out / PICTURE}")
+
+
+def for_json(figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """:return: figures as JSON can hold them: None in place of NaN."""
+    return {
+        name: {key: None if math.isnan(value) else value for key, value in row.items()} for name, row in figures.items()
+    }
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@
 #   ITERATIONS "030000 040000 050000", S_VALUES "1.3 1.4 1.5 1.6": the sweep; RATIO 1: synthetic patches a real one;
 #   STRUCTURES real: whose nuclei samples show; recombine: layouts made of the nuclei of a cluster's real ones; both:
 #   half of the samples each (docs/pipeline.md);
+#   CLASSES: K, one more than the largest id in RAW's classes.json: models take the classes of cells, and samples have
+#   them (docs/data.md); no classes if empty;
 #   UNLABELLED: folders of images without masks that the trainings learn from as well, none if empty (docs/training.md);
 #   BACKBONE efficientnet_lite0; TIME_LIMIT: seconds, after which all is stopped with exit code 75, to go on with the
 #   same command. flags.sh lists what else the environment sets.
@@ -61,6 +63,8 @@ case $STRUCTURES in real) least=0 ;; recombine) least=1 ;; both) least=2 ;; esac
 ((10#${NUM_SAMPLES:-1000} >= least)) \
     || die "STRUCTURES=$STRUCTURES with NUM_SAMPLES=$NUM_SAMPLES: give $least samples at least"
 
+[[ ${CLASSES:-2} =~ ^0*[1-9][0-9]*$ ]] || die "CLASSES=$CLASSES is not a number of classes"
+
 export CLUSTERS=${CLUSTERS:-} BACKBONE=${BACKBONE:-efficientnet_lite0} RATIO=${RATIO:-1} EMA_RATE=${EMA_RATE:-0.9999}
 export SDM_PATCH_FLAGS="--patch_size 128 --stride 128" SDM_CLUSTER_FLAGS="--reduce pca --cluster kmeans"
 export SDM_FILTER_FLAGS='' SDM_MODEL_FLAGS='' SDM_TRAIN_FLAGS=''
@@ -74,6 +78,7 @@ if [[ -n $toy ]]; then
     SDM_TRAIN_FLAGS="--lr 5e-4 --val_interval 10 --use_checkpoint False --preview_samples 1 "
 fi
 SDM_TRAIN_FLAGS+="--ema_rate $EMA_RATE"
+[[ -z ${CLASSES:-} ]] || SDM_MODEL_FLAGS+=" --class_cond True --num_classes $CLASSES"
 if [[ -n $toy && ! -d $raw && ! " ${flags[*]} " =~ \ (-n|--dry-?run)\  ]]; then
     # Aside, since half a RAW would pass for a whole one; what a kill left of it is drawn over.
     "${PYTHON:-python}" "$ROOT/scripts/make_toy_monuseg.py" "$raw.part"

@@ -112,6 +112,12 @@ def test_classes_of_cells_go_through(data_dir, model_path, tmp_path):
     assert manifest(run(data, path, out, "--num_samples", "3", *extra)) == before
     run(data, path, out, "--num_samples", "3", *extra, "--overwrite", "True")
     assert len(cell_classes.read_classes(out)) == 2
+    # Structures without images have classes, too, where they lie beside them.
+    folders = ["--structure_dir", str(out), "--min_nucleus", "0", "--first", "True", "--num_samples", "3"]
+    again = run(data, path, tmp_path / "again", *folders, *extra)
+    assert cell_classes.read_classes(again) == cell_classes.read_classes(out)
+    for one, other in zip(sorted(manifest(out), key=lambda row: row["stem"]), manifest(again), strict=True):
+        assert one["classes"] == other["classes"]
     plain = run(data, model_path, tmp_path / "plain", "--num_samples", "1")
     assert not (plain / "class_masks").exists() and not (plain / "classes.json").exists()
     assert set(np.unique(np.asarray(Image.open(next((plain / "labels").iterdir()))))) <= {0, 255}

@@ -8,7 +8,7 @@ import pytest
 from conftest import write_patches
 from PIL import Image
 
-from guided_diffusion import cli, magnification
+from guided_diffusion import cell_classes, cli, magnification
 from guided_diffusion.histology.slides import toy
 from guided_diffusion.histology.structures.statistics import FIGURES
 from guided_diffusion.images import list_structures
@@ -66,6 +66,52 @@ def test_layouts_report_and_going_on(data, tmp_path, capsys, method):
     assert "4 layouts; look at" in capsys.readouterr().out
 
 
+@pytest.fixture
+def with_classes(data):
+    """The same, with two classes of nuclei, by their area."""
+    (data / "MoNuSegTrainingData/class_masks").mkdir()
+    for path in (data / "MoNuSegTrainingData/inst_masks").iterdir():
+        inst = np.asarray(Image.open(path))
+        classes = np.where(inst > 0, 1 + (np.bincount(inst.ravel())[inst] > 120), 0).astype(np.uint8)
+        Image.fromarray(classes).save(data / f"MoNuSegTrainingData/class_masks/{path.stem}.png")
+    cell_classes.write_classes(data, cell_classes.named(["small", "large"]))
+    return data
+
+
+@pytest.mark.parametrize("method", make_structures.METHODS)
+def test_classes_go_with_their_nuclei(with_classes, tmp_path, capsys, method):
+    out, flags = tmp_path / "out", ["--count", "3", "--size", "64", "--method", method]
+    made = make(with_classes, out, *flags)
+    assert cell_classes.read_classes(out) == cell_classes.named(["small", "large"])
+    items, counts = list_structures(str(out), "--structure_dir", classes=True), np.zeros(3)
+    assert all(item.cell_classes for item in items)
+    paths = sorted((out / "class_masks").iterdir())
+    for (name, inst), path in zip(made.items(), paths, strict=True):
+        assert path.stem == name[:-4]
+        numbers = cell_classes.of_nuclei(inst.astype(int), np.asarray(Image.open(path)), (1, 2), name).values()
+        counts += np.bincount(list(numbers), minlength=3)
+    report = json.loads((out / "structures.json").read_text())
+    assert list(report["figures"]) == list(FIGURES) and list(report["classes"]) == ["small", "large"]
+    for number, row in enumerate(report["classes"].values(), 1):
+        assert row["made"] == pytest.approx(counts[number] / counts.sum())
+        assert row["between_halves"] >= 0 <= row["distance"] and 0.1 < row["real"] < 0.9
+    assert "made: share of the nuclei" in capsys.readouterr().out
+    before = paths[1].read_bytes()
+    paths[1].unlink()
+    make(with_classes, out, *flags)
+    assert paths[1].read_bytes() == before
+
+
+def test_class_masks_that_are_wrong_are_named(with_classes, tmp_path):
+    path = with_classes / "MoNuSegTrainingData/class_masks/slide-0_001.png"
+    Image.fromarray(np.asarray(Image.open(path)) * np.uint8(3)).save(path)
+    with pytest.raises(
+        ValueError, match=r"slide-0_001.png: nucleus \d+ is of class [36], which is not in classes.json"
+    ):
+        make(with_classes, tmp_path / "out", "--count", "1", "--size", "64")
+    assert not (tmp_path / "out").exists()
+
+
 MISTAKES = {
     "count": (["--count", "0"], "--count 0 must be at least 1"),
     "method": (["--method", "paint"], "unknown --method paint: choose one of recombine, perturb"),
@@ -73,6 +119,8 @@ MISTAKES = {
     "large": (["--size", "97", "--method", "perturb"], "--size 97: the smallest mask of DATA is 96 px"),
     "among the data": (["--out", "data/masks"], "lies among the data"),
     "file": (["--out", "file"], "--results_path file is a file"),
+    "damaged": (["--out", "damaged"], "damaged/structures.json is damaged, so what was begun there is not known"),
+    "not even a table": (["--out", "broken"], "broken/structures.json is damaged"),
     "strange": (["--out", "strange"], "--results_path strange holds inst_masks that this program did not make"),
 }
 
@@ -82,6 +130,9 @@ def test_mistakes_give_one_line_and_write_nothing(data, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "strange/inst_masks").mkdir(parents=True)
+    for folder, text in (("damaged", '{"settings": {"met'), ("broken", "[1]")):
+        (tmp_path / folder / "inst_masks").mkdir(parents=True)
+        (tmp_path / folder / "structures.json").write_text(text)
     flags, message = MISTAKES[name]
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:

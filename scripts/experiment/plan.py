@@ -20,7 +20,6 @@ from guided_diffusion import cli
 from guided_diffusion.histology.slides import scales
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT, find_slides
 from guided_diffusion.histology.slides.patches import patch_count
-from guided_diffusion.options import str2bool
 from guided_diffusion.slides import hold_out, keep
 
 
@@ -41,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     batch, processes, val_share = settings["DIFFUSION_BATCH"], int(os.environ["NPROC"]), float(os.environ["VAL_SHARE"])
     if batch < 1 or batch % processes:
         raise ValueError(f"DIFFUSION_BATCH={batch} is no multiple of NPROC={processes}: change one of them")
-    check_made(os.environ["STRUCTURES"], int(os.environ["SAMPLES"]), os.environ["SDM_MODEL_FLAGS"])
+    if os.environ["STRUCTURES"] == "both" and int(os.environ["SAMPLES"]) == 1:
+        raise ValueError("STRUCTURES=both with SAMPLES=1: give 2 samples at least, or 0")
     counts = count_patches(raw, shlex.split(os.environ["SDM_PATCH_FLAGS"]))
     print(f"{processes} process(es), each with {batch // processes} of {batch} patches a step of the diffusion model")
     print("| share | slides | held out | patches | seen by the diffusion model | its steps | epochs |")
@@ -86,24 +86,6 @@ def cell_of(counts: dict[str, int], fraction: float, seed: int, val_share: float
     slides = keep(counts, fraction / 100, seed)
     held = hold_out(slides, val_share, seed)
     return Cell(len(slides), len(held), sum(counts[s] for s in slides), sum(counts[s] for s in slides - held))
-
-
-def check_made(kind: str, samples: int, flags: str) -> None:
-    """
-    :param kind: STRUCTURES. :param samples: how many of all kinds; 0: as many as real ones. :param flags: the model's.
-    :raises ValueError: where made structures are wanted, and would be none, or have no classes that the model takes.
-    """
-    if kind == "both" and samples == 1:
-        raise ValueError("STRUCTURES=both with SAMPLES=1: give 2 samples at least, or 0")
-    parser = cli.FlagParser(add_help=False)
-    for name in ("--class_cond", "--use_hv_map"):
-        parser.add_argument(name, type=str2bool, default=False)
-    model = parser.parse_known_args(shlex.split(flags))[0]
-    if kind != "real" and model.class_cond and model.use_hv_map:
-        raise ValueError(
-            f"STRUCTURES={kind} with --class_cond True and --use_hv_map True in MODEL_FLAGS: made structures have no "
-            "classes of cells; give real, or turn --class_cond off"
-        )
 
 
 def image_size(flags: str) -> int:

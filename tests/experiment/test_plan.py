@@ -56,34 +56,17 @@ def test_patches_are_counted_at_the_magnification_they_are_brought_to(raw):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("SAMPLES", "1", "STRUCTURES=both with SAMPLES=1: give 2"),
         ("NPROC", "5", "DIFFUSION_BATCH=32 is no multiple of NPROC=5"),
         ("DIFFUSION_BATCH", "256", "FRACTIONS: 10 % of the slides give the diffusion model 128 patches, fewer than"),
     ],
 )
 def test_what_cannot_is_refused(raw, shipped, monkeypatch, name, value, message):
     monkeypatch.setenv("NPROC", "1")
+    monkeypatch.setenv("STRUCTURES", "both")
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         plan.main([str(raw)])
-
-
-@pytest.mark.parametrize(
-    ("kind", "samples", "flags", "message"),
-    [
-        ("both", 1, "", "STRUCTURES=both with SAMPLES=1: give 2"),
-        (
-            "recombine",
-            0,
-            "--class_cond=True --use_hv_map true",
-            "STRUCTURES=recombine with --class_cond True and --use_hv",
-        ),
-    ],
-)
-def test_structures_that_cannot_be_made_are_refused(kind, samples, flags, message):
-    with pytest.raises(ValueError, match=message):
-        plan.check_made(kind, samples, flags)
-    plan.check_made("real", samples, flags)
-    plan.check_made(kind, 0, flags.partition(" ")[0])
 
 
 @pytest.mark.parametrize("flags", ["--lr 1 --image_size 32 --num_channels 8", "--image_size=32", "--lr 1"])

@@ -15,10 +15,14 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import write_images
+from PIL import Image
 
-from guided_diffusion import cli
+from guided_diffusion import cell_classes, cli
+from guided_diffusion.histology.slides import toy as toy_slides
+from guided_diffusion.image_files import read_inst_mask, read_mask
 from guided_diffusion.images import list_items
 from scripts import make_toy_monuseg
 
@@ -275,6 +279,7 @@ def test_slides_that_were_not_drawn_to_the_end_are_drawn_again(toy, tmp_path):
         ({"STRUCTURES": "new"}, "STRUCTURES=new: give real, recombine or both"),
         ({"STRUCTURES": "recombine", "NUM_SAMPLES": "0"}, "with NUM_SAMPLES=0: give 1 samples at least"),
         ({"STRUCTURES": "both", "NUM_SAMPLES": "1"}, "STRUCTURES=both with NUM_SAMPLES=1: give 2 samples at least"),
+        ({"CLASSES": "many"}, "CLASSES=many is not a number of classes"),
         ({"NUM_SAMPLES": "few"}, "NUM_SAMPLES=few is not a number of samples"),
         ({"PYTHON": "nowhere/python"}, "PYTHON=nowhere/python is not a program"),
     ],
@@ -305,16 +310,36 @@ def test_mistaken_places(toy, tmp_path, raw):
 
 @pytest.fixture(scope="module")
 def real(quick, tmp_path_factory) -> tuple[Path, Path]:
-    """Slides, and what the pipeline makes of them where nothing stops it."""
+    """Slides with two classes of cells, and what the pipeline makes of them where nothing stops it."""
     folder = tmp_path_factory.mktemp("real")
-    make_toy_monuseg.main([str(folder / "raw"), "--train", "6", "--test", "2", "--size", "256"])
+    for number in range(8):
+        slide = toy_slides.draw_slide(number, 256)
+        large = np.bincount(slide.inst_map.ravel())[slide.inst_map] > 250
+        arrays = {
+            "images": slide.image,
+            "inst_masks": slide.inst_map,
+            "class_masks": (slide.inst_map > 0) * (1 + large),
+        }
+        for name, array in arrays.items():
+            path = folder / "raw" / ("train" if number < 6 else "test") / name / f"slide-{number}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            array = array.astype(np.uint8) if name == "class_masks" else array
+            Image.fromarray(array).save(path.with_suffix(".tif" if name == "inst_masks" else ".png"))
+    cell_classes.write_classes(folder / "raw", cell_classes.named(["small", "large"]))
     run = start_real(quick, folder / "raw", folder / "out")
     assert run.wait(timeout=1500) == 0, (folder / "out.log").read_text()[-3000:]
     return folder / "raw", folder / "out"
 
 
 def start_real(python: Path, raw: Path, out: Path) -> subprocess.Popen:
-    env = {**os.environ, "PYTHON": str(python), "ENGINE": sys.executable, "NPROC": "1", "STRUCTURES": "both"}
+    env = {
+        **os.environ,
+        "PYTHON": str(python),
+        "ENGINE": sys.executable,
+        "NPROC": "1",
+        "STRUCTURES": "both",
+        "CLASSES": "3",
+    }
     with open(f"{out}.log", "a") as log:
         return subprocess.Popen(["bash", PIPELINE, raw, out, "--toy"], env=env, stdout=log, stderr=log)
 
@@ -322,11 +347,22 @@ def start_real(python: Path, raw: Path, out: Path) -> subprocess.Popen:
 @pytest.mark.slow
 def test_real_programs_make_a_set(real):
     _, out = real
-    items, real_items = list_items(str(out / "set"), "monuseg"), list_items(str(out / "patches"), "monuseg")
+    items, real_items = (
+        list_items(str(out / "set"), "monuseg", classes=True),
+        list_items(str(out / "patches"), "monuseg"),
+    )
     with open(out / "set" / "manifest.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     sources = [row["source"] for row in rows]
     assert {row["structure_kind"] for row in rows if row["source"] == "synthetic"} == {"real", "recombine"}
+    assert cell_classes.read_classes(out / "set") == cell_classes.named(["small", "large"])
+    assert all(
+        "1:" in "".join(row["classes"] for row in rows if row["structure_kind"] == kind)
+        for kind in ("real", "recombine")
+    )
+    for item in items:
+        inst_map, class_map = read_inst_mask(item.inst_mask), read_mask(item.class_mask)
+        cell_classes.of_nuclei(inst_map, class_map, (1, 2), item.class_mask)
     assert sources.count("real") == len(real_items) == 96 and sources.count("synthetic") == len(items) - 96 == 10
 
 

@@ -1,16 +1,35 @@
 """
 What real masks say of nuclei and of how they lie: the bank that new layouts are made of.
 
-Knows instance maps, not their files.
+Knows instance maps and the classes of their nuclei, not their files.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
 from skimage.measure import regionprops
+
+UNKNOWN = 0  # the class of nuclei that have none
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    Nuclei that lie beside each other.
+
+    :param inst_map: an [H x W] integer array of instance ids, 0 outside nuclei.
+    :param classes: the class of each, as cell_classes.of_nuclei gives it; of those that are missing it is UNKNOWN.
+    """
+
+    inst_map: np.ndarray
+    classes: Mapping[int, int] = field(default_factory=dict)
+
+    def class_of(self, own: int) -> int:
+        """:return: the class of a nucleus, by its id."""
+        return self.classes.get(own, UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -21,11 +40,13 @@ class Nucleus:
     :param mask: an [h x w] boolean array that just holds it.
     :param angle: of its longer axis, in radians, from the x-axis towards the y-axis.
     :param weight: how many it stands for: the larger a nucleus, the likelier a mask's border cuts it.
+    :param number: its class.
     """
 
     mask: np.ndarray
     angle: float
     weight: float
+    number: int = UNKNOWN
 
     @property
     def area(self) -> int:
@@ -34,54 +55,57 @@ class Nucleus:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class Share:
     """
-    How the nuclei of one real mask lie.
+    What the nuclei of one class in one real mask are like.
 
     :param density: nuclei a pixel; what the border cuts counts by half, at a corner by a quarter.
     :param areas: [N] in pixels, of its whole nuclei, and angles, [N], and weights, [N], theirs. Where it has none,
         those of all masks that are no smaller than the largest part in sight.
-    :param gaps: [M] pixels between the edges of each nucleus and its nearest neighbour; 1 where they touch.
     """
 
     density: float
     areas: np.ndarray
     angles: np.ndarray
     weights: np.ndarray
+
+    @classmethod
+    def of(cls, density: float, nuclei: list[Nucleus]) -> "Share":
+        """Measure nuclei, of which there is one at least."""
+        rows = np.array([(nucleus.area, nucleus.angle, nucleus.weight) for nucleus in nuclei])
+        return cls(density, *rows.T)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """
+    How the nuclei of one real mask lie.
+
+    :param shares: class -> what its nuclei are like, of the classes that the mask has.
+    :param gaps: [M] pixels between the edges of each nucleus and its nearest neighbour; 1 where they touch.
+    """
+
+    shares: Mapping[int, Share]
     gaps: np.ndarray
 
 
 @dataclass(frozen=True)
-class Bank:
+class Stock:
     """
-    Nuclei, sorted by area, and patterns.
+    The whole nuclei of one class.
 
-    :param nuclei: of all masks.
+    :param nuclei: of all masks, sorted by area.
     :param areas: [N] theirs, in pixels.
-    :param patterns: one a mask: without those of large nuclei, which small masks cut, and those of none, there would be
-        too many nuclei in what is made of them.
     """
 
     nuclei: list[Nucleus]
     areas: np.ndarray
-    patterns: list[Pattern]
 
     @classmethod
-    def of(cls, inst_maps: Iterable[np.ndarray]) -> "Bank":
-        """
-        :param inst_maps: [H x W] integer arrays.
-        :raises ValueError: where none has a whole nucleus.
-        """
-        looks = [look(inst_map) for inst_map in inst_maps]
-        nuclei = sorted((nucleus for own, _, _ in looks for nucleus in own), key=lambda nucleus: nucleus.area)
-        if not nuclei:
-            raise ValueError("no mask has a nucleus that its border does not cut")
-        areas = np.array([nucleus.area for nucleus in nuclei])
-        patterns = []
-        for own, spread, part in looks:
-            known = own or nuclei[min(int(np.searchsorted(areas, part)), len(nuclei) - 1) :]
-            patterns.append(Pattern(**spread, **measures(known)))
-        return cls(nuclei, areas, patterns)
+    def of(cls, nuclei: Iterable[Nucleus]) -> "Stock":
+        """Sort nuclei."""
+        ascending = sorted(nuclei, key=lambda nucleus: nucleus.area)
+        return cls(ascending, np.array([nucleus.area for nucleus in ascending]))
 
     def like(self, area: float, rng: np.random.Generator, among: int = 20) -> Nucleus:
         """:return: one of the nuclei whose areas come nearest to one."""
@@ -89,26 +113,65 @@ class Bank:
         first = min(max(0, place - among // 2), max(0, len(self.nuclei) - among))
         return self.nuclei[int(rng.integers(first, min(first + among, len(self.nuclei))))]
 
+    def from_area(self, area: float) -> list[Nucleus]:
+        """:return: the nuclei that are no smaller; one at least."""
+        return self.nuclei[min(int(np.searchsorted(self.areas, area)), len(self.nuclei) - 1) :]
 
-def look(inst_map: np.ndarray) -> tuple[list[Nucleus], dict[str, Any], int]:
-    """:return: the whole nuclei of an instance map, its Pattern's density and gaps, the area of its largest part."""
-    height, width = inst_map.shape
-    nuclei, count, largest = [], 0.0, 0
-    for region in regionprops(inst_map.astype(np.int32)):
+
+@dataclass(frozen=True)
+class Bank:
+    """
+    Nuclei by their classes, and patterns.
+
+    :param stocks: class -> its nuclei; classes of which no mask has a whole nucleus are missing, here and in patterns.
+    :param patterns: one a mask: without those of large nuclei, which small masks cut, and those of none, there would be
+        too many nuclei in what is made of them.
+    """
+
+    stocks: Mapping[int, Stock]
+    patterns: list[Pattern]
+
+    @classmethod
+    def of(cls, layouts: Iterable[Layout]) -> "Bank":
+        """:raises ValueError: where none has a whole nucleus."""
+        looks = [look(layout) for layout in layouts]
+        nuclei = [nucleus for own, _, _ in looks for nucleus in own]
+        if not nuclei:
+            raise ValueError("no mask has a nucleus that its border does not cut")
+        numbers = sorted({nucleus.number for nucleus in nuclei})
+        stocks = {number: Stock.of(one for one in nuclei if one.number == number) for number in numbers}
+        patterns = []
+        for own, seen, between in looks:
+            shares = {}
+            for number in sorted(seen.keys() & stocks.keys()):
+                density, part = seen[number]
+                known = [nucleus for nucleus in own if nucleus.number == number]
+                shares[number] = Share.of(density, known or stocks[number].from_area(part))
+            patterns.append(Pattern(shares, between))
+        return cls(stocks, patterns)
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """Pixels of the longest side of a nucleus's box."""
+        return max(max(nucleus.mask.shape) for stock in self.stocks.values() for nucleus in stock.nuclei)
+
+
+def look(layout: Layout) -> tuple[list[Nucleus], dict[int, tuple[float, int]], np.ndarray]:
+    """:return: the whole nuclei of a layout; class -> its density (see Share) and largest area; a Pattern's gaps."""
+    height, width = layout.inst_map.shape
+    nuclei, counts, largest = [], {}, {}
+    for region in regionprops(layout.inst_map.astype(np.int32)):
         top, left, bottom, right = region.bbox
+        number = layout.class_of(region.label)
         cut = (top == 0) + (left == 0) + (bottom == height) + (right == width)
-        count, largest = count + 0.5**cut, max(largest, int(region.area))
+        counts[number] = counts.get(number, 0.0) + 0.5**cut
+        largest[number] = max(largest.get(number, 0), int(region.area))
         if not cut:
             # The share of all places in which the border would have cut it.
             seen = (height - (bottom - top)) * (width - (right - left)) / (height * width)
-            nuclei.append(Nucleus(region.image, angle_of(region.orientation), 1 / max(seen, 0.05)))
-    return nuclei, {"density": count / inst_map.size, "gaps": gaps(inst_map)}, largest
-
-
-def measures(nuclei: list[Nucleus]) -> dict[str, np.ndarray]:
-    """What a Pattern says of nuclei, one by one."""
-    rows = np.array([(nucleus.area, nucleus.angle, nucleus.weight) for nucleus in nuclei])
-    return dict(zip(("areas", "angles", "weights"), rows.T))
+            nuclei.append(Nucleus(region.image, angle_of(region.orientation), 1 / max(seen, 0.05), number))
+    seen_of = {number: (count / layout.inst_map.size, largest[number]) for number, count in counts.items()}
+    return nuclei, seen_of, gaps(layout.inst_map)
 
 
 def angle_of(orientation: float) -> float:

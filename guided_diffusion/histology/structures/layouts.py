@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from skimage.measure import regionprops
 
-from .bank import Bank, Nucleus, Pattern, angle_of
+from .bank import UNKNOWN, Bank, Layout, Nucleus, Pattern, angle_of
 
 PLACES = 64  # that are tried for a nucleus
 PAIRED = 0.7  # share of the nuclei that are put beside one that is there; the others fall where there is room
@@ -19,40 +19,43 @@ SMOOTH = 0.9  # px, of edges: with it, turned nuclei have the solidity of real o
 _PAD = 4
 
 
-def recombine(bank: Bank, size: int, rng: np.random.Generator) -> np.ndarray:
+def recombine(bank: Bank, size: int, rng: np.random.Generator) -> Layout:
     """
-    Make a layout as a real mask's nuclei lie, of the nuclei of all: as dense, of such sizes, directions and gaps.
+    Make a layout as a real mask's nuclei lie, of the nuclei of all: of each class as dense, of such sizes and
+    directions, and with such gaps.
 
     :param bank: of real masks.
     :param size: height and width, in pixels.
-    :return: a [size x size] int32 instance map. No two nuclei overlap; the border cuts some.
+    :return: a [size x size] int32 instance map, and its classes. No two nuclei overlap; the border cuts some.
     """
     pattern = bank.patterns[int(rng.integers(len(bank.patterns)))]
-    margin = max(max(nucleus.mask.shape) for nucleus in bank.nuclei) // 2 + 1
+    margin = bank.largest // 2 + 1
     ground = Ground(size + 2 * margin)
-    for area in _areas(pattern, ground.side**2, rng):
-        ground.place(_drawn(bank, pattern, area, rng), _gap(pattern, rng), rng.random() < PAIRED, rng)
-    return numbered(ground.inst_map[margin:-margin, margin:-margin])
+    for area, number in _areas(pattern, ground.side**2, rng):
+        mask = _drawn(bank, pattern, number, area, rng)
+        ground.place(mask, _gap(pattern, rng), rng.random() < PAIRED, rng, number)
+    return ground.layout(margin)
 
 
-def perturb(inst_map: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def perturb(layout: Layout, rng: np.random.Generator) -> Layout:
     """
     Move, turn, scale and bend each nucleus of a layout a little. Those that the border cuts move along it or over it,
     so that no cut edge comes into sight.
 
-    :param inst_map: a [size x size] integer array.
+    :param layout: [size x size].
     :return: another one, int32. Nuclei that find no place of their own lose what lies under others.
     """
-    ground = Ground(len(inst_map))
-    regions = regionprops(inst_map.astype(np.int32))
+    ground = Ground(len(layout.inst_map))
+    regions = regionprops(layout.inst_map.astype(np.int32))
     # The cut ones first, which have the least choice, then the largest.
     for region in sorted(regions, key=lambda region: (not any(_sides(region.bbox, ground.side)), -region.area)):
         top, left = region.bbox[:2]
-        nucleus, sides = Nucleus(region.image, angle_of(region.orientation), 1.0), _sides(region.bbox, ground.side)
+        number, sides = layout.class_of(region.label), _sides(region.bbox, ground.side)
+        nucleus = Nucleus(region.image, angle_of(region.orientation), 1.0, number)
         tried = (_moved(nucleus, sides, strength, rng) for strength in np.linspace(1, 0, TRIES))
-        if not any(ground.put(mask, top + down, left + right) for mask, down, right in tried):
-            ground.put_under(region.image, top, left)
-    return numbered(ground.inst_map)
+        if not any(ground.put(mask, top + down, left + right, number) for mask, down, right in tried):
+            ground.put_under(region.image, top, left, number)
+    return ground.layout()
 
 
 def _moved(
@@ -81,22 +84,28 @@ def _outward(step: float, at_start: bool, at_end: bool) -> float:
     return -abs(step) if at_start else abs(step) if at_end else step
 
 
-def _areas(pattern: Pattern, pixels: int, rng: np.random.Generator) -> np.ndarray:
-    """The areas of the nuclei that lie in so many pixels, the largest first, which find a place the least easily."""
-    count = int(pattern.density * pixels + rng.random())
-    chance = pattern.weights / pattern.weights.sum()
-    areas = rng.choice(pattern.areas, count, p=chance) * np.exp(rng.normal(0, 0.1, count))
-    return np.sort(areas)[::-1]
+def _areas(pattern: Pattern, pixels: int, rng: np.random.Generator) -> list[tuple[float, int]]:
+    """
+    The areas and classes of the nuclei that lie in so many pixels, the largest first, which find a place the least
+    easily.
+    """
+    drawn = []
+    for number, share in pattern.shares.items():
+        count = int(share.density * pixels + rng.random())
+        chance = share.weights / share.weights.sum()
+        areas = rng.choice(share.areas, count, p=chance) * np.exp(rng.normal(0, 0.1, count))
+        drawn += [(float(area), number) for area in areas]
+    return sorted(drawn, reverse=True)
 
 
 def _gap(pattern: Pattern, rng: np.random.Generator) -> float:
     return float(rng.choice(pattern.gaps)) if len(pattern.gaps) else 0.0
 
 
-def _drawn(bank: Bank, pattern: Pattern, area: float, rng: np.random.Generator) -> np.ndarray:
-    """A nucleus of the bank, of about this area and a direction as the pattern's."""
-    nucleus = bank.like(area, rng)
-    angle = float(rng.choice(pattern.angles)) + rng.normal(0, 0.2)
+def _drawn(bank: Bank, pattern: Pattern, number: int, area: float, rng: np.random.Generator) -> np.ndarray:
+    """A nucleus of the bank, of this class, about this area and a direction as the pattern's."""
+    nucleus = bank.stocks[number].like(area, rng)
+    angle = float(rng.choice(pattern.shares[number].angles)) + rng.normal(0, 0.2)
     scale = float(np.clip(np.sqrt(area / nucleus.area), 0.85, 1.18))
     return changed(nucleus, angle, scale, bend=rng.normal(0, 0.08), mirrored=rng.random() < 0.5)
 
@@ -136,14 +145,17 @@ class Ground:
     def __init__(self, side: int) -> None:
         self.side = side
         self.inst_map = np.zeros((side, side), np.int32)
-        self.count = 0
+        self.classes: list[int] = []  # of the nuclei with ids 1, 2, ...
 
-    def place(self, mask: np.ndarray, gap: float, paired: bool, rng: np.random.Generator) -> bool:
+    def place(
+        self, mask: np.ndarray, gap: float, paired: bool, rng: np.random.Generator, number: int = UNKNOWN
+    ) -> bool:
         """
         Put a nucleus somewhere.
 
         :param mask: a boolean array that just holds it.
         :param gap: pixels to the nearest of the others: about so many where it is paired, else that or more.
+        :param number: its class.
         :return: whether there was room.
         """
         if not mask.any():
@@ -154,7 +166,7 @@ class Ground:
         rows, columns = rows[chosen] - height // 2, columns[chosen] - width // 2
         away = self._away()
         radius = np.sqrt(mask.sum() / np.pi)
-        if paired and self.count:
+        if paired and self.classes:
             good = np.abs(away - gap - radius) <= 0.3 * radius + 1
         else:
             good = away >= gap + 0.8 * radius
@@ -167,19 +179,20 @@ class Ground:
             seen_y = np.clip(y[:, None] + rows, 0, self.side - 1)
             seen_x = np.clip(x[:, None] + columns, 0, self.side - 1)
             nearest = away[seen_y, seen_x].min(axis=1)
-            wrong = np.abs(nearest - gap) if paired and self.count else np.maximum(gap - nearest, 0)
+            wrong = np.abs(nearest - gap) if paired and self.classes else np.maximum(gap - nearest, 0)
             for choice in np.argsort(wrong, kind="stable"):
-                if nearest[choice] >= 1 and self.put(mask, int(y[choice]) - height // 2, int(x[choice]) - width // 2):
+                top, left = int(y[choice]) - height // 2, int(x[choice]) - width // 2
+                if nearest[choice] >= 1 and self.put(mask, top, left, number):
                     return True
         return False
 
     def _away(self) -> np.ndarray:
         """[side x side] pixels to the nearest nucleus; far where there is none."""
-        if not self.count:
+        if not self.classes:
             return np.full((self.side, self.side), np.float32(2 * self.side))
         return cv2.distanceTransform((self.inst_map == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
-    def put(self, mask: np.ndarray, top: int, left: int) -> bool:
+    def put(self, mask: np.ndarray, top: int, left: int, number: int = UNKNOWN) -> bool:
         """Put a nucleus at a place, what goes over the side cut off, unless it lies on another."""
         rows = slice(max(0, top), min(self.side, top + mask.shape[0]))
         columns = slice(max(0, left), min(self.side, left + mask.shape[1]))
@@ -188,25 +201,29 @@ class Ground:
             return False
         if not part.any():
             return False
-        self.count += 1
-        self.inst_map[rows, columns][part] = self.count
+        self._mark(rows, columns, part, number)
         return True
 
-    def put_under(self, mask: np.ndarray, top: int, left: int) -> None:
+    def put_under(self, mask: np.ndarray, top: int, left: int, number: int = UNKNOWN) -> None:
         """Put what others leave of a nucleus at a place in the square, if that is most of it."""
         rows, columns = slice(top, top + mask.shape[0]), slice(left, left + mask.shape[1])
         free = largest_part(mask & (self.inst_map[rows, columns] == 0))
         if 2 * free.sum() > mask.sum():
-            self.count += 1
-            self.inst_map[rows, columns][free] = self.count
+            self._mark(rows, columns, free, number)
 
+    def _mark(self, rows: slice, columns: slice, mask: np.ndarray, number: int) -> None:
+        self.classes.append(number)
+        self.inst_map[rows, columns][mask] = len(self.classes)
 
-def numbered(inst_map: np.ndarray) -> np.ndarray:
-    """:return: an instance map with ids from 1 without gaps, and of each nucleus its largest part alone."""
-    result = np.zeros(inst_map.shape, np.int32)
-    for number, own in enumerate(np.unique(inst_map[inst_map != 0]), 1):
-        result[largest_part(inst_map == own)] = number
-    return result
+    def layout(self, margin: int = 0) -> Layout:
+        """:return: what lies within a margin: ids from 1 without gaps, and of each nucleus its largest part alone."""
+        inner = slice(margin, self.side - margin)
+        seen = self.inst_map[inner, inner]
+        inst_map, classes = np.zeros(seen.shape, np.int32), {}
+        for own, before in enumerate(np.unique(seen[seen != 0]), 1):
+            inst_map[largest_part(seen == before)] = own
+            classes[own] = self.classes[before - 1]
+        return Layout(inst_map, classes)
 
 
 def largest_part(mask: np.ndarray) -> np.ndarray:

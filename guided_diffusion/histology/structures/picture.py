@@ -7,6 +7,7 @@ from typing import IO
 import numpy as np
 
 from ...figures import save_png
+from .bank import Layout
 from .statistics import FIGURES
 
 SHOWN = 12  # layouts of each kind
@@ -17,15 +18,17 @@ def draw_structures(
     real: dict[str, np.ndarray],
     made: dict[str, np.ndarray],
     report: dict[str, dict[str, float]],
-    layouts: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
+    layouts: tuple[Sequence[Layout], Sequence[Layout]],
+    classes: dict[str, tuple[float, float]],
     file: Path | IO[bytes],
 ) -> None:
     """
-    Draw histograms of each figure, and layouts of both kinds.
+    Draw histograms of each figure, shares of classes, and layouts of both kinds.
 
     :param real: figure -> values; made: the same.
     :param report: figure -> "distance" and "between_halves".
-    :param layouts: real and made instance maps of one size, of which the first SHOWN are drawn.
+    :param layouts: real and made ones of one size, of which the first SHOWN are drawn.
+    :param classes: name -> its share of the real nuclei and of the made ones.
     :param file: where to write the PNG.
     """
     from matplotlib.figure import Figure
@@ -43,11 +46,18 @@ def draw_structures(
         axes.set_yticks([])
         axes.tick_params(labelsize=7)
     axes.legend(fontsize=8)
-    for part, maps, title in zip(below, layouts, ("real", "made")):
+    if classes:
+        axes, places = above.add_subplot(2, 4, len(FIGURES) + 1), np.arange(len(classes))
+        for shares, beside in zip(zip(*classes.values()), (-0.2, 0.2)):
+            axes.bar(places + beside, shares, 0.4)
+        axes.set_xticks(places, classes, rotation=30, fontsize=7)
+        axes.set_title("share of nuclei, by class", fontsize=8)
+        axes.tick_params(labelsize=7)
+    for part, shown, title in zip(below, layouts, ("real", "made")):
         part.suptitle(title, fontsize=9)
-        for number, inst_map in enumerate(maps[:SHOWN]):
+        for number, layout in enumerate(shown[:SHOWN]):
             axes = part.add_subplot(1, SHOWN, number + 1)
-            axes.imshow(_coloured(inst_map), interpolation="nearest")
+            axes.imshow(_coloured(layout.inst_map), interpolation="nearest")
             axes.axis("off")
     save_png(figure, file)
 

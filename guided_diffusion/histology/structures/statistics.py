@@ -1,15 +1,18 @@
 """
 How like real layouts made ones are: figures of nuclei and layouts, and distances between their distributions.
 
-Knows instance maps, not how they came about.
+Knows layouts, not how they came about.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.spatial import cKDTree
 from scipy.stats import wasserstein_distance
 from skimage.measure import regionprops_table
+
+from .bank import Layout
 
 # Figure -> what it is. The first three are of whole nuclei, the next of all, the last three of layouts.
 FIGURES = {
@@ -50,29 +53,42 @@ def touching(inst_map: np.ndarray) -> set[int]:
     return found
 
 
+def class_shares(layout: Layout, numbers: Iterable[int]) -> dict[str, np.ndarray]:
+    """:return: of each of these classes, "class NUMBER": its share of a layout's nuclei, [N]; empty without nuclei."""
+    own = [layout.class_of(nucleus) for nucleus in np.unique(layout.inst_map[layout.inst_map != 0]).tolist()]
+    return {f"class {number}": np.array([own.count(number) / len(own)] if own else []) for number in numbers}
+
+
 def pooled(measured: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """:return: the values of several layouts together."""
-    return {name: np.concatenate([own[name] for own in measured]) for name in FIGURES}
+    """:return: the values of several layouts together; of none, there are no figures."""
+    return {name: np.concatenate([own[name] for own in measured]) for name in measured[0]} if measured else {}
 
 
 def distances(real: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
-    """:return: figure -> Wasserstein distance in units of the real spread, the standard deviation."""
-    return {
-        name: float(wasserstein_distance(real[name], other[name]) / max(real[name].std(), 1e-9)) for name in FIGURES
-    }
+    """
+    :return: figure -> Wasserstein distance, of FIGURES in units of the real spread, the standard deviation; NaN where
+        one side has no values.
+    """
+    away = dict.fromkeys(real, math.nan)
+    for name in (name for name in real.keys() & other.keys() if len(real[name]) and len(other[name])):
+        unit = max(real[name].std(), 1e-9) if name in FIGURES else 1
+        away[name] = float(wasserstein_distance(real[name], other[name]) / unit)
+    return away
 
 
 def between_halves(
     measured: Sequence[dict[str, np.ndarray]], slides: Sequence[str], rng: np.random.Generator, times: int = 10
 ) -> dict[str, float]:
     """
-    :param measured: real layouts. :param slides: the slide of each.
-    :return: figure -> the distance between one half of the slides and the other, the mean of several choices.
+    :param measured: real layouts, one at least. :param slides: the slide of each.
+    :return: figure -> the distance between one half of the slides and the other, the mean of several choices; NaN where
+        there is none, as of a single slide.
     """
     names = np.unique(slides)
-    rows = []
+    found: dict[str, list[float]] = {name: [] for name in measured[0]}
     for _ in range(times):
         half = set(rng.permutation(names)[: len(names) // 2])
         parts = [[own for own, slide in zip(measured, slides) if (slide in half) == side] for side in (True, False)]
-        rows.append(distances(*map(pooled, parts)))
-    return {name: float(np.mean([row[name] for row in rows])) for name in FIGURES}
+        for name, distance in distances(*map(pooled, parts)).items():
+            found[name] += [] if math.isnan(distance) else [distance]
+    return {name: float(np.mean(values)) if values else math.nan for name, values in found.items()}

@@ -15,9 +15,13 @@ def masks():
     return [toy.draw_slide(seed, 128).inst_map for seed in range(6)]
 
 
+def layouts_of(inst_maps, classes=lambda ids: {}):
+    return [banks.Layout(inst_map, classes(np.unique(inst_map)[1:].tolist())) for inst_map in inst_maps]
+
+
 @pytest.fixture(scope="module")
 def bank(masks):
-    return banks.Bank.of(masks)
+    return banks.Bank.of(layouts_of(masks))
 
 
 def nuclei_of(inst_map):
@@ -39,10 +43,10 @@ def check(inst_map, size):
 
 @pytest.mark.parametrize("size", [64, 128, 300])
 def test_recombined_layouts_are_new_and_whole(bank, masks, size):
-    made = [layouts.recombine(bank, size, np.random.default_rng(k)) for k in range(4)]
+    made = [layouts.recombine(bank, size, np.random.default_rng(k)).inst_map for k in range(4)]
     for inst_map in made:
         check(inst_map, size)
-    assert np.array_equal(made[0], layouts.recombine(bank, size, np.random.default_rng(0)))
+    assert np.array_equal(made[0], layouts.recombine(bank, size, np.random.default_rng(0)).inst_map)
     real = set.union(*map(nuclei_of, masks))
     assert all(not nuclei_of(inst_map) & real for inst_map in made) and not np.array_equal(made[0], made[1])
     # As dense as real ones: the toy slides are alike.
@@ -52,7 +56,7 @@ def test_recombined_layouts_are_new_and_whole(bank, masks, size):
 
 def test_a_perturbed_layout_has_the_same_nuclei_elsewhere(masks):
     for number, real in enumerate(masks):
-        made = layouts.perturb(real, np.random.default_rng(number))
+        made = layouts.perturb(banks.Layout(real), np.random.default_rng(number)).inst_map
         check(made, 128)
         assert not np.array_equal(made != 0, real != 0)
         whole = [region for region in regionprops(real) if not any(layouts._sides(region.bbox, 128))]
@@ -65,7 +69,7 @@ def test_no_cut_edge_comes_into_sight():
     real = np.zeros((40, 40), int)
     real[10:20, :6], real[:5, 20:30], real[35:, 35:] = 1, 2, 3
     for seed in range(20):
-        made = layouts.perturb(real, np.random.default_rng(seed))
+        made = layouts.perturb(banks.Layout(real), np.random.default_rng(seed)).inst_map
         assert len(np.unique(made)) >= 3
         for region in regionprops(made):
             assert any(layouts._sides(region.bbox, 40))
@@ -86,16 +90,16 @@ def test_a_nucleus_is_turned_and_scaled(angle):
 def test_what_a_mask_says():
     inst_map = np.zeros((20, 30), int)
     inst_map[5:8, 5:10], inst_map[5:8, 10:12], inst_map[15:20, 20:25], inst_map[0:2, 28:30] = 7, 3, 9, 4
-    nuclei, spread, part = banks.look(inst_map)
-    assert part == 25  # of 9, at the border
-    pattern = banks.Pattern(**spread, **banks.measures(nuclei))
-    assert sorted(nucleus.area for nucleus in nuclei) == [6, 15] and nuclei[1].mask.shape == (3, 5)
-    assert pattern.density == pytest.approx((1 + 1 + 0.5 + 0.25) / 600)
-    assert nuclei[1].weight == pytest.approx(600 / ((20 - 3) * (30 - 5)))
+    nuclei, seen, gaps = banks.look(banks.Layout(inst_map, {3: 2, 4: 2, 7: 1, 9: 1}))
+    assert [(nucleus.area, nucleus.number) for nucleus in nuclei] == [(6, 2), (15, 1)]
+    assert nuclei[1].mask.shape == (3, 5) and nuclei[1].weight == pytest.approx(600 / ((20 - 3) * (30 - 5)))
+    # The largest part is that of 9, at the border.
+    assert seen == {1: (pytest.approx(1.5 / 600), 25), 2: (pytest.approx(1.25 / 600), 6)}
+    assert banks.look(banks.Layout(inst_map))[1] == {banks.UNKNOWN: (pytest.approx(2.75 / 600), 25)}
     # Those of 7 and 3 touch; 9 lies nearest to 3's corner, and 4 to 9's.
-    assert pattern.gaps == pytest.approx([1, np.hypot(14, 4), 1, np.hypot(8, 9)])
+    assert gaps == pytest.approx([1, np.hypot(14, 4), 1, np.hypot(8, 9)])
     with pytest.raises(ValueError, match="no mask has a nucleus"):
-        banks.Bank.of([inst_map[:, 24:]])
+        banks.Bank.of([banks.Layout(inst_map[:, 24:])])
 
 
 def test_masks_without_a_whole_nucleus_count():
@@ -103,12 +107,56 @@ def test_masks_without_a_whole_nucleus_count():
     whole, cut = np.zeros((20, 20), int), np.zeros((20, 20), int)
     whole[2:4, 2:4], whole[8:12, 8:12], whole[14:19, 4:9] = 1, 2, 3
     cut[:3, 5:10] = 1
-    bank = banks.Bank.of([whole, cut, np.zeros((20, 20), int)])
-    assert bank.areas.tolist() == [4, 16, 25] and len(bank.patterns) == 3
-    assert bank.patterns[1].areas.tolist() == [16, 25] and bank.patterns[1].density == 0.5 / 400
-    assert bank.patterns[2].density == 0
-    made = [layouts.recombine(bank, 40, np.random.default_rng(seed)) for seed in range(30)]
+    bank = banks.Bank.of(layouts_of([whole, cut, np.zeros((20, 20), int)]))
+    assert bank.stocks[banks.UNKNOWN].areas.tolist() == [4, 16, 25] and len(bank.patterns) == 3
+    share = bank.patterns[1].shares[banks.UNKNOWN]
+    assert share.areas.tolist() == [16, 25] and share.density == 0.5 / 400 and not bank.patterns[2].shares
+    made = [layouts.recombine(bank, 40, np.random.default_rng(seed)).inst_map for seed in range(30)]
     assert 5 <= sum(not layout.any() for layout in made) <= 20
+
+
+def test_one_class_changes_nothing(bank, masks):
+    known = layouts_of(masks, lambda ids: dict.fromkeys(ids, 5))
+    for seed in range(3):
+        made = [layouts.recombine(own, 96, np.random.default_rng(seed)) for own in (bank, banks.Bank.of(known))]
+        made += [layouts.perturb(layout, np.random.default_rng(seed)) for layout in (banks.Layout(masks[0]), known[0])]
+        for one, other in (made[:2], made[2:]):
+            assert np.array_equal(one.inst_map, other.inst_map)
+            assert set(one.classes.values()) == {banks.UNKNOWN} and set(other.classes.values()) == {5}
+
+
+def test_nuclei_keep_their_classes_and_these_their_shares():
+    """Discs of 3 sizes, each a class, in masks of class 1 with 2 or of class 1 with 3, which the border cuts alone."""
+    inst_maps, radii = np.zeros((2, 60, 60), int), {1: 4, 2: 6, 3: 8}
+    y, x = np.mgrid[:60, :60]
+    places = [(12, 12, 1), (12, 30, 1), (12, 48, 1), (40, 12, 2)], [(12, 12, 1), (30, 60, 3), (12, 48, 1)]
+    for inst_map, discs in zip(inst_maps, places):
+        for own, (row, column, number) in enumerate(discs, 1):
+            inst_map[(y - row) ** 2 + (x - column) ** 2 <= radii[number] ** 2] = own
+    real = [
+        banks.Layout(inst_map, {k: disc[2] for k, disc in enumerate(discs, 1)})
+        for inst_map, discs in zip(inst_maps, places)
+    ]
+    bank = banks.Bank.of(real)
+    assert (
+        list(bank.stocks) == [1, 2] and list(bank.patterns[0].shares) == [1, 2] and list(bank.patterns[1].shares) == [1]
+    )
+    made = [layouts.recombine(bank, 200, np.random.default_rng(seed)) for seed in range(8)]
+    for layout in made:
+        check(layout.inst_map, 200)
+        assert sorted(layout.classes) == list(range(1, layout.inst_map.max() + 1))
+        for region in regionprops(layout.inst_map):
+            if not any(layouts._sides(region.bbox, 200)):
+                assert abs(np.sqrt(region.area / np.pi) - radii[layout.classes[region.label]]) < 1
+    mixed = [list(layout.classes.values()) for layout in made if 2 in layout.classes.values()]
+    assert 0 < len(mixed) < len(made)
+    shares = [statistics.class_shares(layout, (1, 2))["class 2"][0] for layout in made]
+    assert np.mean([share for share in shares if share]) == pytest.approx(0.25, abs=0.06)
+    for seed in range(5):
+        moved = layouts.perturb(real[0], np.random.default_rng(seed))
+        for region in regionprops(moved.inst_map):
+            under = real[0].inst_map[moved.inst_map == region.label]
+            assert moved.classes[region.label] == real[0].classes[np.bincount(under[under > 0]).argmax()]
 
 
 def test_figures_by_hand():
@@ -127,10 +175,16 @@ def test_figures_by_hand():
     moved = {name: values + 2 * values.std() for name, values in found.items()}
     away = statistics.distances(found, moved)
     assert away["area"] == pytest.approx(2) and away["eccentricity"] == pytest.approx(2)
+    assert np.isnan(statistics.distances(found, empty)["area"])
+    shares = statistics.class_shares(banks.Layout(inst_map, {3: 1, 7: 4, 9: 1}), (1, 2, 4))
+    assert shares == {"class 1": [pytest.approx(2 / 3)], "class 2": [0], "class 4": [pytest.approx(1 / 3)]}
+    assert not len(statistics.class_shares(banks.Layout(0 * inst_map), (1,))["class 1"])
 
 
 def test_halves_are_of_slides(masks):
     measured = [statistics.measure(mask) for mask in masks]
     same = statistics.between_halves(measured[:1] * 6, list("aabbcc"), np.random.default_rng(0))
     other = statistics.between_halves(measured, list("aabbcc"), np.random.default_rng(0))
+    alone = statistics.between_halves(measured, list("aaaaaa"), np.random.default_rng(0))
+    assert all(np.isnan(value) for value in alone.values())
     assert same == pytest.approx(dict.fromkeys(statistics.FIGURES, 0)) and all(value > 0 for value in other.values())
