@@ -84,7 +84,7 @@ def load_parts(args: argparse.Namespace, spec: ConditionSpec) -> tuple[NucleiDat
     options = args_to_dict(args, data_defaults().keys() - {"num_workers"})
     plain = {**options, "augment": False, "stain_jitter": 0.0}
     held = dict(is_train=args.is_train, val_share=args.val_share)
-    options["unlabelled_dir"] = args.unlabelled_dir
+    options |= args_to_dict(args, ["unlabelled_dir", "balance_classes"])
     if args.val_split != "slides":
         seen = load(is_train=args.is_train, **options)
         return seen, load(is_train=False, **plain) if args.val_split == "test" else None

@@ -13,7 +13,7 @@ import numpy as np
 import torch as th
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
-from . import dist_util, signals, streams
+from . import data_util, dist_util, signals, streams
 
 PREFETCH = 2  # batches that each worker prepares ahead
 
@@ -23,10 +23,11 @@ Key = tuple[int, ...]  # (epoch, index), and what else a data set knows
 class Source(Protocol):
     """
     What a stream needs of a data set; see image_datasets.NucleiDataset. Of those numbered from 0, `len` have masks, and
-    the `unlabelled` after them have none.
+    the `unlabelled` after them have none. Of the former `weights` say how often each comes; None: as often as others.
     """
 
     unlabelled: int
+    weights: np.ndarray | None
 
     def __len__(self) -> int: ...
 
@@ -57,6 +58,8 @@ class StreamSampler(Sampler):
     :param unlabelled: of those without masks, which are numbered after them; share: of the samples that they are.
     :param start: the position of the stream to begin at, for all ranks together.
     :param shuffle: permute; else every epoch is in order.
+    :param weights: an [N] array: an epoch has an item as often as its weight is of their mean, rounded up or down, each
+        time with a key of its own; None: once.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class StreamSampler(Sampler):
         seed: int = 0,
         start: int = 0,
         shuffle: bool = True,
+        weights: np.ndarray | None = None,
     ) -> None:
         self.length = length
         self.unlabelled = unlabelled
@@ -79,9 +83,10 @@ class StreamSampler(Sampler):
         self.seed = seed
         self.start = start
         self.shuffle = shuffle
+        self.weights = weights
 
     def __iter__(self) -> Iterator[Key]:
-        labelled = _Epochs(self.length, self.shuffle and "order of the data", self.seed)
+        labelled = _Epochs(self.length, self.shuffle and "order of the data", self.seed, self.weights)
         unlabelled = _Epochs(self.unlabelled, self.shuffle and "order of the images without masks", self.seed)
         for position in itertools.count(self.start + self.rank, self.world_size):
             before, after = (unlabelled_before(p, self.share) for p in (position, position + 1))
@@ -94,23 +99,31 @@ class StreamSampler(Sampler):
 
 class _Epochs:
     """
-    Items over and over: the n-th of this list without end is an epoch and an index.
+    Items over and over: the n-th of this list without end is an epoch and an index; with weights, by which an epoch may
+    have an item several times, n and an index, lest all that is drawn for these be the same.
 
     :param length: the number of items.
     :param purpose: of the stream that permutes each epoch; "" or False leaves them in order.
+    :param weights: see StreamSampler.
     """
 
-    def __init__(self, length: int, purpose: str | bool, seed: int) -> None:
+    def __init__(self, length: int, purpose: str | bool, seed: int, weights: np.ndarray | None = None) -> None:
         self.length = length
         self.purpose = purpose
         self.seed = seed
+        self.weights = weights
         self.epoch, self.order = -1, np.arange(length)  # the latest permutation
 
     def __getitem__(self, number: int) -> Key:
         epoch, place = divmod(number, self.length)
         if self.purpose and epoch != self.epoch:
-            self.epoch, self.order = epoch, streams.rng(self.purpose, self.seed, epoch).permutation(self.length)
-        return epoch, int(self.order[place])
+            rng = streams.rng(self.purpose, self.seed, epoch)
+            plain = self.weights is None
+            self.epoch, self.order = (
+                epoch,
+                rng.permutation(self.length) if plain else data_util.repeated(self.weights, rng),
+            )
+        return epoch if self.weights is None else number, int(self.order[place])
 
 
 def stream(
@@ -148,7 +161,7 @@ def stream(
         )
     mixed = dict(unlabelled=unlabelled, share=unlabelled_share if unlabelled else 0.0)
     place = dict(rank=rank, world_size=world_size, seed=seed, start=start)
-    sampler = StreamSampler(len(dataset), **mixed, **place, shuffle=not deterministic)
+    sampler = StreamSampler(len(dataset), **mixed, **place, shuffle=not deterministic, weights=dataset.weights)
     return read_batches(dataset, BatchSampler(sampler, batch_size, drop_last=False), num_workers)
 
 

@@ -58,26 +58,43 @@ def shape_properties(inst: np.ndarray) -> tuple[float, int, float]:
     return weighted / total_area, total_area, med_area
 
 
-def match_scores(properties: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def class_mixture(class_map: np.ndarray, inst_map: np.ndarray, classes: int) -> np.ndarray:
+    """
+    Measure which shares of a mask's nuclei are of which class.
+
+    :param class_map: an [H x W] integer array, one class in each nucleus, 1 to classes - 1.
+    :param inst_map: an [H x W] integer array of ids, 0 = background.
+    :return: a [classes - 1] float64 array; zeros for an empty mask.
+    """
+    ids, first = np.unique(inst_map, return_index=True)
+    counts = np.bincount(class_map.ravel()[first[ids != 0]], minlength=classes)[1:]
+    return counts / max(counts.sum(), 1)
+
+
+def match_scores(properties: np.ndarray, rows: np.ndarray, mixtures: np.ndarray | None = None) -> np.ndarray:
     """
     Score how well every mask of a set matches some of them.
 
     Per property, the differences to the query are capped at their 0.85 quantile and scaled to [0, 1]; the score is
-    1 - the mean over the properties, so the query itself has 1.
+    1 - the mean over the properties, so the query itself has 1. The mixture of classes counts as one property, by the
+    sum of the differences of its shares.
 
     :param properties: an [N x P] array, e.g. total and median area of N masks.
     :param rows: an [R] integer array, the indices of the queries.
+    :param mixtures: an [N x K] array of class_mixture's, where classes count as well.
     :return: an [R x N] float64 array in [0, 1], higher = more alike.
     """
     properties = np.asarray(properties, np.float64)
+    parts = [(values[:, None], values[rows, None]) for values in properties.T]
+    parts += [] if mixtures is None else [(mixtures, mixtures[rows])]
     penalty = np.zeros((len(rows), len(properties)))
-    for values in properties.T:
-        difference = np.abs(values[None, :] - values[rows, None])
+    for values, queries in parts:
+        difference = cdist(queries, values, "cityblock")
         cap = np.quantile(difference, CAP_QUANTILE, axis=1, keepdims=True)
         np.minimum(difference, cap, out=difference)
         largest = difference.max(axis=1, keepdims=True)  # the smallest is the query's own 0
         scale = 1 / np.where(largest < 10 * np.finfo(np.float64).eps, 1.0, largest)
-        penalty += difference * scale * (1 / properties.shape[1])
+        penalty += difference * scale * (1 / len(parts))
     return 1 - np.clip(penalty, 0, 1)
 
 
@@ -93,18 +110,24 @@ def match_struct(
     return near_struct(total_area, med_area, slides).draw(seed)
 
 
-def near_struct(total_area: np.ndarray, med_area: np.ndarray, slides: Sequence[str] | None = None) -> "Neighbours":
+def near_struct(
+    total_area: np.ndarray,
+    med_area: np.ndarray,
+    slides: Sequence[str] | None = None,
+    mixtures: np.ndarray | None = None,
+) -> "Neighbours":
     """
-    Find for each structure those that are most alike, by the nuclei's areas.
+    Find for each structure those that are most alike, by the nuclei's areas, and their classes where these are known.
 
     :param total_area: an [N] array, pixels of nuclei in each mask.
     :param med_area: an [N] array, median area of the nuclei in each mask.
     :param slides: the slide of each mask, to look at other slides only.
+    :param mixtures: see match_scores.
     :raises ValueError: if there are fewer than two masks, or slides.
     """
     _require_others(len(total_area), "--match_struct")
     properties = np.stack([np.asarray(med_area), np.asarray(total_area)], axis=1)
-    return _neighbours(len(properties), lambda rows: -match_scores(properties, rows), slides)
+    return _neighbours(len(properties), lambda rows: -match_scores(properties, rows, mixtures), slides)
 
 
 def stain_descriptor(image: np.ndarray) -> np.ndarray:
@@ -220,6 +243,43 @@ def match_shares(shares: np.ndarray, candidates: np.ndarray, seed: int) -> np.nd
         near = np.argsort(abs(ascending[start : place + n_near] - share), kind="stable")
         chosen[i] = order[start + near[rank[i]]]
     return chosen
+
+
+def balanced_weights(counts: np.ndarray) -> np.ndarray:
+    """
+    Weigh patches by how rare the classes of their nuclei are.
+
+    A nucleus of a class that is f of all nuclei counts 1 / sqrt(f), and a patch weighs the mean over its nuclei. So if
+    each patch had nuclei of one class, as many as others, f would become proportional to sqrt(f). One without nuclei
+    weighs as much as the others on average, and comes as often as it would without weights.
+
+    Inverse frequencies of the classes in a patch are CellViT's way (Hoerst et al. 2024), which goes by their presence;
+    the root, by which no few patches come over and over, is that of LVIS's repeat factors (Gupta et al. 2019).
+
+    :param counts: an [N x K] integer array: nuclei of each class in each patch.
+    :return: an [N] float64 array, positive, with a mean of 1.
+    """
+    nuclei = counts.sum(axis=1)
+    if not nuclei.any():
+        return np.ones(len(counts))
+    rarity = np.sqrt(nuclei.sum() / np.maximum(counts.sum(axis=0), 1))
+    weights = counts @ rarity / np.maximum(nuclei, 1)
+    weights[nuclei == 0] = weights[nuclei > 0].mean()
+    return weights / weights.mean()
+
+
+def repeated(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """
+    Draw as many items as there are, in random order, each as often as its weight is of their mean, rounded up or down.
+
+    :param weights: an [N] array of positive numbers.
+    :return: an [N] int64 array of indices, by systematic resampling (Kitagawa 1996).
+    """
+    count = len(weights)
+    ends = np.floor(np.cumsum(weights) * (count / np.sum(weights)) + rng.random())
+    ends[-1] = count  # whatever rounding makes of it
+    times = np.diff(np.minimum(ends, count), prepend=0).astype(np.int64)
+    return rng.permutation(np.repeat(np.arange(count), times))
 
 
 def shuffled(n: int) -> np.ndarray:

@@ -12,7 +12,8 @@ import numpy as np
 import torch as th
 from torch.utils.data import Dataset
 
-from . import data_util, dist_util, magnification, streams
+from . import data_util, dist_util, logger, magnification, streams
+from .cell_classes import FOLDER as CLASS_FOLDER
 from .conditioning import ConditionSpec, as_rgb, as_signed
 from .data_stream import Key, stream
 from .files import fingerprint
@@ -20,7 +21,7 @@ from .image_transforms import center_crop, random_crop, random_flip_turn
 from .images import Item, list_images, list_items, list_structures, list_test_images, split_slides
 from .pairing import Pairing
 from .pairing import check as check_pairing
-from .reading import Sample, read_sample, read_structure
+from .reading import Sample, count_classes, read_sample, read_structure
 from .stains import jitter_stains
 from .unlabelled import list_unlabelled
 
@@ -69,6 +70,7 @@ class NucleiDataset(Dataset):
         self.items = items
         self.sources = [*items, *unmasked]
         self.unlabelled = len(unmasked)
+        self.weights: np.ndarray | None = None  # of the items, see data_stream.Source
         self.copies = 0  # of labelled images among those without masks, which were left out
         self.spec = spec
         self.image_size = image_size
@@ -198,6 +200,7 @@ def load_dataset(
     min_nucleus: float = 0.0,
     unlabelled_dir: str = "",
     field: bool = False,
+    balance_classes: bool = False,
     features: Callable[[list[str]], np.ndarray] | None = None,
     seed: int = 0,
     val_share: float = 0.0,
@@ -217,6 +220,7 @@ def load_dataset(
         that seems to hold as much of nuclei.
     :param structure_dir: take the structures from these instance masks, and the appearances as with appearance_dir.
     :param unlabelled_dir: images that are samples, too, see list_unlabelled; min_nucleus: see read_structure.
+    :param balance_classes: let items come by data_util.balanced_weights, for which all class masks are read.
     :param features: gives an [N x D] array for N paths of images, or raises ValueError for the first it has none of.
     :param seed: of the choices above and of all samples; other parameters as NucleiDataset's.
     :param val_share: see split_slides; part: what to load: "train", "held_out", which may be none, or "" for all.
@@ -235,8 +239,10 @@ def load_dataset(
     looks = dict(augment=augment, stain_jitter=stain_jitter, preserve_nuclei_col=preserve_nuclei_col, ids=ids)
     looks |= dict(unmasked=appearances or unlabelled, min_nucleus=min_nucleus, field=field)
     dataset = NucleiDataset(items, spec, image_size, **looks, seed=seed)
+    dataset.weights = _weights(dataset) if balance_classes else None
     dataset.copies, vectors = copies, features and features([item.image for item in items])
-    return _paired(dataset, Pairing(items, appearances, **choice, vectors=vectors, seed=seed))
+    number = spec.num_classes if spec.cell_classes else 0
+    return _paired(dataset, Pairing(items, appearances, **choice, vectors=vectors, classes=number, seed=seed))
 
 
 def _lenders(
@@ -267,33 +273,64 @@ def _split(items: list[Item], subsample: float, part: str, share: float, seed: i
     return (training, held_out) if part == "train" else (held_out, training)
 
 
+def _weights(dataset: NucleiDataset) -> np.ndarray:
+    """
+    How often items come by the classes of their nuclei, for which every class mask is read. Collective.
+
+    :raises ValueError: where there are none, or what is wrong with them.
+    """
+    if not dataset.spec.class_cond:
+        raise ValueError(
+            "--balance_classes True with --class_cond False: it is for models that are told the classes of cells; turn "
+            "that on, or leave it out"
+        )
+    known = range(1, dataset.spec.num_classes)
+
+    def count(index: int) -> np.ndarray:
+        item = dataset.items[index]
+        if not item.cell_classes:
+            raise ValueError(
+                f"--balance_classes True: {item.path} has no classes in {CLASS_FOLDER} beside inst_masks: add them, or "
+                "leave it out"
+            )
+        return count_classes(item, known)
+
+    weights = data_util.balanced_weights(np.array(_each(range(len(dataset)), count, "counting classes")))
+    logger.log(f"by the classes of their nuclei patches come {weights.min():.2f} to {weights.max():.2f} times as often")
+    return weights
+
+
 def _read(dataset: NucleiDataset, pairing: Pairing) -> list:
     """
-    Read sources, each by one rank: all where the pairing looks at them, else some of each kind. Collective.
+    Read sources: all where the pairing looks at them, else some of each kind. Collective.
 
     :return: what the pairing says of each, on every rank; nothing where it does not look.
     """
-    rank, world_size = dist_util.rank(), dist_util.world_size()
 
     def describe(index: int) -> object:
         sample = dataset.read(index)
         image = None if sample.image is None else as_rgb(sample.image)
-        return pairing.describe(index, image, *sample.masks[1:]) if pairing.looks_at_all else None
+        return pairing.describe(index, image, *sample.masks) if pairing.looks_at_all else None
 
-    def read_share() -> list:
-        everything = range(len(dataset.sources))
-        some = [*_some(everything[: len(dataset)]), *_some(everything[len(dataset) :])]
-        share = (everything if pairing.looks_at_all else some)[rank::world_size]
+    everything = range(len(dataset.sources))
+    if pairing.looks_at_all:
+        return _each(everything, describe, "reading")
+    _each([*_some(everything[: len(dataset)]), *_some(everything[len(dataset) :])], describe, "reading")
+    return []
+
+
+def _each(numbers: Sequence[int], look: Callable[[int], object], what: str) -> list:
+    """:return: what a look at each source gives, by one rank each, on every rank. Collective."""
+    rank, world_size = dist_util.rank(), dist_util.world_size()
+
+    def look_at_share() -> list:
+        share = numbers[rank::world_size]
         with ThreadPoolExecutor(2) as pool:
-            bar = dist_util.progress_bar(
-                pool.map(describe, share), total=len(share), desc="reading", unit="image", delay=1
-            )
+            bar = dist_util.progress_bar(pool.map(look, share), total=len(share), desc=what, unit="image", delay=1)
             return list(bar)
 
-    shares = dist_util.all_gather(dist_util.agree(read_share))
-    if not pairing.looks_at_all:
-        return []
-    return [shares[i % world_size][i // world_size] for i in range(len(dataset.sources))]
+    shares = dist_util.all_gather(dist_util.agree(look_at_share))
+    return [shares[i % world_size][i // world_size] for i in range(len(numbers))]
 
 
 def _some(numbers: range) -> range:

@@ -39,6 +39,7 @@ class Pairing:
     :param items: the structures, with images of their own unless unmasked are given.
     :param unmasked: images without masks, which the appearances then come from.
     :param vectors: an [N x D] array that match_app goes by, a row an item; None goes by stain.
+    :param classes: how many classes of cells match_struct goes by as well, with background, which is 0; 0: by none.
     :param seed: of the choice; other parameters see load_dataset.
     """
 
@@ -49,6 +50,7 @@ class Pairing:
     match_app: bool = False
     match_other_slide: bool = False
     vectors: np.ndarray | None = None
+    classes: int = 0
     seed: int = 0
 
     @property
@@ -56,17 +58,26 @@ class Pairing:
         """Whether the choice depends on what is in the files."""
         return self.match_struct or (self.match_app and self.vectors is None)
 
-    def describe(self, index: int, image: np.ndarray | None, inst_map: np.ndarray | None = None) -> object:
+    def describe(
+        self,
+        index: int,
+        image: np.ndarray | None,
+        class_map: np.ndarray | None = None,
+        inst_map: np.ndarray | None = None,
+    ) -> object:
         """
         :param index: the source's number.
-        :param image: its pixels, [H x W x 3] uint8; inst_map: its instance ids, [H x W]. Either is None where it has
-            none; a structure without an image is an item, and takes images without masks.
+        :param image: its pixels, [H x W x 3] uint8; class_map and inst_map: its classes and instance ids, [H x W].
+            Either is None where it has none; a structure without an image is an item, and takes images without masks.
         :return: what `choose` needs to know of it.
         """
         if index >= len(self.items):
             return data_util.haematoxylin_histogram(image) if self.match_struct else None
+        if self.match_struct and self.unmasked:
+            return np.mean(inst_map > 0)
         if self.match_struct:
-            return np.mean(inst_map > 0) if self.unmasked else data_util.area_properties(inst_map)
+            mixture = data_util.class_mixture(class_map, inst_map, self.classes) if self.classes else ()
+            return *data_util.area_properties(inst_map), *mixture
         return data_util.stain_descriptor(image) if self.match_app and self.vectors is None else None
 
     def look(self, described: Sequence) -> object:
@@ -82,7 +93,8 @@ class Pairing:
             return None
         slides = [item.slide for item in self.items] if self.match_other_slide else None
         if self.match_struct:
-            return data_util.near_struct(*np.array(described).T, slides)
+            total, median, *mixtures = np.array(described).T
+            return data_util.near_struct(total, median, slides, np.transpose(mixtures) if self.classes else None)
         return data_util.near_app(np.array(described) if self.vectors is None else self.vectors, slides)
 
     def choose(self, seen: object, own_seed: int | None = None) -> np.ndarray:

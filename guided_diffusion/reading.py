@@ -88,6 +88,19 @@ def read_structure(item: Item, spec: ConditionSpec, image_size: int, min_nucleus
     return Sample(None, (_checked(item, spec, class_map, inst_map), inst_map))
 
 
+def count_classes(item: Item, known: range) -> np.ndarray:
+    """
+    Count the nuclei of each class, by an item's masks alone.
+
+    :param known: the numbers of the classes, from 1.
+    :return: a [classes] int64 array.
+    :raises ValueError: see cell_classes.of_nuclei.
+    """
+    inst_map, class_map = read_inst_mask(item.inst_mask), read_mask(item.class_mask)
+    numbers = list(cell_classes.of_nuclei(inst_map, class_map, known, item.class_mask).values())
+    return np.bincount(numbers, minlength=known.stop)[1:]
+
+
 def _checked(item: Item, spec: ConditionSpec, class_map: np.ndarray, inst_map: np.ndarray) -> np.ndarray:
     """
     :return: the class map, in 8 bits if these hold it.

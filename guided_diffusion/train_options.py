@@ -77,6 +77,12 @@ class TrainOptions(RunOptions):
     unlabelled_share: float = flag(
         0.5, "share of each step's samples that come from --unlabelled_dir", within="[0, 1)", ours=True
     )
+    balance_classes: bool = flag(
+        False,
+        "patches whose nuclei are of rare classes come more often (docs/training.md); needs class_masks and "
+        "--class_cond True",
+        ours=True,
+    )
     is_train: bool = flag(True, "train on the training set; False: on the test set")
     val_split: str = flag(
         "slides",

@@ -82,6 +82,16 @@ def write_patches(folder: Path, count: int = 8, size: int = 32, bin_masks: bool 
     return folder
 
 
+def write_class_masks(folder: Path, rare: int = 7) -> list[str]:
+    """Add class masks to a split folder: nuclei whose id this divides are of class 2, others of 1; :return: flags."""
+    (folder / "class_masks").mkdir()
+    for path in (folder / "inst_masks").iterdir():
+        inst = np.asarray(Image.open(path))
+        classes = np.where(inst > 0, 1 + (inst % rare == 0), 0).astype(np.uint8)
+        Image.fromarray(classes).save(folder / "class_masks" / f"{path.stem}.png")
+    return ["--class_cond", "True", "--num_classes", "3"]
+
+
 def write_images(folder: Path, count: int = 8, size: int = 32, first: int = 200) -> Path:
     """Fill a folder with drawn images without masks, as patches of other slides; :return: the folder."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import assert_same_batch
 
@@ -71,6 +72,22 @@ def test_the_share_without_masks_is_exact(share, world_size):
         assert all(len(set(order)) == len(order) for order in orders)
     assert kinds[0] == keys(len(kinds[0]), seed=1)
     assert keys(30, start=101 * world_size, **options) == shares[0][101:131]
+
+
+def test_items_come_by_their_weights():
+    weights = np.array([1, 1, 1, 1, 1, 1, 8.0])  # half to the others, 4 times their mean to the last
+    options = dict(seed=2, weights=weights, unlabelled=3, share=0.2)
+    whole = keys(700, **options)
+    assert whole[:100] == [
+        key for pair in zip(*(keys(50, rank=r, world_size=2, **options) for r in (0, 1))) for key in pair
+    ]
+    assert keys(30, start=77, **options) == whole[77:107]
+    labelled = [key for key in whole if key[1] < 7]
+    assert len(set(labelled)) == 560 and [number for number, _ in labelled] == list(range(560))
+    for first in range(0, 560, 7):
+        assert [index for _, index in labelled[first : first + 7]].count(6) == 4
+    counts = np.bincount([index for _, index in labelled], minlength=7)
+    assert counts[6] == 320 and (abs(counts[:6] - 40) < 20).all()
 
 
 def test_in_order_when_deterministic():

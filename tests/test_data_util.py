@@ -11,12 +11,16 @@ from reference_numbers import FOLDER
 from guided_diffusion import data_util
 from guided_diffusion.data_util import (
     area_properties,
+    balanced_weights,
+    class_mixture,
     haematoxylin_histogram,
     match_app,
     match_scores,
     match_shares,
     match_struct,
+    near_struct,
     nuclear_shares,
+    repeated,
     shape_properties,
     shuffled,
     stain_descriptor,
@@ -106,6 +110,29 @@ def test_scores_by_brute_force():
     assert (np.diag(scores) == 1).all()
     assert np.array_equal(match_scores(properties, np.array([7, 3])), scores[[7, 3]])
     assert (match_scores(np.ones((5, 2)), np.arange(5)) == 1).all()
+
+
+def test_the_mixture_of_classes_counts_as_one_property():
+    mask, classes = np.zeros((2, 6, 8), np.int32)
+    mask[:2, :2], mask[:2, 3:5], mask[4:, :3], mask[5, 5:] = 7, 2, 90, 1
+    classes[mask == 7], classes[mask == 2], classes[mask == 90], classes[mask == 1] = 1, 3, 3, 1
+    assert class_mixture(classes, mask, 5).tolist() == [0.5, 0, 0.5, 0]
+    assert class_mixture(0 * classes, 0 * mask, 3).tolist() == [0, 0]
+
+    areas = np.array([[10, 100], [20, 100], [10, 100], [30, 100]], float)
+    mixtures = np.array([[1, 0], [0.5, 0.5], [0, 1], [1, 0]])
+    # To the first: areas 0, 10, 0, 20, capped at 20 - 0.45 * 10 = 15.5; mixtures 0, 1, 2, 0, capped at 1 + 0.55.
+    expected = 1 - np.array([0, 10 / 15.5 + 1 / 1.55, 1, 1]) / 3
+    np.testing.assert_allclose(match_scores(areas, np.array([0]), mixtures)[0], expected)
+
+
+def test_structures_of_equal_areas_are_matched_by_their_classes():
+    mixtures = np.array([[1, 0], [0.2, 0.8]])[np.arange(40) % 2]
+    ones = np.ones(40)
+    for seed in range(10):
+        chosen = near_struct(ones, ones, mixtures=mixtures).draw(seed)
+        assert (chosen % 2 == np.arange(40) % 2).all() and (chosen != np.arange(40)).all()
+    assert (near_struct(ones, ones).draw(0) % 2 != np.arange(40) % 2).any()
 
 
 def nearest(distance, i, k=19):
@@ -253,6 +280,30 @@ def test_shuffles_are_the_legacy_generators():
 def test_bad_subsample(fraction):
     with pytest.raises(ValueError, match=rf"--subsample {fraction}"):
         subsample_indices(10, fraction)
+
+
+# ---- rare classes ----
+
+
+def test_weights_of_rare_classes_by_hand():
+    """Of 25 nuclei 16 are of one class, which count 1 / 0.8, and 9 of another, which count 1 / 0.6."""
+    counts = np.array([[12, 0, 0], [4, 4, 0], [0, 5, 0], [0, 0, 0]])
+    own = np.array([1 / 0.8, (1 / 0.8 + 1 / 0.6) / 2, 1 / 0.6])
+    np.testing.assert_allclose(balanced_weights(counts), [*own / own.mean(), 1])
+    assert balanced_weights(np.zeros((3, 2), int)).tolist() == [1, 1, 1]
+    # Patches of one class each, as many nuclei: shares of 0.9 and 0.1 become 0.75 and 0.25, as 3 to 1.
+    weights = balanced_weights(np.repeat([[7, 0], [0, 7]], [90, 10], axis=0))
+    assert weights[90:].sum() / weights.sum() == pytest.approx(0.25)
+
+
+def test_items_are_repeated_by_their_weights():
+    weights = np.array([1.0, 3, 0.5, 9.5, 1])  # a third, 1, a sixth, 3 and a sixth, and a third of their mean
+    times = np.array([np.bincount(repeated(weights, np.random.default_rng(seed)), minlength=5) for seed in range(600)])
+    share = weights / weights.mean()
+    assert (times.sum(axis=1) == 5).all() and ((np.floor(share) <= times) & (times <= np.ceil(share))).all()
+    np.testing.assert_allclose(times.mean(axis=0), share, atol=0.06)
+    orders = {tuple(repeated(np.ones(4), np.random.default_rng(seed))) for seed in range(300)}
+    assert len(orders) == 24  # all permutations
 
 
 # ---- images without masks ----

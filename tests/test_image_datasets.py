@@ -7,14 +7,14 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch as th
-from conftest import assert_same_batch, draw_patch, write_images, write_patches
+from conftest import assert_same_batch, draw_patch, write_class_masks, write_images, write_patches
 from PIL import Image
 from scipy import ndimage
 from torch.utils.data import default_collate
 
 from guided_diffusion import data_util, image_datasets, streams
 from guided_diffusion.conditioning import ConditionSpec, instance_edges, shuffled_order
-from guided_diffusion.data_stream import stream
+from guided_diffusion.data_stream import StreamSampler, stream
 from guided_diffusion.hv_maps import gen_instance_hv_map
 from guided_diffusion.image_datasets import load_data, load_dataset
 from guided_diffusion.images import list_structures
@@ -237,6 +237,37 @@ def test_appearance_of_another_slide(data_dir, option):
     """There are two, of four patches each."""
     appearance = dataset(data_dir, match_other_slide=True, **{option: True}).appearance
     assert (appearance // 4 != np.arange(8) // 4).all()
+
+
+def test_appearance_by_the_mixture_of_classes(data_dir):
+    """Of 40 patches with the same nuclei, every other one's are of another class."""
+    write_patches(data_dir / TRAIN, count=40)
+    for number, path in enumerate(sorted((data_dir / TRAIN / "inst_masks").iterdir())):
+        inst = draw_patch(0)[1]
+        Image.fromarray(np.where(inst > 0, 7 * inst + number % 2, 0).astype(np.int32)).save(path)
+    write_class_masks(data_dir / TRAIN)
+    spec = ConditionSpec(use_hv_map=True, class_cond=True, num_classes=3)
+    chosen = dataset(data_dir, spec=spec, match_struct=True).appearance
+    assert (chosen % 2 == np.arange(40) % 2).all() and (chosen != np.arange(40)).all()
+    assert (dataset(data_dir, match_struct=True).appearance % 2 != np.arange(40) % 2).any()
+
+
+def test_patches_are_weighed_by_their_classes(data_dir):
+    write_class_masks(data_dir / TRAIN)
+    spec = ConditionSpec(use_hv_map=True, class_cond=True, num_classes=3)
+    ids = [np.unique(draw_patch(k)[1])[1:] for k in range(8)]
+    counts = np.array([[(own % 7 > 0).sum(), (own % 7 == 0).sum()] for own in ids])
+    own = dataset(data_dir, spec=spec, balance_classes=True)
+    np.testing.assert_array_equal(own.weights, data_util.balanced_weights(counts))
+    assert own.weights.max() > 1.2 and dataset(data_dir, spec=spec).weights is None
+    drawn = [key[1] for key in itertools.islice(StreamSampler(8, weights=own.weights), 800)]
+    np.testing.assert_allclose(np.bincount(drawn) / 100, own.weights, atol=0.15)
+    batches = [next(stream(own, 8, num_workers=workers, seed=1)) for workers in (0, 2)]
+    assert_same_batch(*batches)
+    (data_dir / TRAIN / "class_masks").rename(data_dir / "elsewhere")
+    spec = ConditionSpec(class_cond=True, num_classes=300)
+    with pytest.raises(ValueError, match=r"--balance_classes True: .*_00\d.png has no classes in class_masks beside"):
+        dataset(data_dir, spec=spec, balance_classes=True)
 
 
 def test_appearance_by_features(data_dir):

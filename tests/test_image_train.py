@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch as th
-from conftest import TINY, new_pages, write_images, write_patches
+from conftest import TINY, new_pages, write_class_masks, write_images, write_patches
 from forked import start_ranks
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,6 +63,8 @@ def test_a_run_writes_checkpoints_config_and_logs(data_dir, logdir):
 @pytest.mark.parametrize("extra", [[], ["--augment", "True", "--schedule_sampler", "loss-second-moment"]])
 def test_resumed_equals_uninterrupted(data_dir, logdir, monkeypatch, extra):
     flags = ["--drop_rate", "0.5", "--ema_rate", "0.9", "--lr_anneal_steps", "10", *extra]
+    if extra:
+        flags += [*write_class_masks(data_dir / "MoNuSegTrainingData"), "--balance_classes", "True"]
     train(data_dir, "--max_steps", "5", "--save_interval", "2", *flags)
     for name in ("model000004.pt", "opt000004.pt", "ema_0.9_000004.pt"):
         assert (logdir / name).exists()
@@ -431,6 +433,7 @@ def ranks(count, data_dir, out, *flags):
 def test_two_ranks_equal_one(data_dir, logdir, tmp_path):
     flags = ["--max_steps", "5", "--drop_rate", "0.3", "--augment", "True", "--total_batch_size", "8"]
     flags += ["--unlabelled_dir", str(write_images(tmp_path / "other")), "--unlabelled_share", "0.3"]
+    flags += [*write_class_masks(data_dir / "MoNuSegTrainingData"), "--balance_classes", "True"]
     train(data_dir, *flags)
     mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable]
     by_mpi = launch(mpiexec, data_dir, tmp_path / "by mpi", *flags)
@@ -486,6 +489,7 @@ MISTAKES = {
         ["--class_cond", "True"],
         r"slide-0_00\d.tif has no classes in class_masks beside it, which --class",
     ),
+    "nothing to balance": (["--balance_classes", "True"], "--balance_classes True with --class_cond False: it is for"),
     "mode": (["--dataset_mode", "coco"], "--dataset_mode coco"),
     "schedule": (["--noise_schedule", "sigmoid"], "--noise_schedule sigmoid"),
     "sampler": (["--schedule_sampler", "best"], "--schedule_sampler best"),
