@@ -326,8 +326,8 @@ def _each(numbers: Sequence[int], look: Callable[[int], object], what: str) -> l
     def look_at_share() -> list:
         share = numbers[rank::world_size]
         with ThreadPoolExecutor(2) as pool:
-            bar = dist_util.progress_bar(pool.map(look, share), total=len(share), desc=what, unit="image", delay=1)
-            return list(bar)
+            how = dict(total=len(share), desc=what, unit="image", delay=1, leave=False)
+            return list(dist_util.progress_bar(pool.map(look, share), **how))
 
     shares = dist_util.all_gather(dist_util.agree(look_at_share))
     return [shares[i % world_size][i // world_size] for i in range(len(numbers))]
