@@ -159,11 +159,6 @@ class NucleiDataset(Dataset):
             masks = self._cut(structure.masks, rng)
             (image,) = self._cut((self.read(source).image,), rng)
         class_map, inst_map = masks or (None, None)
-        if self.preserve_nuclei_col and masks and image.shape[:2] != inst_map.shape:
-            raise ValueError(
-                f"--preserve_nuclei_col True takes colours by the nuclei of {self.sources[index].path}, and "
-                f"{self.sources[source].image} is of another size: turn it off, or give images of the masks' size"
-            )
         if self.stain_jitter:
             image = jitter_stains(image, self.stain_jitter, rng)
         image = image.transpose(2, 0, 1).copy()
@@ -172,6 +167,19 @@ class NucleiDataset(Dataset):
         parts = self.spec.encode(image, class_map, inst_map, colours, self.preserve_nuclei_col, hv_map, self.ids)
         paths = {"path": self.sources[source].image, "structure_path": self.sources[index].path}
         return image, {**parts, **paths, "index": index}
+
+    def check_colours(self, index: int, source: int) -> None:
+        """:raises ValueError: where a field's colours go by its nuclei, and the appearance does not lie below these."""
+        if not (self.field and self.preserve_nuclei_col and self.read(index).masks):
+            return
+        size = self.read(index).masks[-1].shape
+        turned = self.augment and source != index and size[0] != size[1]
+        if turned or self.read(source).image.shape[:2] != size:
+            raise ValueError(
+                f"--preserve_nuclei_col True takes colours by the nuclei of {self.sources[index].path}, and "
+                f"{self.sources[source].image} is {'turned otherwise' if turned else 'of another size'}: turn it off, "
+                "or give images of the masks' size, and no --augment True"
+            )
 
     def _cut(self, arrays: tuple[np.ndarray, ...], rng: np.random.Generator | None) -> tuple[np.ndarray, ...]:
         if self.augment:

@@ -147,12 +147,19 @@ class Sweep:
             own = functools.partial(own_draw, slides, self.dataset.pair, seed, first=self.first)
             self.draws = {(path, scale): own(path, scale.s) for path, scale in pairs}
         self.stems = {pair: self._stems(draw) for pair, draw in self.draws.items()}
+        dist_util.from_rank_0(self._check_colours)
         single = len(self.checkpoints) == len(self.scales) == 1
         root = Path(self.results_path)
         self.folders = {
             (path, scale): ResultFolder(root if single else root / folder_name(path, scale.text))
             for path, scale in pairs
         }
+
+    def _check_colours(self) -> None:
+        """:raises ValueError: where an appearance does not fit its structure, see NucleiDataset.check_colours."""
+        taken = {(draw.structure(k), draw.source(k)) for draw in self.draws.values() for k in range(self.count)}
+        for pair in sorted(taken if self.field else ()):
+            self.dataset.check_colours(*pair)
 
     def _stems(self, draw: Draw) -> list[str]:
         return unique_stems([PurePath(self.dataset.sources[draw.source(k)].stem).name for k in range(self.count)])

@@ -93,12 +93,28 @@ def test_dry_run_says_what_a_field_costs(data_dir, model_path, tmp_path, capsys)
     [
         (["--window_overlap", "1"], r"--window_overlap 1.0 must lie in \[0, 1\)"),
         (["--field", "False", "--window_overlap", "0.2"], "--window_overlap 0.2 without --field True: nothing reads"),
-        (["--preserve_nuclei_col", "True"], r"--preserve_nuclei_col True .*field_0.tif, and .*png is of another size"),
     ],
 )
 def test_mistakes(folders, model_path, tmp_path, change, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):
         run("", model_path, tmp_path / "out", *folders, *change)
+
+
+def test_colours_by_nuclei_are_refused_before_the_first_sample(folders, model_path, tmp_path):  # noqa: F811
+    """One of the appearances is of the first field's size, and none of the others'; nothing is written."""
+    command = [*folders, "--preserve_nuclei_col", "True", "--num_samples"]
+    for path in (tmp_path / "colours").iterdir():
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(path)
+    with pytest.raises(ValueError, match=r"--preserve_nuclei_col True .*field_1.tif, and .*png is of another size"):
+        run("", model_path, tmp_path / "out", *command, "4")
+    assert not (tmp_path / "out").exists()
+    assert len(manifest(run("", model_path, tmp_path / "out", *command, "1"))) == 1
+    for path in (tmp_path / "colours").iterdir():
+        Image.fromarray(np.zeros((24, 33, 3), np.uint8)).save(path)
+    (tmp_path / "masks/field_0.tif").unlink()
+    with pytest.raises(ValueError, match="field_1.tif, and .*png is turned otherwise"):
+        run("", model_path, tmp_path / "other", *command, "1", "--augment", "True")
+    assert len(manifest(run("", model_path, tmp_path / "other", *command, "1"))) == 1
 
 
 def test_structures_smaller_than_a_window_are_refused(folders, model_path, tmp_path):  # noqa: F811

@@ -199,15 +199,23 @@ def name_synthetic(samples: Sequence[Sample], real: Sequence[Patch]) -> list[Syn
 
 
 def check_sizes(real: Patch, samples: Sequence[Synthetic]) -> None:
-    """:raises ValueError: where a sample, or its mask, is not of the size of the real patches, or cannot be read."""
-    size = check_image(real.image)
+    """
+    Fields may be larger than real patches: what learns from a set cuts what it needs.
+
+    :raises ValueError: where a sample is smaller, its mask is of another size, or either cannot be read.
+    """
+    least = check_image(real.image)
     for item in samples:
         image, mask = item.sample.sample, item.sample.inst_mask
-        for path, (width, height) in ((image, check_image(image)), (mask, read_inst_mask(mask).shape[::-1])):
-            if (width, height) != size:
-                raise ValueError(
-                    f"{path} is {width} x {height} px, real patches {size[0]} x {size[1]}: they must be of one size"
-                )
+        size, of_mask = check_image(image), read_inst_mask(mask).shape[::-1]
+        if size[0] < least[0] or size[1] < least[1]:
+            raise ValueError(
+                f"{image} is {size[0]} x {size[1]} px, real patches {least[0]} x {least[1]}: it must not be smaller"
+            )
+        if of_mask != size:
+            raise ValueError(
+                f"{mask} is {of_mask[0]} x {of_mask[1]} px, {image} {size[0]} x {size[1]}: they must be of one size"
+            )
 
 
 def write_set(

@@ -162,8 +162,13 @@ def test_a_set_of_classes(tmp_path, whole):
             assembly.write_set(tmp_path / "again", data, [patch], assembly.name_synthetic(samples, [patch]), copy=False)
 
 
-def test_sizes_must_agree(tmp_path):
+def test_samples_are_no_smaller_than_patches_and_as_large_as_their_masks(tmp_path):
     real = real_patch(tmp_path / "data")
+    large = assembly.name_synthetic([write_sample(tmp_path / "run", "field", size=11)], [])
+    assembly.check_sizes(real, large)
+    Image.fromarray(np.zeros((9, 11), np.uint16)).save(tmp_path / "run/inst_masks/field.tif")
+    with pytest.raises(ValueError, match=r"field.tif is 11 x 9 px, .*field.png 11 x 11: they must be of one size"):
+        assembly.check_sizes(real, large)
     small = assembly.name_synthetic([write_sample(tmp_path / "run", "a", size=4)], [])
     with pytest.raises(ValueError, match=r"a.png is 4 x 4 px, real patches 8 x 8"):
         assembly.check_sizes(real, small)
