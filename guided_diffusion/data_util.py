@@ -85,17 +85,25 @@ def match_scores(properties: np.ndarray, rows: np.ndarray, mixtures: np.ndarray 
     :return: an [R x N] float64 array in [0, 1], higher = more alike.
     """
     properties = np.asarray(properties, np.float64)
-    parts = [(values[:, None], values[rows, None]) for values in properties.T]
-    parts += [] if mixtures is None else [(mixtures, mixtures[rows])]
-    penalty = np.zeros((len(rows), len(properties)))
-    for values, queries in parts:
+    parts = [(values[rows, None], values[:, None]) for values in properties.T]
+    parts += [] if mixtures is None else [(mixtures[rows], mixtures)]
+    return 1 - _penalties(parts)
+
+
+def _penalties(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """
+    :param parts: of each property the queries' values, [R x D], and those of what they are compared with, [N x D].
+    :return: an [R x N] float64 array in [0, 1], see match_scores.
+    """
+    penalty = np.zeros((len(parts[0][0]), len(parts[0][1])))
+    for queries, values in parts:
         difference = cdist(queries, values, "cityblock")
         cap = np.quantile(difference, CAP_QUANTILE, axis=1, keepdims=True)
         np.minimum(difference, cap, out=difference)
-        largest = difference.max(axis=1, keepdims=True)  # the smallest is the query's own 0
+        largest = difference.max(axis=1, keepdims=True)  # in a set, the smallest is the query's own 0
         scale = 1 / np.where(largest < 10 * np.finfo(np.float64).eps, 1.0, largest)
         penalty += difference * scale * (1 / len(parts))
-    return 1 - np.clip(penalty, 0, 1)
+    return np.clip(penalty, 0, 1)
 
 
 def match_struct(
@@ -128,6 +136,22 @@ def near_struct(
     _require_others(len(total_area), "--match_struct")
     properties = np.stack([np.asarray(med_area), np.asarray(total_area)], axis=1)
     return _neighbours(len(properties), lambda rows: -match_scores(properties, rows, mixtures), slides)
+
+
+def near_mixtures(structures: np.ndarray, images: np.ndarray) -> "Neighbours":
+    """
+    Find for each structure the images that are most alike, where these have masks with classes: by the share of the
+    area that nuclei take and the mixture of classes, each a property as match_scores' are.
+
+    :param structures: an [N x 1 + K] array, of each mask the share and its class_mixture; images: [M x 1 + K].
+    :return: indices of images.
+    """
+    n_near = min(NEAREST, len(images))
+    found = np.empty((len(structures), n_near), np.int64)
+    for rows in _chunks(len(structures), len(images)):
+        parts = [(structures[rows, part], images[:, part]) for part in (slice(1), slice(1, None))]
+        found[rows] = _nearest(_penalties(parts), n_near)
+    return Neighbours(found, n_near)
 
 
 def stain_descriptor(image: np.ndarray) -> np.ndarray:
@@ -393,18 +417,25 @@ def _neighbours(
             )
         choices = np.minimum(NEAREST, n - sizes[codes])
     found = np.empty((n, n_near), np.int64)
-    for rows in _chunks(n):
+    for rows in _chunks(n, n):
         far = distance(rows)
         far[codes[rows, None] == codes] = np.inf
-        reach = np.partition(far, n_near - 1, axis=1)[:, n_near - 1]
-        for i, row, limit in zip(rows, far, reach):
-            near = np.flatnonzero(row <= limit)
-            found[i] = near[np.argsort(row[near], kind="stable")[:n_near]]
+        found[rows] = _nearest(far, n_near)
     return Neighbours(found, choices)
 
 
-def _chunks(n: int) -> Iterator[np.ndarray]:
-    """Ranges of rows for which a [rows x n] block stays small."""
-    size = max(1, _CHUNK_ELEMENTS // n)
+def _nearest(far: np.ndarray, n_near: int) -> np.ndarray:
+    """:return: of each row of distances the indices of so many smallest, in rising order; equal ones rank by index."""
+    reach = np.partition(far, n_near - 1, axis=1)[:, n_near - 1]
+    chosen = np.empty((len(far), n_near), np.int64)
+    for i, (row, limit) in enumerate(zip(far, reach)):
+        near = np.flatnonzero(row <= limit)
+        chosen[i] = near[np.argsort(row[near], kind="stable")[:n_near]]
+    return chosen
+
+
+def _chunks(n: int, columns: int) -> Iterator[np.ndarray]:
+    """Ranges of n rows for which a [rows x columns] block stays small."""
+    size = max(1, _CHUNK_ELEMENTS // columns)
     for start in range(0, n, size):
         yield np.arange(start, min(start + size, n))

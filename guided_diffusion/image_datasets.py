@@ -243,7 +243,7 @@ def load_dataset(
     spec = spec if spec.mpp else replace(spec, mpp=magnification.of_data(data_dir) or magnification.REFERENCE_MPP)
     hidden = [*others, *(list_test_images(data_dir, dataset_mode) if unlabelled_dir and is_train else [])]
     unlabelled, copies = dist_util.from_rank_0(lambda: list_unlabelled(unlabelled_dir, items, hidden))
-    items, appearances = _lenders(items, appearance_dir, structure_dir, classes)
+    items, appearances = _lenders(items, appearance_dir, structure_dir, classes, spec.cell_classes and match_struct)
     looks = dict(augment=augment, stain_jitter=stain_jitter, preserve_nuclei_col=preserve_nuclei_col, ids=ids)
     looks |= dict(unmasked=appearances or unlabelled, min_nucleus=min_nucleus, field=field)
     dataset = NucleiDataset(items, spec, image_size, **looks, seed=seed)
@@ -254,13 +254,13 @@ def load_dataset(
 
 
 def _lenders(
-    items: list[Item], appearance_dir: str, structure_dir: str, classes: bool
+    items: list[Item], appearance_dir: str, structure_dir: str, classes: bool, masks_too: bool
 ) -> tuple[list[Item], list[Item]]:
     """The structures, and the images that lend them their colours, where these are not those of the items."""
     appearances = list_images(appearance_dir, "--appearance_dir") if appearance_dir else []
     if not structure_dir:
         return items, appearances
-    own = [replace(item, class_mask=None, inst_mask=None) for item in items]
+    own = items if masks_too else [replace(item, class_mask=None, inst_mask=None) for item in items]
     return list_structures(structure_dir, "--structure_dir", classes), appearances or own
 
 

@@ -37,7 +37,7 @@ class Pairing:
     How appearances are chosen. Sources are numbered: the items, then the images without masks.
 
     :param items: the structures, with images of their own unless unmasked are given.
-    :param unmasked: images without masks, which the appearances then come from.
+    :param unmasked: images without masks, which the appearances then come from; they may have some where classes count.
     :param vectors: an [N x D] array that match_app goes by, a row an item; None goes by stain.
     :param classes: how many classes of cells match_struct goes by as well, with background, which is 0; 0: by none.
     :param seed: of the choice; other parameters see load_dataset.
@@ -52,6 +52,11 @@ class Pairing:
     vectors: np.ndarray | None = None
     classes: int = 0
     seed: int = 0
+
+    @property
+    def _by_mixture(self) -> bool:
+        """Whether images that lend their appearance to other structures are matched by their own classes."""
+        return bool(self.classes and self.unmasked) and all(lender.cell_classes for lender in self.unmasked)
 
     @property
     def looks_at_all(self) -> bool:
@@ -71,6 +76,8 @@ class Pairing:
             Either is None where it has none; a structure without an image is an item, and takes images without masks.
         :return: what `choose` needs to know of it.
         """
+        if self.match_struct and self._by_mixture:
+            return np.mean(inst_map > 0), *data_util.class_mixture(class_map, inst_map, self.classes)
         if index >= len(self.items):
             return data_util.haematoxylin_histogram(image) if self.match_struct else None
         if self.match_struct and self.unmasked:
@@ -86,6 +93,8 @@ class Pairing:
         :return: what `choose` draws from, for any number of seeds.
         """
         count = len(self.items)
+        if self.match_struct and self._by_mixture:
+            return data_util.near_mixtures(np.array(described[:count]), np.array(described[count:]))
         if self.unmasked and self.match_struct:
             estimates = data_util.nuclear_shares(np.array(described[count:]), [item.slide for item in self.unmasked])
             return np.array(described[:count]), estimates
@@ -105,7 +114,7 @@ class Pairing:
         """
         count, seed = len(self.items), self.seed if own_seed is None else own_seed
         if isinstance(seen, data_util.Neighbours):
-            return seen.draw(seed)
+            return seen.draw(seed) + (count if self.unmasked else 0)
         if self.unmasked and seen is not None:
             return count + data_util.match_shares(*seen, seed)
         if self.unmasked:

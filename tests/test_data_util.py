@@ -18,6 +18,7 @@ from guided_diffusion.data_util import (
     match_scores,
     match_shares,
     match_struct,
+    near_mixtures,
     near_struct,
     nuclear_shares,
     repeated,
@@ -133,6 +134,14 @@ def test_structures_of_equal_areas_are_matched_by_their_classes():
         chosen = near_struct(ones, ones, mixtures=mixtures).draw(seed)
         assert (chosen % 2 == np.arange(40) % 2).all() and (chosen != np.arange(40)).all()
     assert (near_struct(ones, ones).draw(0) % 2 != np.arange(40) % 2).any()
+
+
+def test_images_for_other_structures_by_their_classes():
+    structures, images = np.array([[0.3, 1, 0], [0.5, 0, 1]]), np.array([[0.3, 0, 1], [0.4, 0.5, 0.5], [0.35, 1, 0]])
+    # To the first 0, 0.1, 0.05 of at most 0.085, and 2, 1, 0 of at most 1.7; to the second 0.2, 0.1, 0.15, and 0, 1, 2.
+    assert near_mixtures(structures, images).near.tolist() == [[2, 0, 1], [0, 1, 2]]
+    many = near_mixtures(structures[:1].repeat(30, axis=0), images.repeat(20, axis=0)).draw(3)
+    assert (many >= 40).all() and len(set(many.tolist())) > 5
 
 
 def nearest(distance, i, k=19):

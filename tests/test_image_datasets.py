@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -250,6 +251,16 @@ def test_appearance_by_the_mixture_of_classes(data_dir):
     chosen = dataset(data_dir, spec=spec, match_struct=True).appearance
     assert (chosen % 2 == np.arange(40) % 2).all() and (chosen != np.arange(40)).all()
     assert (dataset(data_dir, match_struct=True).appearance % 2 != np.arange(40) % 2).any()
+    # The same for structures without images, but with classes.
+    for name in ("inst_masks", "class_masks"):
+        (data_dir / "made" / name).mkdir(parents=True)
+        for number, path in enumerate(sorted((data_dir / TRAIN / name).iterdir())[5:10]):
+            shutil.copy(path, data_dir / "made" / name / f"made_{number}{path.suffix}")
+    own = dataset(data_dir, spec=spec, match_struct=True, structure_dir=str(data_dir / "made"))
+    assert (own.appearance >= 5).all() and (own.appearance % 2 == np.arange(5) % 2).all()
+    assert own[0, 1, own.appearance[1]][1]["path"] == own.sources[own.appearance[1]].image
+    own = dataset(data_dir, match_struct=True, structure_dir=str(data_dir / "made"))
+    assert not own.sources[-1].inst_mask
 
 
 def test_patches_are_weighed_by_their_classes(data_dir):
