@@ -79,7 +79,7 @@ def of_mask(path: str) -> list[CellClass]:
 def write_classes(folder: Path, classes: Sequence[CellClass]) -> None:
     """Write a folder's classes.json. :raises ValueError: where a reader would refuse it."""
     path = folder / TABLE
-    write_json(path, [asdict(one) for one in _checked(classes, str(path))])
+    write_json(path, as_rows(_checked(classes, str(path))))
 
 
 def shared(folders: Sequence[str | Path]) -> list[CellClass]:
@@ -103,13 +103,31 @@ def pass_on(source: str | Path, target: Path) -> None:
         write_classes(target, classes)
 
 
+def as_rows(classes: Sequence[CellClass]) -> list[dict[str, Any]]:
+    """:return: classes as plain values, as JSON gives them back."""
+    return [{**asdict(one), "colour": list(one.colour)} for one in classes]
+
+
+def from_rows(rows: Any, path: str) -> list[CellClass]:
+    """
+    :param rows: what as_rows gave, as it was read. :param path: of what holds it.
+    :raises ValueError: where they are no classes.
+    """
+    try:
+        classes = [CellClass(row["id"], row["name"], tuple(row["colour"])) for row in rows]
+    except (TypeError, KeyError):
+        raise ValueError(
+            f'{path} holds no list of {{"id": 1, "name": "lymphocyte", "colour": [0, 114, 178]}}'
+        ) from None
+    return _checked(classes, path)
+
+
 def _parsed(data: bytes, path: str) -> list[CellClass]:
     try:
         rows = json.loads(data)
-        classes = [CellClass(row["id"], row["name"], tuple(row["colour"])) for row in rows]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise ValueError(f'{path} is no list of {{"id": 1, "name": "lymphocyte", "colour": [0, 114, 178]}}') from None
-    return _checked(classes, path)
+    except (ValueError, RecursionError):
+        rows = None
+    return from_rows(rows, path)
 
 
 def _checked(classes: Sequence[CellClass], path: str) -> list[CellClass]:

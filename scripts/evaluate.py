@@ -9,6 +9,7 @@ DATA holds MoNuSegTrainingData, which the synthetic patches are held against, an
 figure stands real against real: half of the training patches against the other half, of the same slides, which is the
 floor; and the test patches, of other slides. RESULTS are folders of image_sample.py, or a sweep's; samples that are
 larger than the real patches are cut into such, but for their colours.
+With a SEGMENTER that knows classes of nuclei, and class_masks beside inst_masks, agreement is measured by classes, too.
 Writes metrics.json, metrics.png (over s and checkpoints for a sweep), copies.png where samples look copied from
 training, and prints a table.
 """
@@ -16,18 +17,18 @@ training, and prints a table.
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from guided_diffusion import cli, magnification, progress
+from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
-from guided_diffusion.files import by_stem, nfc, write_json, writing
-from guided_diffusion.histology.evaluation import image_metrics, instance_metrics, runs
+from guided_diffusion.files import nfc, write_json, writing
+from guided_diffusion.histology.evaluation import image_metrics, instance_metrics, mask_folders, runs
 from guided_diffusion.histology.evaluation import report as evaluation_report
 from guided_diffusion.histology.evaluation.evaluator import (
     BY_FEATURES,
@@ -39,10 +40,10 @@ from guided_diffusion.histology.evaluation.evaluator import (
 )
 from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.segmenter.agreement import estimate, structure_metric
-from guided_diffusion.histology.segmenter.decoding import load_segmenter
+from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter
 from guided_diffusion.histology.segmenter.net import ADAPT
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT
-from guided_diffusion.image_files import EXTENSIONS, read_image, read_inst_mask
+from guided_diffusion.image_files import read_image, read_inst_mask, read_mask
 from guided_diffusion.images import REAL, Item, list_items
 from guided_diffusion.slides import slides_of, without_number
 from guided_diffusion.windows import tiles
@@ -79,15 +80,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.truth:
         compare_masks(args)
         return
-    every_train_item, every_held_out_item = real_items(args.real)
+    device, segmenter = find_device(args.device), None
+    if "structure" in metrics:
+        segmenter = load_segmenter(args.model_path, device, adapt=args.adapt)
+    every_train_item, every_held_out_item = real_items(args.real, bool(segmenter and segmenter.classes))
     train_items, held_out_items = spread(every_train_item, args.limit), spread(every_held_out_item, args.limit)
     found = runs.find_runs(args.synthetic)
     if args.out.resolve() in {run.path.resolve() for run in found}:
         raise ValueError(f"--results_path {args.out} is a folder of --synthetic: give another")
-    device = find_device(args.device)
-    segmenter = None
-    if "structure" in metrics:
-        segmenter = load_segmenter(args.model_path, device, adapt=args.adapt)
+    if segmenter:
         for item in held_out_items:
             if how := segmenter.knows(item.stem, item.slide):
                 raise ValueError(f"--model_path {how}, which is to set the floor: give another")
@@ -97,9 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     if set(metrics) & set(BY_FEATURES):
         backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision])
     train = real_set("real, training", train_items, backbone, args.batch_size)
-    held_out = real_set(OTHER, held_out_items, backbone, args.batch_size) if held_out_items else None
+    held_out = real_set(OTHER, held_out_items, backbone, args.batch_size, segmenter) if held_out_items else None
     known, size = by_name([*every_train_item, *every_held_out_item]), train.images.shape[1:3]
-    sets = [synthetic_set(run, backbone, args, known, size, with_originals=segmenter is not None) for run in found]
+    sets = [synthetic_set(run, backbone, args, known, size, segmenter) for run in found]
 
     structure = structure_metric(segmenter) if segmenter else None
     half, other_half = halves(train, args.seed)
@@ -143,10 +144,13 @@ def check(args: argparse.Namespace) -> list[str]:
 # ---- reading ----
 
 
-def real_items(data: Path) -> tuple[list[Item], list[Item]]:
-    """:return: the training and the test patches, or none; :raises ValueError: where a slide is on both sides."""
-    train = list_items(str(data), "monuseg")
-    test = list_items(str(data), "monuseg", is_train=False) if (data / TEST_SPLIT).exists() else []
+def real_items(data: Path, classes: bool) -> tuple[list[Item], list[Item]]:
+    """
+    :param classes: see list_items.
+    :return: the training and the test patches, or none; :raises ValueError: where a slide is on both sides.
+    """
+    train = list_items(str(data), "monuseg", classes=classes)
+    test = list_items(str(data), "monuseg", False, classes) if (data / TEST_SPLIT).exists() else []
     both = {item.slide for item in train} & {item.slide for item in test}
     if both:
         raise ValueError(
@@ -200,7 +204,26 @@ def embed(name: str, images: np.ndarray, backbone: Backbone | None, batch_size: 
     return np.concatenate([backbone.embed(images[start : start + batch_size]) for start in starts])
 
 
-def real_set(name: str, items: list[Item], backbone: Backbone | None, batch_size: int) -> PatchSet:
+def classes_in(
+    masks: Sequence[str | Path], inst_maps: Sequence[np.ndarray], segmenter: Segmenter | None
+) -> list[Mapping[int, int]] | None:
+    """
+    :param masks: of classes, whether they are there or not, all in one folder; inst_maps: theirs.
+    :return: the class of each nucleus by its id; None where there is no such folder, or no segmenter that knows any.
+    :raises ValueError: where the segmenter knows other classes.
+    """
+    folder = str(masks[0]).rpartition(f"/{cell_classes.FOLDER}/")[0]
+    if segmenter is None or not segmenter.classes or not Path(folder, cell_classes.FOLDER).is_dir():
+        return None
+    segmenter.check_classes(cell_classes.of_mask(str(masks[0])), folder)
+    known = cell_classes.ids_of(segmenter.classes)
+    return [cell_classes.of_nuclei(ids, read_mask(mask), known, str(mask)) for mask, ids in zip(masks, inst_maps)]
+
+
+def real_set(
+    name: str, items: list[Item], backbone: Backbone | None, batch_size: int, segmenter: Segmenter | None = None
+) -> PatchSet:
+    """:param segmenter: that names the classes of their nuclei."""
     for item in items:
         if item.inst_mask is None:
             raise ValueError(f"{item.image} has no instance mask in inst_masks: evaluation needs one")
@@ -210,7 +233,9 @@ def real_set(name: str, items: list[Item], backbone: Backbone | None, batch_size
     inst_maps = np.stack([inst_map for _, inst_map in pairs])
     stems = [PurePath(item.stem).name for item in items]
     features = embed(name, images, backbone, batch_size)
-    return PatchSet(name, images, inst_maps, features, [item.slide for item in items], structures=stems)
+    classes = classes_in([str(item.class_mask) for item in items], inst_maps, segmenter)
+    slides = [item.slide for item in items]
+    return PatchSet(name, images, inst_maps, features, slides, structures=stems, classes=classes)
 
 
 def synthetic_set(
@@ -219,11 +244,11 @@ def synthetic_set(
     args: argparse.Namespace,
     real: dict[str, Item],
     size: tuple[int, int],
-    with_originals: bool,
+    segmenter: Segmenter | None,
 ) -> PatchSet:
     """
     :param real: stem -> real patch. :param size: height and width of these; larger samples are cut into such.
-    :param with_originals: look for the real patches that have the samples' structures.
+    :param segmenter: with one, look for the real patches that have the samples' structures, and for classes.
     """
     samples = spread(run.samples, args.limit)
     pairs = [
@@ -233,6 +258,8 @@ def synthetic_set(
     coloured = None
     if all(sample.appearance for sample in samples):
         coloured = [(image, read_image(sample.appearance)) for sample, (image, _) in zip(samples, pairs)]
+    class_masks = [run.path / cell_classes.FOLDER / f"{sample.stem}.png" for sample in samples]
+    classes = classes_in(class_masks, [inst_map for _, inst_map in pairs], segmenter)
     cuts = spread(cut(samples, pairs, size), args.limit)
     images, inst_maps = (np.stack([pairs[number][kind][part] for number, part in cuts]) for kind in (0, 1))
     conditions = [condition(samples[number], part) for number, part in cuts]
@@ -240,7 +267,7 @@ def synthetic_set(
     structures = [nfc(PurePath(sample.row.get("structure", sample.stem)).stem) for sample in samples]
     slides = {name: item.slide for name, item in real.items()}
     kinds = [sample.row.get("structure_kind") or REAL for sample in samples]
-    originals = find_originals([real.get(stem) for stem in structures], inst_maps) if with_originals else None
+    originals = find_originals([real.get(stem) for stem in structures], inst_maps) if segmenter else None
     return PatchSet(
         name=run.name,
         images=images,
@@ -252,6 +279,7 @@ def synthetic_set(
         originals=originals,
         structures=structures,
         kinds=kinds,
+        classes=classes and [classes[number] for number, _ in cuts],
     )
 
 
@@ -385,33 +413,12 @@ def draw_copies(evaluator: Evaluator, sets: list[PatchSet], items: list[Item], p
 
 def compare_masks(args: argparse.Namespace) -> None:
     """Measure predicted instance masks against true ones of the same stems; write metrics.json and print the means."""
-    predicted, truth = (masks_in(folder) for folder in (args.predicted, args.truth))
-    for stem in sorted(predicted.keys() ^ truth.keys()):
-        there, missing = (args.predicted, args.truth) if stem in predicted else (args.truth, args.predicted)
-        raise ValueError(f"{there} has {stem}, {missing} has not: the folders must hold the same stems")
-    tallies = {}
-    for stem in progress.bar(sorted(truth), "comparing", leave=False, delay=2):
-        pair = [read_inst_mask(path) for path in (truth[stem], predicted[stem])]
-        if pair[0].shape != pair[1].shape:
-            sizes = [f"{mask.shape[1]} x {mask.shape[0]} px" for mask in pair]
-            raise ValueError(f"{predicted[stem]} is {sizes[1]}, {truth[stem]} {sizes[0]}: they must be of one size")
-        tallies[stem] = instance_metrics.tally(*pair)
-    slides = slides_of(args.truth, [truth[stem] for stem in tallies])
-    means = instance_metrics.summarise(list(tallies.values()), slides, args.seed)
+    tallies = mask_folders.compare(args.truth, args.predicted)
+    means = instance_metrics.summarise(list(tallies.values()), slides_of(args.truth, list(tallies)), args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    images = {stem: own.figures() for stem, own in tallies.items()}
+    images = {nfc(Path(path).stem): own.figures() for path, own in tallies.items()}
     write_json(args.out / "metrics.json", {"mean": means, "images": images})
     print(evaluation_report.table({name: {"mean": estimate(mean)} for name, mean in means.items()}))
-
-
-def masks_in(folder: Path) -> dict[str, str]:
-    """:return: stem -> path of the masks in a folder."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: give one of instance masks")
-    masks = by_stem(folder, EXTENSIONS)
-    if not masks:
-        raise ValueError(f"{folder} holds no mask ({', '.join(EXTENSIONS)})")
-    return masks
 
 
 if __name__ == "__main__":

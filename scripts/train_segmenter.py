@@ -5,10 +5,11 @@ Train a segmenter of nuclei on a MoNuSeg-layout folder.
 
 DATA/MoNuSegTrainingData/{images,inst_masks} holds whole slides or patches, real or mixed by scripts/assemble_set.py:
 what DATA/manifest.csv calls synthetic is trained on, but never validated on, and left out where it was made from a
-held-out slide. With ignore_masks/ beside them, nothing is learned where such a mask is not 0, but in nuclei. Of the
-slides a seeded share is held out; training stops when they no longer improve, and the best weights are kept. Writes
-DIR/segmenter.pt, config.json and result.json; until then checkpoint.pt, from which the same command resumes. By steps,
-and on a CPU, equal seeds give equal weights; by minutes they cannot.
+held-out slide. With ignore_masks/ beside them, nothing is learned where such a mask is not 0, but in nuclei; with
+class_masks/, and classes.json, the model learns to tell the classes of nuclei apart. Of the slides a seeded share is
+held out; training stops when they no longer improve, and the best weights are kept. Writes DIR/segmenter.pt,
+config.json and result.json; until then checkpoint.pt, from which the same command resumes. By steps, and on a CPU,
+equal seeds give equal weights; by minutes they cannot.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from guided_diffusion import cli, magnification, progress
+from guided_diffusion import cell_classes, cli, magnification, progress
+from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.devices import UNSCALED, find_device
 from guided_diffusion.files import write_json
 from guided_diffusion.histology.segmenter import data as segmenter_data
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = settings_of(args)
     device = find_device(args.device)
     pairs = segmenter_data.training_pairs(args.data)
+    classes = segmenter_data.classes_of(pairs)
     known_mpp = settings.mpp or magnification.of_data(args.data)
     settings = replace(settings, mpp=known_mpp or magnification.REFERENCE_MPP)
     test_images = args.data / TEST_SPLIT / "images"
@@ -49,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         test_slides = slides_of(args.data, tests, lambda: [pair.image for pair in pairs])
         segmenter_data.check_no_overlap(pairs, test_slides, test_images)
     train, held, left_out = segmenter_data.hold_out(pairs, args.val_share, args.seed)
-    config = config_of(args, settings, train, held, left_out)
+    config = config_of(args, settings, train, held, left_out, classes)
     check_out(args.out, config)
     if (args.out / RESULT).exists():
         (args.out / CHECKPOINT).unlink(missing_ok=True)  # where the run was killed at its very end
@@ -57,13 +60,15 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     bar = progress.bar([*train, *held], "reading", leave=False)
-    examples = [segmenter_data.read_pair(pair) for pair in bar]
+    examples = [segmenter_data.read_pair(pair, classes) for pair in bar]
     if not any((example.inst_map > 0).any() for example in examples[: len(train)]):
         raise ValueError(f"DATA {args.data} shows no nucleus in any instance mask to train on: give annotated images")
     validation = segmenter_data.validation_part(examples[len(train) :])
     slides = config["slides_trained_on"]
-    training = Training(settings, examples[: len(train)], validation, args.out, device, slides)
+    training = Training(settings, examples[: len(train)], validation, args.out, device, slides, classes)
 
+    if classes:
+        print(f"nuclei of {len(classes)} classes: {', '.join(one.name for one in classes)}")
     if not known_mpp:
         print(magnification.assumption(f"DATA {args.data}"))
     if not held:
@@ -151,7 +156,12 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def config_of(
-    args: argparse.Namespace, settings: Settings, train: list[Pair], held: list[Pair], left_out: list[Pair]
+    args: argparse.Namespace,
+    settings: Settings,
+    train: list[Pair],
+    held: list[Pair],
+    left_out: list[Pair],
+    classes: list[CellClass],
 ) -> dict[str, Any]:
     """All that decides the weights; a run is resumed only with the same."""
     return {
@@ -164,6 +174,7 @@ def config_of(
         "synthetic_trained_on": sum(pair.synthetic for pair in train),
         "synthetic_left_out": len(left_out),
         "checksum": segmenter_data.checksum([*train, *held]),
+        **({"classes": cell_classes.as_rows(classes)} if classes else {}),
     }
 
 

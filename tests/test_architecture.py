@@ -96,6 +96,8 @@ RANKS = {
     "histology.formats.data_sets": 5,
     "histology.evaluation.image_metrics": 0,
     "histology.evaluation.instance_metrics": 0,
+    "histology.evaluation.class_metrics": 1,
+    "histology.evaluation.mask_folders": 2,
     "histology.evaluation.runs": 0,
     "histology.evaluation.evaluator": 1,
     "histology.evaluation.report": 1,

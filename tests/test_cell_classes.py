@@ -45,9 +45,9 @@ ROW = {"id": 1, "name": "a", "colour": [1, 2, 3]}
 @pytest.mark.parametrize(
     ("rows", "what"),
     [
-        ({"id": 1}, "is no list"),
-        ([{"id": 1, "name": "a"}], "is no list"),
-        ([{**ROW, "colour": 3}], "is no list"),
+        ({"id": 1}, "holds no list"),
+        ([{"id": 1, "name": "a"}], "holds no list"),
+        ([{**ROW, "colour": 3}], "holds no list"),
         ([{**ROW, "id": 0}], "id 0 is none"),
         ([{**ROW, "id": 256}], "id 256 is none"),
         ([{**ROW, "id": True}], "id True is none"),

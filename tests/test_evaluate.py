@@ -7,10 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch as th
-from conftest import draw_patch, write_patches
+from conftest import draw_patch, write_class_masks, write_patches
 from PIL import Image
+from skimage.measure import label
 
 from guided_diffusion import cli
+from guided_diffusion.cell_classes import named, write_classes
 from guided_diffusion.histology.evaluation import report as evaluation_report
 from guided_diffusion.histology.evaluation.evaluator import Evaluator, PatchSet
 from guided_diffusion.histology.evaluation.runs import Run, Sample
@@ -233,6 +235,41 @@ def test_structure_of_each_kind_apart(real, tmp_path):
     assert [evaluate.pooled_with(sample, kind, known) for kind in ("real", "recombine")] == ["made", "slide-1"]
 
 
+def test_classes_by_a_segmenter_that_knows_them(real, tmp_path, monkeypatch):
+    """Of test patches, samples, and their originals, which are the samples here. It calls all nuclei odd."""
+    net, classes = decoding.seeded_net(classes=2), named(["odd", "even"])
+    th.save(decoding.as_content(net, ["slide-0"], classes=classes), tmp_path / "segmenter.pt")
+
+    def find(self, image):
+        found = label(image[..., 0] < 155)
+        return found, dict.fromkeys(range(1, found.max() + 1), 1)
+
+    monkeypatch.setattr(decoding.Segmenter, "find", find)
+    results, training = write_run(tmp_path / "results", count=3), "MoNuSegTrainingData"
+    for k in range(3):
+        shutil.copy(real / training / f"images/slide-{k}_000.png", results / f"samples/s{k}_000.png")
+        shutil.copy(real / training / f"inst_masks/slide-{k}_000.tif", results / f"inst_masks/s{k}_000.tif")
+    for folder, owner in ((real / "MoNuSegTestData", real), (real / training, real), (results, results)):
+        write_class_masks(folder, rare=2)
+        write_classes(owner, classes)
+    flags = "--metrics", "structure", "--model_path", tmp_path / "segmenter.pt"
+    found = run(real, results, tmp_path / "out", *flags)
+    row, other = found["runs"]["results"], found["other_slides"]
+    names = ["f1", "aji", "class_accuracy", "class_f1_odd", "class_f1_even"]
+    assert list(other) == names and list(row) == [*names, *(f"{name}_originals" for name in names)]
+    assert all(row[name] == row[f"{name}_originals"] for name in names)
+    assert row["class_f1_even"]["value"] == 0 < row["class_f1_odd"]["value"] < row["f1"]["value"]
+    assert 0.2 < other["class_accuracy"]["value"] < 0.8
+    (results / "class_masks" / "s1_000.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"class_masks/s1_000.png is gone"):
+        run(real, results, tmp_path / "other", *flags)
+    write_classes(real, named(["a", "b"]))
+    with pytest.raises(
+        ValueError, match=r"MoNuSegTestData has other classes of nuclei \(1 a, 2 b\) than the segmenter"
+    ):
+        run(real, results, tmp_path / "other", *flags)
+
+
 def test_a_sweeps_originals_are_segmented_once(real, tmp_path, monkeypatch):
     model = save_segmenter(tmp_path / "segmenter.pt", ["slide-0"])
     for s in ("1", "2"):
@@ -241,8 +278,8 @@ def test_a_sweeps_originals_are_segmented_once(real, tmp_path, monkeypatch):
             mask = real / "MoNuSegTrainingData" / "inst_masks" / f"slide-{k}_000.tif"
             shutil.copy(mask, results / "inst_masks" / f"s{k}_000.tif")
     calls = []
-    segment = decoding.Segmenter.segment
-    monkeypatch.setattr(decoding.Segmenter, "segment", lambda self, image: calls.append(1) or segment(self, image))
+    find = decoding.Segmenter.find
+    monkeypatch.setattr(decoding.Segmenter, "find", lambda self, image: calls.append(1) or find(self, image))
     metrics = run(real, tmp_path / "sweep", tmp_path / "out", "--metrics", "structure", "--model_path", model)
     assert len(calls) == 8 + 2 * 3 + 3  # what is held out, the samples, and their originals
     assert metrics["runs"]["s1"]["f1_originals"] == metrics["runs"]["s2"]["f1_originals"]

@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch as th
-from conftest import write_patches
+from conftest import write_class_masks, write_patches
 from PIL import Image
 
 from guided_diffusion import slides
-from guided_diffusion.histology.evaluation import instance_metrics
+from guided_diffusion.cell_classes import named, of_nuclei, read_classes, write_classes
+from guided_diffusion.histology.evaluation import class_metrics, instance_metrics
 from guided_diffusion.histology.segmenter.decoding import as_content, load_segmenter
 from guided_diffusion.histology.segmenter.net import seeded_net
-from scripts import segment
+from scripts import evaluate, segment
 
 
 @pytest.fixture
@@ -69,6 +70,48 @@ def test_masks_pictures_and_figures(model, split, tmp_path, capsys):
     assert figures["slides"] == {"slide-1": pooled[0], "slide-2": rows[2].figures()} and figures["pooled"] == pooled[1]
     printed = capsys.readouterr().out
     assert "3 images" in printed and f"{figures['average']['aji']['mean']:.3f}" in printed
+
+
+def test_a_model_of_classes_writes_and_measures_them(split, tmp_path, capsys):
+    out, model, classes = tmp_path / "out", tmp_path / "classed.pt", named(["odd", "even"])
+    net = seeded_net(classes=2)
+    with th.no_grad():
+        net.head.weight[:4] *= 30
+    th.save(as_content(net, [], classes=classes), model)
+    run(model, split, out)
+    average = json.loads((out / "metrics.json").read_text())["average"]
+    assert read_classes(out) == classes and "class_f1" not in average  # there are no true ones
+    write_class_masks(split, rare=2)
+    write_classes(split.parent, classes)
+    run(model, split, out)
+    figures, tallies = json.loads((out / "metrics.json").read_text()), []
+    for stem in figures["images"]:
+        (_, truth), (_, true_map) = (
+            read(split / name) for name in (f"inst_masks/{stem}.tif", f"class_masks/{stem}.png")
+        )
+        (_, found), (mode, found_map) = (
+            read(out / name) for name in (f"inst_masks/{stem}.tif", f"class_masks/{stem}.png")
+        )
+        sides = [of_nuclei(*pair, {1, 2}, stem) for pair in ((truth, true_map), (found, found_map))]
+        assert (
+            mode == "L"
+            and sides[1] == load_segmenter(model, th.device("cpu")).find(read(split / "images" / f"{stem}.png")[1])[1]
+        )
+        tallies.append(class_metrics.tally(truth, sides[0], found, sides[1], classes))
+    assert list(figures["images"].values()) == [own.figures() for own in tallies]
+    assert figures["average"] == instance_metrics.summarise(tallies, ["slide-1", "slide-1", "slide-2"])
+    assert "class_f1_even" in capsys.readouterr().out
+    masks = ["--predicted", str(out / "inst_masks"), "--truth", str(split / "inst_masks")]
+    evaluate.main([*masks, "--results_path", str(tmp_path / "compared")])
+    compared = json.loads((tmp_path / "compared" / "metrics.json").read_text())
+    assert compared == {"mean": figures["average"], "images": figures["images"]}
+    write_classes(split.parent, named(["odd", "even", "neither"]))
+    with pytest.raises(ValueError, match=r"class_masks has other classes of nuclei \(1 odd, 2 even, 3 neither\) than"):
+        run(model, split, tmp_path / "other")
+    plain = as_content(seeded_net(), [])
+    th.save(plain, model)
+    with pytest.raises(ValueError, match="out has class_masks, and MODEL tells no classes"):
+        run(model, split, out)
 
 
 def test_one_slide_has_no_interval_and_another_magnification_is_said(model, tmp_path, capsys):

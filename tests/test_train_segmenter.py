@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch as th
-from conftest import write_patches
+from conftest import write_class_masks, write_patches
 from PIL import Image
+from test_evaluate import write_run
 
+from guided_diffusion.cell_classes import named, write_classes
 from guided_diffusion.histology.segmenter.decoding import load_segmenter
-from scripts import train_segmenter
+from scripts import assemble_set, train_segmenter
 
+CLASSES = named(["odd", "even"])
 QUICK = "--max_steps 4 --batch_size 2 --crop 32 --val_interval 2 --pretrained False --device cpu".split()
 
 
@@ -120,6 +123,30 @@ def test_synthetic_patches_are_trained_on_but_not_those_of_held_out_slides(data,
     assert (config["synthetic_trained_on"], config["synthetic_left_out"]) == (1, 2)
     assert config["slides_held_out"] == [held] and held not in config["slides_trained_on"]
     assert "2 synthetic images made from held-out slides are left out" in capsys.readouterr().out
+
+
+def test_classes_are_learned_of_real_and_synthetic_patches_alike(data, tmp_path, capsys):
+    """From a set that assemble_set.py makes of both; a patch without its class mask is refused."""
+    results = write_run(tmp_path / "results", count=4)
+    for folder, owner in ((data / "MoNuSegTrainingData", data), (results, results)):
+        write_class_masks(folder, rare=2)
+        write_classes(owner, CLASSES)
+    assembled = tmp_path / "set"
+    assemble_set.main(
+        ["--data_dir", str(data), "--synthetic", str(results), "--results_path", str(assembled), "--ratio", "all"]
+    )
+    for _ in range(2):
+        train(assembled, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "nuclei of 2 classes: odd, even" in printed and "out: finished before" in printed
+    config, result = (json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "result.json"))
+    assert config["synthetic_trained_on"] > 0 and [row["name"] for row in config["classes"]] == ["odd", "even"]
+    assert 0 <= result["validation"]["class_f1"] <= 1
+    assert load_segmenter(tmp_path / "out", th.device("cpu")).classes == CLASSES
+    (assembled / "MoNuSegTrainingData" / "class_masks" / "slide-1_002.png").unlink()
+    with pytest.raises(ValueError, match=r"slide-1_002.png has no mask slide-1_002.\* in .*class_masks"):
+        train(assembled, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_too_few_slides_to_hold_one_out_are_reported(tmp_path, capsys):

@@ -4,7 +4,7 @@ What a set of patches is worth beside the real ones that training saw: one figur
 Owns which figures there are, what is compared with what, and how copies are recognised. Knows no files and no flags.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,7 @@ class PatchSet:
     :param slides: the slide that each one's structure comes from; of a structure that was made, its appearance.
     :param structures: the patch that it comes from, by its stem; of real patches, each one itself.
     :param coloured: of synthetic images, whole, each one and the image whose colours it took: [H x W x 3] uint8.
+    :param classes: of each patch, the class of each nucleus by its id, where they are known; other ids may be there.
     :param kinds: of synthetic patches, which kind of structure each one has, see images.Item.
     :param conditions: of synthetic patches, a name of each one's condition.
     :param originals: of synthetic patches, the real ones that show these very nuclei, [N x H x W x 3] uint8.
@@ -50,6 +51,7 @@ class PatchSet:
     originals: np.ndarray | None = None
     structures: Sequence[str] | None = None
     kinds: Sequence[str] | None = None
+    classes: Sequence[Mapping[int, int]] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ integers, 0 = background; each id is one nucleus, also if its pixels do not touc
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from scipy import sparse
@@ -19,6 +19,7 @@ from ... import streams
 THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 HALF = THRESHOLDS.index(0.5)
 RESAMPLES = 2000  # of the bootstrap
+T = TypeVar("T")  # Tally, or class_metrics' of the same methods
 
 
 class Overlaps(NamedTuple):
@@ -98,6 +99,11 @@ class Tally(NamedTuple):
             "found_nuclei": float(self.found_nuclei),
         }
 
+    @staticmethod
+    def pooled(tallies: Sequence["Tally"]) -> "Tally":
+        """See pooled."""
+        return Tally(*map(sum, zip(*tallies)))
+
 
 def _ratio(part: int, whole: int) -> float:
     return int(part) / int(whole) if whole else 1.0
@@ -132,12 +138,12 @@ def measure(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
     return tally(truth, found).figures()
 
 
-def pooled(tallies: Iterable[Tally]) -> Tally:
-    """:return: what several images count together."""
-    return Tally(*map(sum, zip(*tallies)))
+def pooled(tallies: Sequence[T]) -> T:
+    """:return: what several images count together. :param tallies: at least one."""
+    return tallies[0].pooled(tallies)
 
 
-def by_slide(tallies: Sequence[Tally], slides: Sequence[str]) -> dict[str, Tally]:
+def by_slide(tallies: Sequence[T], slides: Sequence[str]) -> dict[str, T]:
     """:return: slide -> what its images count together, sorted by slide. :param slides: the slide of each image."""
     members = defaultdict(list)
     for own, slide in zip(tallies, slides):
@@ -145,30 +151,38 @@ def by_slide(tallies: Sequence[Tally], slides: Sequence[str]) -> dict[str, Tally
     return {slide: pooled(members[slide]) for slide in sorted(members)}
 
 
-def summarise(tallies: Sequence[Tally], slides: Sequence[str], seed: int = 0) -> dict[str, dict[str, float | None]]:
+def summarise(tallies: Sequence[T], slides: Sequence[str], seed: int = 0) -> dict[str, dict[str, float | None]]:
     """
     Average the slides' figures, with a bootstrap interval over slides.
 
     The images of a slide are pooled: patches of few nuclei, which score 0 or 1, weigh no more than their nuclei do.
     Slides are drawn with replacement; the interval runs between the quantiles .025 and .975 of RESAMPLES means.
 
-    :param tallies: from `tally`, one an image.
+    :param tallies: from `tally` or class_metrics.tally, one an image.
     :param slides: the slide of each.
     :param seed: of the draws.
     :return: metric -> {mean, low, high}; low and high are None where there is one slide, which says nothing of others.
+        A figure that is None of a slide is averaged over the other slides.
     """
     if not tallies or len(tallies) != len(slides):
         raise ValueError(
             f"{len(tallies)} images and {len(slides)} slides: give the slide of each of at least one image"
         )
     rows = [own.figures() for own in by_slide(tallies, slides).values()]
-    values = np.array([list(row.values()) for row in rows])
-    low = high = [None] * values.shape[1]
-    if len(rows) > 1:
-        drawn = streams.rng("bootstrap", seed).integers(0, len(rows), (RESAMPLES, len(rows)))
-        low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975), axis=0).tolist()
-    means = values.mean(axis=0).tolist()
-    return {name: dict(mean=means[k], low=low[k], high=high[k]) for k, name in enumerate(rows[0])}
+    values = np.array([[np.nan if value is None else value for value in row.values()] for row in rows])
+    known = ~np.isnan(values)
+    drawn = streams.rng("bootstrap", seed).integers(0, len(rows), (RESAMPLES, len(rows)))
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a draw, or every slide, says nothing
+        means, drawn_means = (
+            np.where(known, values, 0)[which].sum(-2) / known[which].sum(-2) for which in (..., drawn)
+        )
+    summary = {}
+    for k, name in enumerate(rows[0]):
+        low = high = None
+        if known[:, k].sum() > 1:
+            low, high = np.nanquantile(drawn_means[:, k], (0.025, 0.975)).tolist()
+        summary[name] = dict(mean=float(means[k]) if known[:, k].any() else None, low=low, high=high)
+    return summary
 
 
 def matches(table: Overlaps, threshold: float) -> np.ndarray:

@@ -26,6 +26,8 @@ TITLES = {
     "aji": ("structure agreement, AJI", "higher"),
     "f1_originals": ("F1 on real patches of these masks", ""),
     "aji_originals": ("AJI on real patches of these masks", ""),
+    "class_accuracy": ("class agreement, share of nuclei found", "higher"),
+    "class_f1": ("class agreement, F1", "higher"),
     "nearest_features": ("nearest training patch, features", ""),
     "nearest_pixels": ("nearest training patch, pixels", ""),
     "copies": ("share of copies", "lower"),
@@ -93,7 +95,7 @@ def draw_figures(
     swept = len({s for _, s in places.values()} - {None}) > 1
     for number, name in enumerate(names):
         axes = figure.add_subplot(lines, columns, number + 1)
-        title, better = TITLES.get(name) or _title_of_kind(name)
+        title, better = TITLES.get(name) or _title_of_part(name)
         axes.set_title(f"{title}\n({better} is better)" if better else title, fontsize=9)
         axes.tick_params(labelsize=8)
         values = {key: figures.get(name) for key, figures in rows.items() if figures.get(name) is not None}
@@ -107,11 +109,11 @@ def draw_figures(
     save_png(figure, path)
 
 
-def _title_of_kind(name: str) -> tuple[str, str]:
-    """As in TITLES, of a figure of one kind of structures, as f1_recombine."""
-    figure, _, kind = name.partition("_")
+def _title_of_part(name: str) -> tuple[str, str]:
+    """As in TITLES, of a figure of one kind of structures, or one class, as f1_recombine."""
+    figure = max((known for known in TITLES if name.startswith(f"{known}_")), key=len)
     title, better = TITLES[figure]
-    return f"{title}, {kind} structures", better
+    return f"{title}, {name.removeprefix(figure)[1:].replace('_', ' ')}", better
 
 
 def _middle(value: Value) -> float:

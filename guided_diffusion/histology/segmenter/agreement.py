@@ -1,33 +1,43 @@
 """
-How well a segmenter finds the nuclei that patches should show: the evaluation's figure of structure, and one patch's.
+How well a segmenter finds the nuclei that patches should show, and names their classes: the evaluation's figures of
+structure, and one patch's.
 
 Owns what the segmenter's findings are held against and how they are averaged. Knows no files.
 """
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ... import progress
-from ..evaluation import image_metrics, instance_metrics
+from ..evaluation import class_metrics, image_metrics, instance_metrics
+from ..evaluation.class_metrics import ClassTally
 from ..evaluation.evaluator import Figures, PatchSet, StructureMetric
+from ..evaluation.instance_metrics import Tally
 from .decoding import Segmenter
 
 
 def structure_metric(segmenter: Segmenter) -> StructureMetric:
     """
-    :return: a metric of how well a segmenter finds the nuclei that patches should show, f1 and aji; of each kind of
-        structure apart, f1_KIND and aji_KIND, where there are several; and those of the real patches that have the same
-        masks, where they are known: what perfect samples would reach. Of a segmenter that was trained on those patches,
-        that is more than new samples can.
+    :return: a metric of how well a segmenter finds the nuclei that patches should show, f1 and aji; with classes on
+        both sides class_accuracy and class_f1_NAME, see class_metrics; of each kind of structure apart, f1_KIND and so
+        on, where there are several; and those of the real patches that have the same masks, where they are known: what
+        perfect samples would reach. Of a segmenter that was trained on those patches, that is more than new samples
+        can.
     """
+
+    def count(image: np.ndarray, truth: np.ndarray, true_class: Mapping[int, int] | None) -> Tally | ClassTally:
+        found, found_class = segmenter.find(image)
+        if true_class is None or not segmenter.classes:
+            return instance_metrics.tally(truth, found)
+        return class_metrics.tally(truth, true_class, found, found_class, segmenter.classes)
 
     def agreement(name: str, images: np.ndarray, patches: PatchSet) -> Figures:
         bar = progress.bar(images, f"{name}: segmenting", leave=False, delay=2)
-        tallies = [
-            instance_metrics.tally(truth, segmenter.segment(image)) for image, truth in zip(bar, patches.inst_maps)
-        ]
+        classes = patches.classes or [None] * len(patches.slides)
+        tallies = [count(*row) for row in zip(bar, patches.inst_maps, classes)]
         figures = _summed_up(tallies, patches.slides)
         kinds = sorted(set(patches.kinds or ()))
         for kind in kinds if len(kinds) > 1 else ():
@@ -41,7 +51,8 @@ def structure_metric(segmenter: Segmenter) -> StructureMetric:
     def measure(patches: PatchSet) -> Figures:
         figures = agreement(patches.name, patches.images, patches)
         if patches.originals is not None:
-            key = hashlib.sha256(patches.originals.tobytes() + patches.inst_maps.tobytes()).digest()
+            content = patches.originals.tobytes() + patches.inst_maps.tobytes() + json.dumps(patches.classes).encode()
+            key = hashlib.sha256(content).digest()
             if key not in known:
                 known[key] = agreement(f"{patches.name}, originals", patches.originals, patches)
             figures |= {f"{name}_originals": value for name, value in known[key].items()}
@@ -58,11 +69,15 @@ def agreement_of(segmenter: Segmenter, image: np.ndarray, inst_map: np.ndarray) 
     return instance_metrics.measure(inst_map, segmenter.segment(image))["aji"]
 
 
-def _summed_up(tallies: Sequence[instance_metrics.Tally], slides: Sequence[str]) -> Figures:
+def _summed_up(tallies: Sequence[Tally | ClassTally], slides: Sequence[str]) -> Figures:
     means = instance_metrics.summarise(tallies, slides)
-    return {name: estimate(means[key]) for name, key in (("f1", "f1@0.5"), ("aji", "aji"))}
+    names = {"f1@0.5": "f1", "aji": "aji", "class_accuracy": "class_accuracy"}
+    names |= {name: name for name in means if name.startswith("class_f1_")}
+    return {name: estimate(means[key]) for key, name in names.items() if key in means}
 
 
-def estimate(summary: dict[str, float | None]) -> image_metrics.Estimate:
-    """:param summary: mean, low and high, as instance_metrics.summarise gives them."""
+def estimate(summary: dict[str, float | None]) -> image_metrics.Estimate | None:
+    """:param summary: mean, low and high, as instance_metrics.summarise gives them; None without a mean."""
+    if summary["mean"] is None:
+        return None
     return image_metrics.Estimate(summary["mean"], summary["low"], summary["high"])

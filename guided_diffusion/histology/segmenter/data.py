@@ -7,17 +7,18 @@ not of batch size, workers or where a run was resumed. Knows nothing of networks
 
 import csv
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch as th
 
-from ... import streams
+from ... import cell_classes, streams
+from ...cell_classes import CellClass
 from ...files import by_stem
-from ...image_files import EXTENSIONS, read_image, read_inst_mask
+from ...image_files import EXTENSIONS, read_image, read_inst_mask, read_mask
 from ...images import check_complete
 from ...slides import hold_out as hold_out_slides
 from ...slides import slides_of, without_number
@@ -36,7 +37,7 @@ UNKNOWN = -1  # in an instance map, where it is not known whether there are nucl
 @dataclass(frozen=True)
 class Pair:
     """
-    An image and its instance mask.
+    An image, its instance mask and perhaps the mask of its cells' classes.
 
     :param stem: their common name.
     :param slides: where the picture comes from: its own slide, or those of a synthetic one's structure and appearance.
@@ -49,13 +50,14 @@ class Pair:
     slides: frozenset[str]
     synthetic: bool = False
     ignored: Path | None = None
+    class_mask: Path | None = None
 
 
 @dataclass(frozen=True)
 class Example:
     """
     An [H x W x 3] uint8 image and its [H x W] int32 instance map, UNKNOWN where that says nothing; the slide, where it
-    is of a known one.
+    is of a known one; the class id of each nucleus by its id, where classes are known.
     """
 
     stem: str
@@ -63,11 +65,13 @@ class Example:
     inst_map: np.ndarray
     slide: str = ""
     synthetic: bool = False
+    of_nucleus: Mapping[int, int] = field(default_factory=dict)
 
 
 def find_pairs(folder: Path) -> list[Pair]:
     """
-    Pair a split's images/ with its inst_masks/ by stem, in sub-folders, too; what manifest.csv says is synthetic is.
+    Pair a split's images/ with its inst_masks/ by stem, in sub-folders, too, and with its class_masks/, which all have
+    or none; what manifest.csv says is synthetic is.
 
     :param folder: a split, e.g. DATA/MoNuSegTrainingData.
     :return: the pairs, sorted by stem.
@@ -77,14 +81,27 @@ def find_pairs(folder: Path) -> list[Pair]:
     images, masks = (files_in(folder / name, deep=True) for name in ("images", "inst_masks"))
     if not images:
         raise ValueError(f"{folder / 'images'} holds no image ({', '.join(EXTENSIONS)})")
+    class_masks = {}
+    if (folder / cell_classes.FOLDER).is_dir():
+        class_masks = files_in(folder / cell_classes.FOLDER, deep=True)
+        check_partners(images, class_masks, folder / cell_classes.FOLDER)
     check_partners(images, masks, folder / "inst_masks")
-    for stem in sorted(masks.keys() - images.keys()):
-        raise ValueError(f"{masks[stem]} has no image in {folder / 'images'}: add it or remove the mask")
+    for stem, mask in sorted([*masks.items(), *class_masks.items()]):
+        if stem not in images:
+            raise ValueError(f"{mask} has no image in {folder / 'images'}: add it or remove the mask")
     sources = _synthetic_sources(folder.parent / MANIFEST)
     own = slides_of(folder.parent, list(images.values()))
     ignored = files_in(folder / IGNORE_MASKS, deep=True) if (folder / IGNORE_MASKS).is_dir() else {}
     return [
-        Pair(stem, image, masks[stem], sources.get(stem) or frozenset([slide]), stem in sources, ignored.get(stem))
+        Pair(
+            stem,
+            image,
+            masks[stem],
+            sources.get(stem) or frozenset([slide]),
+            stem in sources,
+            ignored.get(stem),
+            class_masks.get(stem),
+        )
         for (stem, image), slide in zip(images.items(), own)
     ]
 
@@ -103,6 +120,23 @@ def training_pairs(data: Path) -> list[Pair]:
     return find_pairs(folder)
 
 
+def classes_of(pairs: Sequence[Pair]) -> list[CellClass]:
+    """
+    :return: the classes that the pairs' class masks name; none where they have no such masks.
+    :raises ValueError: where nothing says what their numbers mean.
+    """
+    mask = pairs[0].class_mask
+    if mask is None:
+        return []
+    classes = cell_classes.of_mask(str(mask))
+    if not classes:
+        raise ValueError(
+            f"{mask} has classes, but no folder above it the {cell_classes.TABLE} that names them: write it, or train "
+            f"without {cell_classes.FOLDER}"
+        )
+    return classes
+
+
 def check_no_overlap(pairs: Iterable[Pair], test_slides: Iterable[str], where: Path) -> None:
     """
     :param test_slides: that the model will be tested on; where: the images lie.
@@ -118,7 +152,7 @@ def checksum(pairs: Iterable[Pair]) -> str:
     """:return: a SHA-256 of the names and the contents of the pairs' files; what is no file is left to its reader."""
     found = hashlib.sha256()
     for pair in pairs:
-        for path in filter(None, (pair.image, pair.mask, pair.ignored)):
+        for path in filter(None, (pair.image, pair.mask, pair.ignored, pair.class_mask)):
             content = path.read_bytes() if path.is_file() else b""
             found.update(f"{path.name} {hashlib.sha256(content).hexdigest()}\n".encode())
     return found.hexdigest()
@@ -166,16 +200,21 @@ def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair]
     return train, held, left
 
 
-def read_pair(pair: Pair) -> Example:
-    """:raises ValueError: a file that cannot be used, or the two differ in size."""
-    example = read_example(pair.stem, pair.image, pair.mask)
+def read_pair(pair: Pair, classes: Sequence[CellClass] = ()) -> Example:
+    """
+    :param classes: that its class mask may name; none: that mask is left alone.
+    :raises ValueError: a file that cannot be used, or they do not fit each other.
+    """
+    example = read_example(pair.stem, pair.image, pair.mask, pair.class_mask if classes else None, classes)
     if pair.ignored:
         ignored = read_example(pair.stem, pair.image, pair.ignored).inst_map > 0
         example.inst_map[ignored & (example.inst_map == 0)] = UNKNOWN
     return replace(example, slide=min(pair.slides), synthetic=pair.synthetic)
 
 
-def read_example(stem: str, image_path: Path, mask_path: Path) -> Example:
+def read_example(
+    stem: str, image_path: Path, mask_path: Path, class_path: Path | None = None, classes: Sequence[CellClass] = ()
+) -> Example:
     """As `read_pair`."""
     image, inst_map = read_image(image_path), read_inst_mask(mask_path)
     if image.shape[:2] != inst_map.shape:
@@ -183,7 +222,10 @@ def read_example(stem: str, image_path: Path, mask_path: Path) -> Example:
             f"{mask_path} is {inst_map.shape[1]} x {inst_map.shape[0]} px but {image_path} is "
             f"{image.shape[1]} x {image.shape[0]} px: give the mask that was made for this image"
         )
-    return Example(stem, image, inst_map)
+    if class_path is None:
+        return Example(stem, image, inst_map)
+    of_nucleus = cell_classes.of_nuclei(inst_map, read_mask(class_path), cell_classes.ids_of(classes), str(class_path))
+    return Example(stem, image, inst_map, of_nucleus=of_nucleus)
 
 
 def validation_part(examples: Sequence[Example]) -> list[Example]:
@@ -210,17 +252,25 @@ class Crops(th.utils.data.Dataset):
     :param colour: jitter the stains.
     :param synthetic_first: crops before this one are of synthetic examples alone, from it on of real ones alone; 0: all
         are of either.
+    :param classes: of the examples' nuclei.
     :raises ValueError: an image is smaller than the crop; or with synthetic_first there are none of a kind.
     """
 
     def __init__(
-        self, examples: Sequence[Example], crop: int, seed: int, colour: bool = True, synthetic_first: int = 0
+        self,
+        examples: Sequence[Example],
+        crop: int,
+        seed: int,
+        colour: bool = True,
+        synthetic_first: int = 0,
+        classes: Sequence[CellClass] = (),
     ) -> None:
         for example in examples:
             if min(example.inst_map.shape) < crop:
                 height, width = example.inst_map.shape
                 raise ValueError(f"--crop {crop} is larger than {example.stem}, {width} x {height} px: give less")
         self.crop, self.seed, self.colour, self.synthetic_first = crop, seed, colour, synthetic_first
+        self._places = {one.id: place for place, one in enumerate(classes, start=1)}
         kinds = (True, False) if synthetic_first else ()
         parts = [[example for example in examples if example.synthetic == kind] for kind in kinds] or [examples]
         if not all(parts):
@@ -230,7 +280,8 @@ class Crops(th.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[th.Tensor, th.Tensor]:
         """
-        :return: [crop x crop x 3] uint8 and [3 x crop x crop] float32: nucleus (0 or 1, UNKNOWN), x and y in it.
+        :return: [crop x crop x 3] uint8 and [3 x crop x crop] float32: nucleus (0 or 1, UNKNOWN), x and y in it; with
+            classes, a fourth map: the place of the nucleus's class among them, from 1, 0 outside nuclei.
         """
         rng = streams.rng("crop", self.seed, index)
         examples, shares = self._parts[0 if index < self.synthetic_first else -1]
@@ -239,7 +290,11 @@ class Crops(th.utils.data.Dataset):
         if self.colour:
             image = jitter_stains(image, _JITTER, rng)
         nucleus, nuclei = np.sign(inst_map), np.maximum(inst_map, 0)
-        target = np.concatenate([nucleus[..., None], hv_target(nuclei)], axis=2, dtype=np.float32)
+        maps = [nucleus[..., None], hv_target(nuclei)]
+        if self._places:
+            places = {nucleus: self._places[own] for nucleus, own in example.of_nucleus.items()}
+            maps.append(cell_classes.painted(nuclei, places)[..., None])
+        target = np.concatenate(maps, axis=2, dtype=np.float32)
         return th.tensor(image), th.from_numpy(np.ascontiguousarray(target.transpose(2, 0, 1)))
 
     def _cut(self, example: Example, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -3,13 +3,14 @@ From an H&E image to an instance map: the trained segmenter, its file, and how i
 
 Method: HoVer-Net's (Graham et al., Medical Image Analysis 2019). Beside whether a pixel is nucleus, the network
 predicts where in its nucleus the pixel lies, from -1 to 1 in both directions; between two nuclei that touch, these
-maps fall from 1 to -1, which parts them. Owns the file and the way to instances. Knows nothing of training.
+maps fall from 1 to -1, which parts them. Where it was trained on classes, a nucleus is of the class that most of its
+pixels have. Owns the file and the way to instances. Knows nothing of training.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from skimage.measure import label, regionprops
 from skimage.morphology import remove_small_objects
 from skimage.segmentation import find_boundaries, relabel_sequential, watershed
 
+from ...cell_classes import CellClass, as_rows, from_rows
 from ...magnification import REFERENCE_MPP, area, length, odd_length
 from ...slides import without_number
 from .net import ADAPT, STRIDE, AdaptiveNorm, SegmenterNet, seeded_net
@@ -39,6 +41,20 @@ _MIN_AREA = 50
 _MIN_CUT = 20  # of what the border of the image cuts
 
 
+class Maps(NamedTuple):
+    """
+    What a network says of an image's pixels.
+
+    :param probability: of nucleus, an [H x W] float32 array in [0, 1].
+    :param position: in the nucleus, an [H x W x 2] float32 array, x first, about -1 to 1.
+    :param of_class: of K classes, if it is nucleus: an [H x W x K] float32 array of probabilities.
+    """
+
+    probability: np.ndarray
+    position: np.ndarray
+    of_class: np.ndarray
+
+
 class Segmenter:
     """
     A trained network in evaluation mode.
@@ -50,6 +66,7 @@ class Segmenter:
     :param held_slides: that its weights were chosen by, as the best among those of the run.
     :param adapt: what AdaptiveNorm takes of the image at hand, a share in [0, 1].
     :param mpp: micrometres a pixel of the images that it was trained on, and that it is given.
+    :param classes: of nuclei, that it tells apart, as many as the network.
     """
 
     def __init__(
@@ -61,6 +78,7 @@ class Segmenter:
         held_slides: Iterable[str] = (),
         adapt: float = ADAPT,
         mpp: float = REFERENCE_MPP,
+        classes: Sequence[CellClass] = (),
     ) -> None:
         self.net = net.to(device, memory_format=th.channels_last).eval()
         for module in net.modules():
@@ -69,6 +87,7 @@ class Segmenter:
         self.device = device
         self.flips = flips
         self.mpp = mpp
+        self.classes = list(classes)
         self.slides, self.held_slides = frozenset(slides), frozenset(held_slides)
 
     def knows(self, stem: str, slide: str) -> str:
@@ -83,19 +102,34 @@ class Segmenter:
                     return f"{how} slide {known}"
         return ""
 
-    def segment(self, image: np.ndarray) -> np.ndarray:
+    def check_classes(self, classes: Sequence[CellClass], where: str) -> None:
         """
-        :param image: an [H x W x 3] uint8 array of any size.
-        :return: an [H x W] int32 map, 0 = background, nuclei numbered from 1.
+        :param classes: of the data that it is measured on; where: the folder whose they are.
+        :raises ValueError: where their numbers or names are not the segmenter's.
         """
-        return instances(*self.predict(image), self.mpp)
+        own, others = ([f"{one.id} {one.name}" for one in known] for known in (self.classes, classes))
+        if own != others:
+            raise ValueError(
+                f"{where} has other classes of nuclei ({', '.join(others) or 'unnamed'}) than the segmenter "
+                f"was trained on ({', '.join(own)}): give data of its classes, or take their class_masks away"
+            )
 
-    def predict(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def segment(self, image: np.ndarray) -> np.ndarray:
+        """See find. :return: the map alone."""
+        return self.find(image)[0]
+
+    def find(self, image: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
         """
         :param image: an [H x W x 3] uint8 array of any size.
-        :return: probability of nucleus, an [H x W] float32 array in [0, 1], and the [H x W x 2] float32 position in
-            the nucleus, x first, about -1 to 1.
+        :return: an [H x W] int32 map, 0 = background, nuclei numbered from 1; and the class of each by its id, if the
+            segmenter knows classes.
         """
+        maps = self.predict(image)
+        inst_map = instances(maps.probability, maps.position, self.mpp)
+        return inst_map, voted(inst_map, maps.of_class, self.classes) if self.classes else {}
+
+    def predict(self, image: np.ndarray) -> Maps:
+        """:param image: an [H x W x 3] uint8 array of any size."""
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise ValueError(f"segment: expected [H x W x 3] uint8, got {image.shape} {image.dtype}")
         maps = self._tiled(image)
@@ -106,16 +140,16 @@ class Segmenter:
                     mirrored[..., 2 - axis] *= -1
                 maps += mirrored
             maps /= 4
-        return maps[..., 0], maps[..., 1:]
+        return Maps(maps[..., 0], maps[..., 1:3], maps[..., 3:])
 
     def _tiled(self, image: np.ndarray) -> np.ndarray:
-        """Probability, x and y as an [H x W x 3] float32 array; the network sees every pixel in 64 px of context."""
+        """All maps as one [H x W x (3 + K)] float32 array; the network sees every pixel in 64 px of context."""
         height, width = image.shape[:2]
         rows, tall = _tiles(height)
         columns, wide = _tiles(width)
         after = rows[-1] + tall - height + _MARGIN, columns[-1] + wide - width + _MARGIN
         padded = np.pad(image, ((_MARGIN, after[0]), (_MARGIN, after[1]), (0, 0)), mode="reflect")
-        maps = np.empty((rows[-1] + tall, columns[-1] + wide, 3), np.float32)
+        maps = np.empty((rows[-1] + tall, columns[-1] + wide, 3 + len(self.classes)), np.float32)
         inner = slice(_MARGIN, -_MARGIN)
         for row in rows:
             for column in columns:
@@ -126,7 +160,7 @@ class Segmenter:
     @th.inference_mode()
     def _run(self, tile: np.ndarray) -> np.ndarray:
         out = self.net(as_input(tile[None], self.device))[0].float()
-        return th.cat([out[:1].sigmoid(), out[1:]]).permute(1, 2, 0).cpu().numpy()
+        return th.cat([out[:1].sigmoid(), out[1:3], out[3:].softmax(0)]).permute(1, 2, 0).cpu().numpy()
 
 
 def as_input(images: np.ndarray, device: th.device) -> th.Tensor:
@@ -159,6 +193,16 @@ def instances(probability: np.ndarray, position: np.ndarray, mpp: float = REFERE
     seeds[lone] = bodies[lone] + seeds.max()
     inst_map = _cleaned(watershed(energy, seeds, mask=nucleus), mpp)
     return relabel_sequential(inst_map)[0].astype(np.int32)
+
+
+def voted(inst_map: np.ndarray, of_class: np.ndarray, classes: Sequence[CellClass]) -> dict[int, int]:
+    """
+    :param inst_map: an [H x W] map of nuclei, numbered from 1. :param of_class: see Maps.
+    :return: nucleus -> the id of the class that most of its pixels have, of equals the first.
+    """
+    votes = np.zeros((inst_map.max(initial=0) + 1, len(classes)), int)
+    np.add.at(votes, (inst_map, of_class.argmax(-1)), 1)
+    return {nucleus: classes[most].id for nucleus, most in enumerate(votes.argmax(1).tolist()) if nucleus}
 
 
 def outlined(image: np.ndarray, inst_map: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
@@ -198,10 +242,18 @@ def hv_target(inst_map: np.ndarray) -> np.ndarray:
 
 
 def as_content(
-    net: SegmenterNet, slides: Iterable[str], held_slides: Iterable[str] = (), mpp: float = REFERENCE_MPP
+    net: SegmenterNet,
+    slides: Iterable[str],
+    held_slides: Iterable[str] = (),
+    mpp: float = REFERENCE_MPP,
+    classes: Sequence[CellClass] = (),
 ) -> dict[str, Any]:
-    """:return: what a segmenter's file holds: weights, the slides that they come from, those that chose them, mpp."""
+    """
+    :return: what a segmenter's file holds: weights, the slides that they come from, those that chose them, mpp, and the
+        classes, if it tells any apart.
+    """
     facts = {"slides": sorted(slides), "held_slides": sorted(held_slides), "mpp": mpp}
+    facts |= {"classes": as_rows(classes)} if classes else {}
     return {"kind": KIND, "net": net.state_dict(), **facts}
 
 
@@ -216,12 +268,13 @@ def load_segmenter(path: str | Path, device: th.device, flips: bool = False, ada
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     content = load_checked(path, KIND)
-    net = seeded_net()
+    classes = from_rows(content.get("classes", []), str(path))
+    net = seeded_net(classes=len(classes))
     try:
         net.load_state_dict(content["net"])
         # Files of earlier versions do not name what was held out, and decoded as for 40x.
         facts = content["slides"], content.get("held_slides", ()), adapt, float(content.get("mpp", REFERENCE_MPP))
-        return Segmenter(net, device, flips, *facts)
+        return Segmenter(net, device, flips, *facts, classes)
     except (KeyError, RuntimeError, TypeError, AttributeError):
         raise ValueError(f"{path} is a segmenter of another layout: train it again") from None
 

@@ -1,5 +1,5 @@
 """
-The segmenter's network: a U-Net that predicts what is nucleus and where in its nucleus a pixel is.
+The segmenter's network: a U-Net that predicts what is nucleus, where in its nucleus a pixel is, and of which class.
 
 The encoder is EfficientNet-Lite0 up to 1/16 of the resolution, for which there are ImageNet weights; the decoder ends
 at 1/2 and is unfolded to full resolution, which costs a quarter of one more level. Owns the layers. Knows nothing of
@@ -21,9 +21,14 @@ _UNFOLDED = 12  # channels of the 2 x 2 pixels that the last decoder block sees 
 
 
 class SegmenterNet(nn.Module):
-    """Maps pixels, (value - 127) / 128, to three values each: nucleus as a logit, and the position in it, x and y."""
+    """
+    Maps pixels, (value - 127) / 128, to three values each: nucleus as a logit, and the position in it, x and y; and to
+    as many logits as there are classes of nuclei.
 
-    def __init__(self) -> None:
+    :param classes: how many; 0: it tells none apart.
+    """
+
+    def __init__(self, classes: int = 0) -> None:
         super().__init__()
         self.stem = ConvNorm(3, STEM, 3, stride=2, norm=AdaptiveNorm)
         self.stages = make_stages(_ENCODER, AdaptiveNorm)
@@ -36,11 +41,13 @@ class SegmenterNet(nn.Module):
             self.decoder.append(nn.Sequential(first, ConvNorm(width, width, 3, norm=AdaptiveNorm)))
             channels = width
         self.head = nn.Conv2d(channels, 3 * 4, 1)
+        # The last to draw its weights, so that a seed's others are the same without classes.
+        self.class_head = nn.Conv2d(channels, classes * 4, 1) if classes else None
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: [N x 3 x H x W], H and W multiples of 16.
-        :return: [N x 3 x H x W] of x's type.
+        :return: [N x (3 + classes) x H x W] of x's type.
         """
         skips = []
         h = self.stem(x)
@@ -52,14 +59,15 @@ class SegmenterNet(nn.Module):
         for block in self.decoder:
             h = F.interpolate(h, scale_factor=2, mode="nearest")
             h = block(th.cat([h, skips.pop()], dim=1))
-        return F.pixel_shuffle(self.head(h), 2)
+        out = self.head(h) if self.class_head is None else th.cat([self.head(h), self.class_head(h)], dim=1)
+        return F.pixel_shuffle(out, 2)
 
 
-def seeded_net(seed: int = 0) -> SegmenterNet:
-    """A new network, a function of the seed alone; torch's global generator, which layers draw from, is put back."""
+def seeded_net(seed: int = 0, classes: int = 0) -> SegmenterNet:
+    """A new network, a function of both alone; torch's global generator, which layers draw from, is put back."""
     with th.random.fork_rng(devices=[]):
         th.manual_seed(seed)
-        return SegmenterNet()
+        return SegmenterNet(classes)
 
 
 def load_imagenet_weights(net: SegmenterNet) -> None:

@@ -17,11 +17,12 @@ import torch as th
 import torch.nn.functional as F
 
 from ... import progress
+from ...cell_classes import CellClass
 from ...devices import PRECISIONS
 from ...files import writing
 from ...magnification import REFERENCE_MPP, length, odd_length
 from ...signals import leave_to_parent
-from ..evaluation import instance_metrics
+from ..evaluation import class_metrics, instance_metrics
 from .data import Crops, Example
 from .decoding import FILE, Segmenter, as_content, as_input, load_checked
 from .net import ADAPT, load_imagenet_weights, seeded_net
@@ -70,10 +71,12 @@ class Settings:
 
 def segmentation_loss(out: th.Tensor, target: th.Tensor, mpp: float = REFERENCE_MPP) -> th.Tensor:
     """
-    HoVer-Net's loss: cross-entropy and Dice of the nuclei, squared error of the position and of its slope in nuclei.
+    HoVer-Net's loss: cross-entropy and Dice of the nuclei, squared error of the position and of its slope in nuclei;
+    cross-entropy and Dice of the classes.
 
-    :param out: [N x 3 x H x W] float32: logit, x, y.
-    :param target: the same shape: 0 or 1, x, y. A pixel of neither, data.UNKNOWN, costs nothing.
+    :param out: [N x (3 + K) x H x W] float32: logit, x, y, and a logit for each of K classes, perhaps none.
+    :param target: [N x 3 x H x W]: 0 or 1, x, y; with classes a fourth map, see Crops. A pixel of neither,
+        data.UNKNOWN, costs nothing.
     :param mpp: micrometres a pixel; the slope is by pixels of 40x.
     :return: a scalar.
     """
@@ -82,20 +85,49 @@ def segmentation_loss(out: th.Tensor, target: th.Tensor, mpp: float = REFERENCE_
     probability = logit.sigmoid() * known
     overlap = 2 * (probability * nucleus).sum() + 1
     dice = 1 - overlap / (probability.sum() + nucleus.sum() + 1)
-    error = (out[:, 1:] - target[:, 1:]) * known
+    error = (out[:, 1:3] - target[:, 1:3]) * known
     kernels = _sobel(odd_length(_SLOPE, mpp)).to(error)
     slope = F.conv2d(error, kernels, padding=kernels.shape[-1] // 2, groups=2) * length(1, mpp)
     steepness = (slope.square() * nucleus).sum() / (nucleus.sum() + 1)
     cross_entropy = F.binary_cross_entropy_with_logits(logit, nucleus, known)
-    return cross_entropy + dice + _HV_WEIGHT * error.square().mean() + _GRADIENT_WEIGHT * steepness
+    loss = cross_entropy + dice + _HV_WEIGHT * error.square().mean() + _GRADIENT_WEIGHT * steepness
+    return loss + _class_loss(out[:, 3:], target[:, 3].long()) if out.shape[1] > 3 else loss
+
+
+def _class_loss(logits: th.Tensor, places: th.Tensor) -> th.Tensor:
+    """
+    Cross-entropy, and Dice, the mean over the classes. HoVer-Net's has background for a class, too; here pixels outside
+    nuclei do not count, since another map tells them.
+
+    :param logits: [N x K x H x W]. :param places: [N x H x W]: 1 to K in nuclei, 0 outside.
+    """
+    inside = places > 0
+    own, truth = logits.permute(0, 2, 3, 1)[inside], places[inside] - 1
+    probability, one_hot = own.softmax(1), F.one_hot(truth, logits.shape[1])
+    overlap = 2 * (probability * one_hot).sum(0) + 1
+    dice = 1 - overlap / (probability.sum(0) + one_hot.sum(0) + 1)
+    return F.cross_entropy(own, truth, reduction="sum") / (len(own) + 1) + dice.mean()
 
 
 def validate(segmenter: Segmenter, examples: Sequence[Example]) -> dict[str, float]:
-    """:return: F1@0.5, AJI and Dice, the mean over the examples' slides; and their score: the mean of F1 and AJI."""
-    tallies = [instance_metrics.tally(e.inst_map, segmenter.segment(e.image)) for e in examples]
-    summary = instance_metrics.summarise(tallies, [e.slide for e in examples])
-    means = {name: summary[name]["mean"] for name in ("f1@0.5", "aji", "dice")}
-    return {**means, "score": (means["f1@0.5"] + means["aji"]) / 2}
+    """
+    :return: F1@0.5, AJI and Dice, the mean over the examples' slides; of a segmenter that knows classes the means of
+        their F1 and the share of classes that are right, where there are any; and the score: the mean of F1, AJI and
+        the classes' F1.
+    """
+    tallies = []
+    for example in examples:
+        found = segmenter.find(example.image)
+        tallies.append(
+            class_metrics.tally(example.inst_map, example.of_nucleus, *found, segmenter.classes)
+            if segmenter.classes
+            else instance_metrics.tally(example.inst_map, found[0])
+        )
+    summary = instance_metrics.summarise(tallies, [example.slide for example in examples])
+    names = ("f1@0.5", "aji", "dice", "class_f1", "class_accuracy")
+    means = {name: summary[name]["mean"] for name in names if name in summary and summary[name]["mean"] is not None}
+    judged = [means[name] for name in ("f1@0.5", "aji", "class_f1") if name in means]
+    return {**means, "score": sum(judged) / len(judged)}
 
 
 class Training:
@@ -106,6 +138,7 @@ class Training:
     :param examples: to train on; held: to validate on, may be empty.
     :param out: folder for the checkpoint and segmenter.pt.
     :param slides: that the examples show, noted in segmenter.pt as those of `held` are.
+    :param classes: that it learns to tell apart, noted there, too.
     :raises ValueError: the folder's checkpoint is broken.
     :raises ImportError: the package with the pretrained weights is missing.
     """
@@ -118,11 +151,13 @@ class Training:
         out: Path,
         device: th.device,
         slides: Sequence[str] = (),
+        classes: Sequence[CellClass] = (),
     ) -> None:
         self.settings, self.held, self.out, self.device, self.slides = settings, held, out, device, slides
         first = round(settings.synthetic_first * (settings.steps or 0)) * settings.batch_size
-        self.crops = Crops(examples, settings.crop, settings.seed, settings.colour_augment, first)
-        net = seeded_net(settings.seed)
+        self.classes = classes
+        self.crops = Crops(examples, settings.crop, settings.seed, settings.colour_augment, first, classes)
+        net = seeded_net(settings.seed, len(classes))
         if settings.pretrained:
             load_imagenet_weights(net)
         self.net = net.to(device, memory_format=th.channels_last)
@@ -160,7 +195,8 @@ class Training:
         if best is not None:
             self.net.load_state_dict(best)
         held_slides = {example.slide for example in self.held}
-        save_atomically(as_content(self.net, self.slides, held_slides, self.settings.mpp), self.out / FILE)
+        content = as_content(self.net, self.slides, held_slides, self.settings.mpp, self.classes)
+        save_atomically(content, self.out / FILE)
         return self._result()
 
     def progress(self) -> float:
@@ -224,7 +260,8 @@ class Training:
         return row
 
     def _segmenter(self) -> Segmenter:
-        return Segmenter(self.net, self.device, adapt=self.settings.adapt, mpp=self.settings.mpp)
+        known = dict(adapt=self.settings.adapt, mpp=self.settings.mpp, classes=self.classes)
+        return Segmenter(self.net, self.device, **known)
 
     def _save(self) -> None:
         content = {

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import draw_patch, write_patches
+import torch as th
+from conftest import draw_patch, write_class_masks, write_patches
 from PIL import Image
 
+from guided_diffusion.cell_classes import CellClass, named, write_classes
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.data import Crops, Example, Pair
 from guided_diffusion.histology.segmenter.decoding import hv_target
@@ -163,6 +165,50 @@ def test_a_crop_depends_on_seed_and_index_alone():
         assert all(np.array_equal(x, y) for x, y in zip(a[index], b[index]))
     assert not np.array_equal(a[0][0], a[1][0])
     assert not np.array_equal(a[0][0], Crops(examples(), 32, seed=6)[0][0])
+
+
+def test_classes_are_those_of_the_cropped_nuclei_and_change_no_crop():
+    """Crops of (seed, index) are what they are without classes; the fourth map is constant in a nucleus."""
+    classes = [CellClass(number, str(number), (0, 0, 0)) for number in (3, 7)]
+    plain = examples()
+    of_nucleus = [{n: 7 if n < 10 else 3 for n in np.unique(e.inst_map).tolist() if n} for e in plain]
+    known = [replace(example, of_nucleus=own) for example, own in zip(plain, of_nucleus)]
+    seen = set()
+    for index in range(12):
+        image, target = Crops(plain, 32, 5)[index]
+        same, more = Crops(known, 32, 5, classes=classes)[index]
+        assert th.equal(image, same) and th.equal(target, more[:3]) and more.shape == (4, 32, 32)
+        assert th.equal(more[3] > 0, target[0] > 0)
+        seen |= set(more[3].unique().tolist())
+    assert seen == {0, 1, 2}
+    inst_map = np.kron(np.arange(1, 10, dtype=np.int32).reshape(3, 3), np.ones((16, 16), np.int32))
+    example = Example("A", np.repeat((20 * inst_map).astype(np.uint8)[..., None], 3, 2), inst_map)
+    crops = Crops([replace(example, of_nucleus={n: 3 + 4 * (n % 2) for n in range(1, 10)})], 16, 0, False, 0, classes)
+    image, (*_, of_class) = crops[1]
+    exact = (image[..., 0] % 20) == 0  # not between two nuclei
+    assert th.equal(of_class[exact], 1 + (image[..., 0] // 20 % 2).float()[exact]) and exact.sum() > 100
+
+
+def test_class_masks_are_of_all_images_or_of_none(data_dir):
+    folder, classes = data_dir / "MoNuSegTrainingData", named(["a", "b"])
+    before = segmenter_data.checksum(segmenter_data.training_pairs(data_dir))
+    assert segmenter_data.classes_of(segmenter_data.training_pairs(data_dir)) == []
+    write_class_masks(folder, rare=2)
+    pairs = segmenter_data.training_pairs(data_dir)
+    with pytest.raises(ValueError, match=r"slide-0_000.png has classes, but no folder above it the classes.json"):
+        segmenter_data.classes_of(pairs)
+    write_classes(data_dir, classes)
+    assert segmenter_data.classes_of(pairs) == classes and segmenter_data.checksum(pairs) != before
+    example = segmenter_data.read_pair(pairs[3], classes)
+    assert example.of_nucleus == {n: 1 + (n % 2 == 0) for n in np.unique(example.inst_map).tolist() if n}
+    assert segmenter_data.read_pair(pairs[3]).of_nucleus == {}
+    wrong = np.where(example.inst_map > 0, 3, 0).astype(np.uint8)
+    Image.fromarray(wrong).save(folder / "class_masks" / "slide-0_003.png")
+    with pytest.raises(ValueError, match=r"slide-0_003.png: nucleus \d+ is of class 3, which is not in classes.json"):
+        segmenter_data.read_pair(pairs[3], classes)
+    (folder / "class_masks" / "slide-1_001.png").unlink()
+    with pytest.raises(ValueError, match=r"slide-1_001.png has no mask slide-1_001.\* in .*class_masks"):
+        segmenter_data.training_pairs(data_dir)
 
 
 def test_target_is_that_of_the_turned_crop():

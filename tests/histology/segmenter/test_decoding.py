@@ -1,15 +1,17 @@
 """Targets, instances and tiles of the segmenter, and the network behind them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch as th
 
+from guided_diffusion.cell_classes import CellClass, named
 from guided_diffusion.histology.evaluation.instance_metrics import matches, measure, overlap_table
 from guided_diffusion.histology.features.lite0 import Lite0, load_weights, shipped_weights
 from guided_diffusion.histology.segmenter import decoding
-from guided_diffusion.histology.segmenter.decoding import Segmenter, hv_target, instances, load_segmenter
+from guided_diffusion.histology.segmenter.decoding import Segmenter, hv_target, instances, load_segmenter, voted
 from guided_diffusion.histology.segmenter.net import AdaptiveNorm, load_imagenet_weights, seeded_net
 from guided_diffusion.histology.slides import annotations, toy
 from guided_diffusion.magnification import REFERENCE_MPP
@@ -149,7 +151,7 @@ def test_any_size_is_segmented(shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     segmenter = Segmenter(seeded_net(), CPU)
     assert segmenter.segment(image).shape == shape
-    probability, position = segmenter.predict(image)
+    probability, position, _ = segmenter.predict(image)
     assert probability.shape == shape and position.shape == (*shape, 2)
     assert probability.min() >= 0 and probability.max() <= 1
 
@@ -168,8 +170,8 @@ def test_tiles_see_what_the_whole_sees(monkeypatch):
 def test_flips_make_the_answer_turn_with_the_image():
     image = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     segmenter = Segmenter(seeded_net(), CPU, flips=True)
-    probability, position = segmenter.predict(image)
-    mirrored, mirrored_position = segmenter.predict(np.ascontiguousarray(image[:, ::-1]))
+    probability, position, _ = segmenter.predict(image)
+    mirrored, mirrored_position, _ = segmenter.predict(np.ascontiguousarray(image[:, ::-1]))
     assert np.allclose(mirrored[:, ::-1], probability, atol=1e-5)
     assert np.allclose(mirrored_position[:, ::-1] * (-1, 1), position, atol=1e-4)
 
@@ -212,6 +214,44 @@ def test_the_norm_mixes_the_image_s_statistics_in():
     norm.train()
     plain = th.nn.BatchNorm2d(2)
     assert th.allclose(norm(x), plain(x))
+
+
+def test_a_class_head_leaves_the_other_weights_and_maps_as_they_are(tmp_path):
+    classes = named(["a", "b", "c"])
+    plain, classed = seeded_net(seed=5), seeded_net(seed=5, classes=3)
+    own, other = plain.state_dict(), classed.state_dict()
+    assert other.keys() - own.keys() == {"class_head.weight", "class_head.bias"}
+    assert all(th.equal(own[name], other[name]) for name in own)
+    image = toy.draw_slide(0, 64).image[:32, :48]
+    maps = [Segmenter(net, CPU, True, classes=known).predict(image) for net, known in ((plain, ()), (classed, classes))]
+    assert all(np.array_equal(*pair) for pair in zip(maps[0][:2], maps[1][:2])) and maps[0].of_class.shape[2] == 0
+    assert np.allclose(maps[1].of_class.sum(2), 1, atol=1e-5) and maps[1].of_class.shape == (32, 48, 3)
+
+    th.save(decoding.as_content(classed, ["A"], classes=classes), tmp_path / "segmenter.pt")
+    read = load_segmenter(tmp_path, CPU)
+    assert read.classes == classes and th.equal(read.net.class_head.weight, classed.class_head.weight)
+    read.check_classes([replace(one, colour=(0, 0, 0)) for one in classes], "DATA")
+    with pytest.raises(
+        ValueError, match=r"DATA has other classes of nuclei \(1 a, 2 c\) than the segmenter was trained"
+    ):
+        read.check_classes(named(["a", "c"]), "DATA")
+    for broken in ([{"id": 1}], named(["a", "b"]), 3, [{"id": 1, "name": "a", "colour": [0, 0, 300]}]):
+        rows = [vars(row) if isinstance(row, CellClass) else row for row in broken] if broken != 3 else 3
+        th.save({**decoding.as_content(classed, []), "classes": rows}, tmp_path / "segmenter.pt")
+        with pytest.raises(ValueError, match=r"segmenter\.pt"):
+            load_segmenter(tmp_path, CPU)
+
+
+def test_a_nucleus_is_of_the_class_that_most_of_its_pixels_have():
+    inst_map = np.array([[1, 1, 1, 0], [2, 2, 0, 3]])
+    of_class = np.eye(3)[np.array([[2, 0, 2, 0], [1, 0, 1, 2]])]
+    classes = [CellClass(number, name, (0, 0, 0)) for number, name in ((2, "a"), (5, "b"), (9, "c"))]
+    assert voted(inst_map, of_class, classes) == {
+        1: 9,
+        2: 2,
+        3: 9,
+    }  # the second's pixels are of two: the first of these
+    assert voted(0 * inst_map, of_class, classes) == {}
 
 
 def test_a_segmenter_is_read_back(tmp_path):

