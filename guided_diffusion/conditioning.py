@@ -294,6 +294,24 @@ class ConditionSpec(Options):
                 panels[part][k] = np.full_like(panels[part][k], UNKNOWN_GREY)
         return [np.concatenate(row, axis=1) for row in zip(*panels.values())]
 
+    def legend(self) -> str:
+        """:return: what the panels that render draws show, in words."""
+        shown = {
+            "structure": "nuclei (white)",
+            "classes": "classes of nuclei (the lighter, the higher the id)",
+            "colour": "the appearance's pixels, shuffled",
+            "edge": "edges of nuclei",
+        }
+        if self.use_hv_map:
+            shown["structure"] = (
+                "where in its nucleus a pixel lies, across (blue left, red right) and down (blue top, red bottom), "
+                "green outside"
+            )
+        elif self.class_cond:
+            shown["structure"] = "classes (the lighter, the higher the id)"
+        panels = "; ".join(shown[part] for part, names in self._layout.items() if names)
+        return f"Condition, from left: {panels}." + " All grey: not known." * self.mark_unknown
+
     def _panel(self, part: str, values: np.ndarray) -> list[np.ndarray]:
         """Draw one part of each sample, [N x C x H x W], as [H x W' x 3] uint8."""
         if part == "structure" and self.use_hv_map:

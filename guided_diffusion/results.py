@@ -194,16 +194,17 @@ class ResultFolder:
         with Image.open(self._files(stem)[folder]) as image:
             return np.asarray(image.convert("RGB"))
 
-    def write_grid(self, stems: Sequence[str], title: str) -> Path:
+    def write_grid(self, stems: Sequence[str], title: str, note: str = "", mpp: float = 0.0) -> Path:
         """
         Draw samples one below the other: condition, appearance, sample.
 
         :param stems: which; they have been written.
         :param title: what stands above the picture.
+        :param note: what stands below it; mpp: micrometres a pixel, for a scale bar. See draw_grid.
         :return: the picture's path.
         """
         rows = [[self.picture(folder, stem) for folder in ("cond", "images", "samples")] for stem in stems]
-        return draw_grid(rows, ("condition", "appearance", "sample"), title, self.path / "grid.png")
+        return draw_grid(rows, ("condition", "appearance", "sample"), title, self.path / "grid.png", note, mpp)
 
 
 def _is_row(row: Any) -> bool:

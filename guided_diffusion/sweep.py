@@ -301,20 +301,21 @@ class Sweep:
 
     def _draw(self) -> None:
         """Draw grid.png in each folder and, where there are several, sweep.png above them."""
-        what = f"{self.plan.sampler}, {len(self.plan)} steps"
+        what, note = f"{self.plan.sampler}, {len(self.plan)} steps", self.spec.legend()
         for (path, scale), folder in self.folders.items():
             title = f"{PurePath(path).name}, s = {scale.text}, {what}"
-            picture = folder.write_grid(self.stems[path, scale][:GRID_ROWS], title)
+            picture = folder.write_grid(self.stems[path, scale][:GRID_ROWS], title, note, self.spec.mpp)
         if len(self.folders) > 1:
             columns = [self._column("samples", pair) for pair in self.folders]
-            captions = [f"{PurePath(path).stem} s{scale.text}" for path, scale in self.folders]
+            captions = [f"{PurePath(path).stem} s={scale.text}" for path, scale in self.folders]
             if self.same_noise:
                 pair = next(iter(self.folders))
                 columns = [self._column("cond", pair), self._column("images", pair), *columns]
                 captions = ["condition", "appearance", *captions]
             else:
-                what += "; each column has conditions of its own, --same_noise True shows the same ones"
-            picture = draw_grid(list(zip(*columns)), captions, what, Path(self.results_path) / "sweep.png")
+                note = "Each column has conditions of its own; --same_noise True shows the same ones."
+            path = Path(self.results_path) / "sweep.png"
+            picture = draw_grid(list(zip(*columns)), captions, what, path, note, self.spec.mpp)
         logger.log(f"{self.count * len(self.folders)} samples; look at {picture}")
 
     def _column(self, part: str, pair: tuple[str, Scale]) -> list[np.ndarray]:

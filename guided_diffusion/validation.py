@@ -90,5 +90,6 @@ class Validation:
             for cond, image, result in zip(self.spec.render(y), to_uint8(images), to_uint8(made))
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_grid(rows, ["condition", "appearance", "sample"], f"{path.stem}: {PREVIEW_SAMPLER}, {steps} steps", path)
+        title = f"{path.stem}: {PREVIEW_SAMPLER}, {steps} steps"
+        draw_grid(rows, ["condition", "appearance", "sample"], title, path, self.spec.legend(), self.spec.mpp)
         return np.asarray(Image.open(path).convert("RGB"))

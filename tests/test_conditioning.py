@@ -340,6 +340,7 @@ def test_render(flags, panels):
         np.testing.assert_array_equal(picture[:, -16:, 0], edge)
     if spec.use_hv_map:
         assert tuple(picture[0, 0]) == (124, 255, 121)
+    assert spec.legend().count("; ") + 1 + spec.use_hv_map == panels and ("blue" in spec.legend()) == spec.use_hv_map
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 7), (40, 30)])

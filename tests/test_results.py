@@ -187,8 +187,10 @@ def test_grid_shows_what_was_written(folder):
     grid = np.asarray(Image.open(folder.write_grid(["a", "c"], "title")))
     # 16 px panels are enlarged eightfold; the sample is the last panel of its row.
     assert grid.shape[1] == 8 * 16 * 6 + 4 * 6
-    assert (grid[34 + 64, -70] == 100).all() and (grid[34 + 64 + 128 + 6, -70] == 200).all()
-    assert (grid[34 + 64, -70 - 128 - 6] == 50).all()
+    second = len(grid) - 6 - 64
+    first = second - 6 - 128
+    assert (grid[first, -70] == 100).all() and (grid[second, -70] == 200).all()
+    assert (grid[first, -70 - 128 - 6] == 50).all()
 
 
 def test_remove_leaves_what_is_not_ours(folder):
