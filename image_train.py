@@ -9,14 +9,14 @@ from typing import Any
 
 import torch as th
 
-from guided_diffusion import checkpoint, cli, dist_util, logger, magnification
+from guided_diffusion import cards, checkpoint, cli, dist_util, logger, magnification
 from guided_diffusion.checkpointer import Checkpointer
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
 from guided_diffusion.devices import keep_memory
 from guided_diffusion.files import write_json
 from guided_diffusion.fp16_util import compute_dtype
-from guided_diffusion.image_datasets import NucleiDataset, load_dataset
+from guided_diffusion.image_datasets import NucleiDataset, count_patches, load_dataset
 from guided_diffusion.model_options import DiffusionOptions, ModelOptions
 from guided_diffusion.options import add_flags, changeable
 from guided_diffusion.resample import create_named_schedule_sampler
@@ -171,19 +171,19 @@ def main(argv: list[str] | None = None) -> None:
                 init_checkpoint="" if resumed else args.init_checkpoint,
                 checkpointer=checkpointer,
             )
-            run(loop, config, seen)
+            run(loop, config, seen, held_out)
     logger.close()
     dist_util.shutdown()
 
 
-def run(loop: TrainLoop, config: dict[str, Any], seen: NucleiDataset) -> None:
+def run(loop: TrainLoop, config: dict[str, Any], seen: NucleiDataset, held_out: NucleiDataset | None) -> None:
     """Train, and say in the folder of the run with which flags, and where it stands at the end."""
     rank = dist_util.rank()
     dist_util.agree(lambda: None if rank else logger.configure())
     folder = dist_util.all_gather(logger.get_dir())[0]
     if rank:
         logger.configure(folder, rank=rank)
-    loop.checkpointer.begin(folder, config)
+    loop.checkpointer.begin(folder, config, functools.partial(cards.model_card, config, count_patches(seen, held_out)))
     logger.log(f"condition: {', '.join(config['condition_channels'])}; checkpoints and logs go to {folder}")
     images = {"images": len(seen)}
     if seen.unlabelled:

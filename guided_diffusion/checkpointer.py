@@ -14,7 +14,7 @@ from typing import Any
 
 import torch as th
 
-from . import checkpoint, dist_util, files, logger
+from . import cards, checkpoint, dist_util, files, logger
 from .checkpoint_sets import check_one_run, find_newest, prune, steps
 
 
@@ -45,6 +45,7 @@ class Checkpointer:
         self.run_id = ""
         self.facts: dict[str, str] = {}
         self._config: dict[str, Any] | None = None
+        self._card: Callable[[int, dict[str, float]], str] | None = None
         self._lock = contextlib.ExitStack()
         self._claimed = False
         self._pool = ThreadPoolExecutor(2, "checkpointer")  # the newest and the best
@@ -130,14 +131,20 @@ class Checkpointer:
                 f"{before['data_dir']}: give those, or another OPENAI_LOGDIR"
             )
 
-    def begin(self, folder: str = "", config: dict[str, Any] | None = None) -> None:
+    def begin(
+        self,
+        folder: str = "",
+        config: dict[str, Any] | None = None,
+        card: Callable[[int, dict[str, float]], str] | None = None,
+    ) -> None:
         """
         Begin to write: claim the folder if it is new, write config.json, and see which is the best so far.
 
         :param folder: the run's folder, where none was given before.
         :param config: the resolved flags, written beside the weights; None writes none.
+        :param card: makes the card that is written beside each set, of its step and of `best`; None writes none.
         """
-        self.folder = self.folder or folder
+        self.folder, self._card = self.folder or folder, card
         _on_rank_0(lambda: self._begin(config))
         self.best = dist_util.all_gather(self.best)[0]
         for change in self.changes:
@@ -195,7 +202,8 @@ class Checkpointer:
         if folder in self._pending:
             self._pending.pop(folder).result()
         copies = {name: snapshot(state) for name, state in states.items()}
-        self._pending[folder] = self._pool.submit(self._write, folder, copies, keep, then)
+        card = self._card(checkpoint.parse_step([*states][-1]), dict(self.best)) if self._card else ""
+        self._pending[folder] = self._pool.submit(self._write, folder, copies, card, keep, then)
 
     def wait(self) -> None:
         """
@@ -211,7 +219,9 @@ class Checkpointer:
         for folder in [folder for folder, future in self._pending.items() if future.done()]:
             self._pending.pop(folder).result()
 
-    def _write(self, folder: str, states: dict[str, dict], keep: int | None, then: Callable[[], None]) -> None:
+    def _write(
+        self, folder: str, states: dict[str, dict], card: str, keep: int | None, then: Callable[[], None]
+    ) -> None:
         os.makedirs(folder, exist_ok=True)
         *parts, model = states
         # Where this step has a set already, its model vouches for what is now overwritten: it goes first.
@@ -219,6 +229,8 @@ class Checkpointer:
             os.unlink(os.path.join(folder, model))
         if self._config is not None and folder != self.folder:
             files.write_json(os.path.join(folder, checkpoint.CONFIG_NAME), self._config)
+        if card:  # before the model, with which all is there: a run that goes on from it need not write it again
+            files.write_text(os.path.join(folder, cards.NAME), card)
         for name in (*parts, model):
             checkpoint.save(states[name], folder, name, self.run_id)
         if folder != self.folder:

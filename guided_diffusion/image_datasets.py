@@ -390,3 +390,15 @@ def load_data(
 
 def _as_there(batch: th.Tensor, cond: dict) -> tuple[th.Tensor, dict]:
     return as_signed(batch), {name: as_signed(part) if name == "col_map" else part for name, part in cond.items()}
+
+
+def count_patches(seen: NucleiDataset, held_out: NucleiDataset | None) -> dict[str, int]:
+    """:return: of how many patches and slides a model learns, and on how many it is validated, as its card tells."""
+    items = held_out.items if held_out else []
+    return {
+        "patches": len(seen.items),
+        "slides": len({item.slide for item in seen.items}),
+        "unlabelled": seen.unlabelled,
+        "held_out_patches": len(items),
+        "held_out_slides": len({item.slide for item in items}),
+    }

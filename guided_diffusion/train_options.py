@@ -97,6 +97,13 @@ class TrainOptions(RunOptions):
         ours=True,
     )
     val_interval: int = flag(1000, "steps between two validations", within="[1, inf)", changeable=True, ours=True)
+    data_licence: str = flag(
+        "unknown",
+        "under which licence the data are, in words; card.md beside the checkpoints says it, and that of a set made by "
+        "them",
+        changeable=True,
+        ours=True,
+    )
     preview_samples: int = flag(
         4,
         "held-out and training conditions, each, that are sampled at each checkpoint",

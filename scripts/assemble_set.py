@@ -2,13 +2,14 @@
 Make a training set of real and synthetic patches.
 
     python scripts/assemble_set.py --data_dir DATA --synthetic KEPT... --results_path OUT --ratio R
-        [--weighted True] [--copy True]
+        [--weighted True] [--copy True] [--evaluation EVALUATION]
 
 OUT becomes a data folder: MoNuSegTrainingData/{images,bin_masks,inst_masks} with all of DATA's training patches and
 R times as many synthetic ones (--ratio all, or more than there are: all there are), MoNuSegTestData as it is in DATA,
-slides.csv, and manifest.csv, which says of every patch where it came from. KEPT is the kept/ of filter_ood.py, another
-results folder, or a sweep. Of samples that share structure, appearance and noise, as a sweep with --same_noise True
-makes them, one is taken.
+slides.csv, manifest.csv, which says of every patch where it came from, and card.md, which sums that up: what there is,
+which models made it, whether copies were looked for (--evaluation, the folder of evaluate.py), licences. KEPT is the
+kept/ of filter_ood.py, another results folder, or a sweep. Of samples that share structure, appearance and noise, as a
+sweep with --same_noise True makes them, one is taken.
 
 A synthetic patch is named SLIDE_NUMBER after the slide of its appearance, which slides.csv says, too, so that it is
 held out with that slide. Its structure may come from another one: the manifest's columns slide and structure_slide name
@@ -16,18 +17,20 @@ both. Run again, it replaces OUT as a whole.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from guided_diffusion import cli, progress
-from guided_diffusion.files import check_apart, list_files, replace_folder, write_text
+from guided_diffusion import cards, cell_classes, checkpoint, cli, progress
+from guided_diffusion.files import check_apart, is_remote, list_files, replace_folder, write_text
 from guided_diffusion.histology.assembly import (
+    Synthetic,
     check_sizes,
     draw,
     is_kept,
@@ -36,8 +39,9 @@ from guided_diffusion.histology.assembly import (
     write_set,
 )
 from guided_diffusion.histology.evaluation.runs import Sample, add_run_flags, find_runs
-from guided_diffusion.histology.features.cluster_folders import list_patches
+from guided_diffusion.histology.features.cluster_folders import Patch, list_patches
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
+from guided_diffusion.image_files import check_image
 from guided_diffusion.script_util import str2bool
 
 RECORD = "assemble.json"
@@ -61,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     for folder in args.synthetic:
         check_kept(folder)
     samples = [sample for run in find_runs(args.synthetic) for sample in run.samples]
+    copies = read_copies(args.evaluation)
     count = None if ratio is None else round(ratio * len(real))
     chosen = draw(samples, count, args.weighted, args.seed)
     if not chosen:
@@ -74,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
 
         def fill(folder: Path) -> None:
             write_set(folder, args.real, patches, synthetic, args.copy, bar.update)
+            facts = {**describe(patches, synthetic, folder), **said_by_filter(args.synthetic), "copies": copies}
+            write_text(folder / cards.NAME, cards.data_sheet(facts, licences(chosen)))
             made = {"settings": settings, "real": len(real), "synthetic": len(synthetic), "distinct": distinct}
             write_text(folder / RECORD, json.dumps(made, indent=1) + "\n")
 
@@ -92,6 +99,12 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--weighted", type=str2bool, default=False, help="draw by the weights of filter_ood.py")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--copy", type=str2bool, default=False, help="copy files instead of linking them")
+    parser.add_argument(
+        "--evaluation",
+        metavar="EVALUATION",
+        type=Path,
+        help="folder of evaluate.py, whose count of copies the card says",
+    )
     return parser
 
 
@@ -102,6 +115,67 @@ def check_kept(folder: Path) -> None:
             f"--synthetic {folder} is empty: the filter kept no sample, see {folder.parent / 'report.json'}; "
             "raise its --tau, or sample from a better model"
         )
+
+
+def describe(patches: Sequence[Patch], synthetic: Sequence[Synthetic], folder: Path) -> dict[str, str]:
+    """:return: what is in a set, as its card says it: what -> how much."""
+    training = [patch for patch in patches if patch.split == TRAIN_SPLIT]
+    test, rows = len(patches) - len(training), [item.sample.row for item in synthetic]
+    scales: dict[str, set[str]] = {}
+    for row in rows:
+        scales.setdefault(PurePath(row.get("checkpoint") or cards.UNKNOWN).name, set()).add(row.get("s") or "?")
+    width, height = check_image(training[0].image)
+    classes = cell_classes.read_classes(folder) if (folder / cell_classes.TABLE).exists() else []
+    return {
+        "training": f"{len(training)} real patches of {len({patch.slide for patch in training})} slides, and "
+        f"{len(synthetic)} synthetic ones with the colours of {len({item.slide for item in synthetic})} slides",
+        "test": f"{test} real patches of {len({patch.slide for patch in patches if patch not in training})} slides",
+        "size": f"{width} x {height} px",
+        "classes": ", ".join(item.name for item in classes) or "none",
+        "made by": ", ".join(f"{name} (s = {', '.join(sorted(values))})" for name, values in sorted(scales.items())),
+        "distinct": ", ".join(f"{n} {what}" for what, n in count_distinct([item.sample for item in synthetic]).items()),
+    }
+
+
+def said_by_filter(folders: Sequence[Path]) -> dict[str, str]:
+    """:return: what the filter did, for the card, where folders are what it has kept and its report lies above them."""
+    lines = []
+    for folder in filter(is_kept, folders):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            report = json.loads((folder.parent / "report.json").read_text())
+            lines.append(f"kept {report['kept']} of {report['synthetic']} samples, AUROC {report['auroc']:.3f}")
+    return {"filter": "; ".join(lines) or "none"}
+
+
+def read_copies(folder: Path | None) -> str:
+    """
+    :param folder: what evaluate.py wrote; None where nobody looked.
+    :return: which share of the samples look like copies of training patches, in words.
+    :raises ValueError: where that is not said there.
+    """
+    if folder is None:
+        return "not looked for"
+    path = folder / "metrics.json"
+    try:
+        figures = json.loads(path.read_text())
+        shares = {name: float(run["copies"]) for name, run in figures["runs"].items()}
+        real = float(figures["floor"]["copies"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"--evaluation {path} says nothing of copies: give the folder of evaluate.py") from None
+    runs = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
+    return f"{runs} look like a training patch; of real patches of the same slides {real:.1%} do"
+
+
+def licences(samples: Sequence[Sample]) -> list[str]:
+    """:return: the licences of the data that the samples' models learnt from, by config.json beside the checkpoints."""
+
+    def each() -> Iterator[str]:
+        for path in sorted({sample.row.get("checkpoint") or "" for sample in samples}):
+            with contextlib.suppress(OSError, ValueError):
+                config = (checkpoint.load_config(path) if path and not is_remote(path) else None) or {}
+                yield str(config.get("data_licence") or cards.UNKNOWN)
+
+    return list(dict.fromkeys(each()))
 
 
 def count_distinct(samples: Sequence[Sample]) -> dict[str, int]:

@@ -5,9 +5,9 @@ Write a labelled set as segmenters and loaders read it.
 
 SET is a results folder of image_sample.py, a sweep of them, the kept/ of filter_ood.py, a set of assemble_set.py, or
 another data folder. OUT gets the images and their nuclei, training and test split apart, with classes where SET has
-class_masks and classes.json; manifest.csv, which says of every image what SET's says and how many nuclei it has; and
-export.json. docs/export.md says what each format holds, and how its tool is trained on it. Run again, it replaces OUT
-as a whole.
+class_masks and classes.json; manifest.csv, which says of every image what SET's says and how many nuclei it has; SET's
+card.md; and export.json. docs/export.md says what each format holds, and how its tool is trained on it. Run again, it
+replaces OUT as a whole.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from guided_diffusion import cli, magnification, progress
+from guided_diffusion import cards, cli, magnification, progress
 from guided_diffusion.cell_classes import FOLDER, CellClass, shared, write_classes
 from guided_diffusion.files import by_stem, check_apart, csv_text, replace_folder, write_bytes, write_json, write_text
 from guided_diffusion.histology.evaluation.runs import MANIFEST, Run, find_runs, slides_of_sample
@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         if classes:
             write_classes(folder, classes)
         counts = {"images": len(records), "nuclei": sum(record.nuclei for record in records)}
+        if (card := args.set / cards.NAME).is_file() and not card.is_symlink():
+            write_bytes(folder / cards.NAME, card.read_bytes())
         write_json(folder / RECORD, {"format": args.format, **window, "mpp": find_mpp(args.set, entries), **counts})
 
     replace_folder(args.out, fill, "OUT")

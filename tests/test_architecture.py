@@ -12,6 +12,7 @@ RANKS = {
     # Shared by the core and histology:
     "files": -3,
     "figures": -2,
+    "cards": -3,
     "progress": -3,
     "image_decoding": -3,
     "image_files": -2,

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from conftest import write_patches
 from PIL import Image
+from test_cards import table
 from test_evaluate import write_run
 
 from guided_diffusion import cli
 from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.files import write_json
 from guided_diffusion.image_datasets import load_dataset
 from scripts import assemble_set
 
@@ -67,6 +69,34 @@ def test_what_is_not_known_of_a_sample_comes_along(data_dir, synthetic, tmp_path
     (stem,) = [row["stem"] for row in made if Path(row["sample"]).stem == source.stem]
     (link,) = (tmp_path / "set" / TRAIN / "ignore_masks").iterdir()
     assert link.name == f"{stem}.png" and link.read_bytes() == source.read_bytes()
+
+
+def test_the_card_says_what_there_is(data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # manifests name checkpoints as they were given
+    for name in ("run", "evaluation"):
+        (tmp_path / name).mkdir()
+    kept = write_run(tmp_path / "filtered" / "kept", count=8, checkpoint="ema_1.pt")
+    header, *rows = (kept / "manifest.csv").read_text().splitlines()
+    lines = [f"{header},run,sample,score,weight", *(f"{row},r,s{k},0,1" for k, row in enumerate(rows))]
+    (kept / "manifest.csv").write_text("\n".join(lines) + "\n")
+    write_json(tmp_path / "filtered" / "report.json", {"kept": 8, "synthetic": 10, "auroc": 0.625})
+    write_json(tmp_path / "run" / "config.json", {"data_licence": "CC BY-NC-SA 4.0"})
+    evaluation = {"runs": {"kept": {"copies": 0.125}}, "floor": {"copies": 0.01}}
+    write_json(tmp_path / "evaluation" / "metrics.json", evaluation)
+    assemble(data_dir, kept, tmp_path / "set", "--ratio", "1", "--evaluation", tmp_path / "evaluation")
+    told = table((tmp_path / "set" / "card.md").read_text())
+    assert told["training"].startswith("8 real patches of 2 slides, and 8 synthetic ones")
+    assert told["test"] == "4 real patches of 1 slides" and told["size"] == "32 x 32 px" and told["classes"] == "none"
+    assert told["made by"] == r"ema\_1.pt (s = 1.5)" and told["licence of the models' data"] == "CC BY-NC-SA 4.0"
+    assert told["filter"] == "kept 8 of 10 samples, AUROC 0.625"
+    assert told["copies"] == "12.5% of kept look like a training patch; of real patches of the same slides 1.0% do"
+    (tmp_path / "run" / "config.json").unlink()
+    assemble(data_dir, kept, tmp_path / "set", "--ratio", "1")
+    told = table((tmp_path / "set" / "card.md").read_text())
+    assert told["copies"] == "not looked for" and told["licence of the models' data"] == "unknown"
+    with pytest.raises(ValueError, match="--evaluation .*metrics.json says nothing of copies"):
+        assemble(data_dir, kept, tmp_path / "new", "--ratio", "1", "--evaluation", tmp_path / "run")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_real_files_are_the_real_files(data_dir, synthetic, tmp_path):

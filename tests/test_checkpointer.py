@@ -266,11 +266,16 @@ def test_a_folder_that_says_nothing_is_gone_on_with(open_folder, tmp_path):
 def test_the_best_is_what_lies_in_its_folder(open_folder, tmp_path):
     run = trained(open_folder)
     assert run.best == {}
+    run.begin(config=FLAGS, card=lambda step, best: f"{step} {best}")
     for step, val_loss in ((2, 0.5), (4, 0.25)):
         run.save_best(step, val_loss, lambda step=step: states(step))
         run.wait()
     folder = tmp_path / "run"
-    assert names(folder / "best") == sorted([*states(4), "config.json"])
+    assert names(folder / "best") == sorted([*states(4), "config.json", "card.md"])
+    run.save(states(5))
+    run.wait()
+    best = {"step": 4, "val_loss": 0.25}
+    assert [(place / "card.md").read_text() for place in (folder / "best", folder)] == [f"4 {best}", f"5 {best}"]
     links = {path.name: path.resolve().name for path in folder.iterdir() if path.is_symlink()}
     assert links == {
         "modelbest.pt": "model000004.pt",

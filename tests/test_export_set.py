@@ -103,6 +103,7 @@ def test_an_assembled_set_keeps_its_splits_and_sources(data_dir, results, tmp_pa
         assert all(row[name] == value for name, value in before.items() if name != "file")
         assert np.array_equal(read_image(tmp_path / "out" / row["file"]), read_image(tmp_path / "set" / before["file"]))
     assert json.loads((tmp_path / "out" / "export.json").read_text())["mpp"] == 0.5
+    assert (tmp_path / "out" / "card.md").read_bytes() == (tmp_path / "set" / "card.md").read_bytes()
 
 
 def test_what_a_filter_kept_keeps_its_scores(results, tmp_path):

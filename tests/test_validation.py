@@ -235,9 +235,11 @@ def test_the_best_is_kept_apart(trained):
     assert list(measured) == [2, 4, 6]
     step = min(measured, key=measured.get)
     names = {f"model{step:06d}.pt", f"ema_0.5_{step:06d}.pt", f"opt{step:06d}.pt", f"state{step:06d}.pt"}
-    assert {path.name for path in (folder / "best").iterdir()} == {*names, "config.json"}
+    assert {path.name for path in (folder / "best").iterdir()} == {*names, "config.json", "card.md"}
     config = json.loads((folder / "best" / "config.json").read_text())
     assert config == json.loads((folder / "config.json").read_text())
+    card = (folder / "best" / "card.md").read_text()
+    assert f"| {measured[step]:.4g}, at step {step} |" in card and "| 8 patches of 2 slides |" in card
     result = json.loads((folder / "result.json").read_text())
     assert result.pop("best") == {"step": step, "val_loss": pytest.approx(measured[step])}
     path = str(folder / "best" / f"ema_0.5_{step:06d}.pt")
