@@ -1,6 +1,7 @@
 """Which image gives which structure its appearance, by the flags. Knows items and their arrays, and no formula: these
 are data_util's."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ class Pairing:
     classes: int = 0
     seed: int = 0
 
-    @property
+    @functools.cached_property
     def _by_mixture(self) -> bool:
         """Whether images that lend their appearance to other structures are matched by their own classes."""
         return bool(self.classes and self.unmasked) and all(lender.cell_classes for lender in self.unmasked)
