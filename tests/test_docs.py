@@ -1,5 +1,6 @@
 """README and docs/: links, anchors, pictures and paths lead somewhere, and programs take the commands."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -156,3 +157,42 @@ def find_program(word: str) -> Path | None:
     if not re.fullmatch(r"[\w/]+\.(py|sh)", word):
         return None
     return next((path for path in (ROOT / word, *(ROOT / "scripts").rglob(word)) if path.is_file()), None)
+
+
+# ---- troubleshooting.md ----
+
+
+def said(tree: ast.AST) -> str:
+    """A string of Python's syntax tree, with ... for what is filled in."""
+    if isinstance(tree, ast.Constant):
+        return str(tree.value)
+    if isinstance(tree, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in tree.values)
+    return "..."
+
+
+def everything_said() -> list[str]:
+    """All strings of our programs; of shell scripts, their lines."""
+    folders = [ROOT / "guided_diffusion", ROOT / "scripts"]
+    paths = [*ROOT.glob("image_*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    trees = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    strings = [said(node) for node in trees if isinstance(node, (ast.Constant, ast.JoinedStr))]
+    return strings + [line for path in (ROOT / "scripts").glob("*.sh") for line in path.read_text().splitlines()]
+
+
+def quoted_errors() -> list[str]:
+    """The lines that troubleshooting.md quotes as a program's: in the first column, but for what others say."""
+    rows = re.findall(r"^\| (.*?) \| ", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    lines = [line for row in rows for line in re.findall(r"`([^`]+)`", row)]
+    return [line for line in lines if line not in ("CUDA out of memory", "Killed", "docker stop")]
+
+
+def test_troubleshooting_quotes_what_programs_say():
+    texts, lines = everything_said(), quoted_errors()
+    assert len(lines) > 50
+    texts = [text for text in texts if " " in text]
+    for line in lines:
+        # By its own words, in their order, in one string; a shell's ${name} and Python's {name} are what differs.
+        pieces = [piece for piece in re.split(r" ?\.\.\. ?", line) if piece.strip(" ,:;()")]
+        found = [text for text in texts if all(piece in text for piece in pieces)]
+        assert any(re.search(".*".join(map(re.escape, pieces)), text) for text in found), line
