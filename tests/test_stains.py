@@ -1,8 +1,10 @@
-"""Stains: amounts add up, and jitter changes each alike in all pixels."""
+"""Stains: amounts add up, jitter changes each alike in all pixels, and colours are transferred by their statistics."""
 
 import numpy as np
+import pytest
+from skimage.color import rgb2lab
 
-from guided_diffusion.stains import STAINS, jitter_stains, optical_density
+from guided_diffusion.stains import STAINS, colour_statistics, jitter_stains, optical_density, transfer_colours
 
 
 def stain_amounts(image: np.ndarray) -> np.ndarray:
@@ -45,3 +47,16 @@ def test_what_an_image_becomes_is_a_matter_of_its_seed_alone():
         [[88, 138, 186], [204, 201, 233]],
         [[17, 255, 49], [217, 255, 156]],
     ]
+
+
+def test_colours_are_transferred_by_mean_and_deviation():
+    rng = np.random.default_rng(0)
+    pale, dark = (
+        np.clip(rng.normal(mean, 12, (64, 64, 3)), 0, 255).astype(np.uint8)
+        for mean in ((200, 160, 190), (120, 90, 150))
+    )
+    lab = rgb2lab(pale).reshape(-1, 3)
+    source, target = (colour_statistics([image[:20], image[20:]]) for image in (pale, dark))
+    assert source == pytest.approx(np.stack([lab.mean(0), lab.std(0)]))
+    assert colour_statistics([transfer_colours(pale, source, target)]) == pytest.approx(target, abs=0.3)
+    assert np.abs(transfer_colours(pale, source, source).astype(int) - pale).max() <= 1

@@ -1,31 +1,54 @@
 """
-Make a data folder of a share of the training slides.
+Make the data folders of a share of the training slides, or of the patches of one cluster.
 
     python scripts/experiment/subset_slides.py DATA OUT --subsample 0.2 [--seed 0] [--val_share 0.15]
+        [--track slides|masks|patches] [--clusters CLUSTERS [--cluster LABEL]]
 
-OUT gets the patches of the chosen slides, at least one, as relative links, slides.csv, which says their slides,
-prepare.json, which says their magnification, and DATA's classes.json; the test data are one link to DATA's. With
---val_share, OUT/held is a data folder of those that train_segmenter.py with the same --val_share and --seed holds out,
-and OUT/seen of the others, and OUT/colours holds the training images of DATA but for the held-out slides: what to train
-a diffusion model on, and what samples may take their colours from, where neither is to see what is chosen by.
+OUT is a data folder of the chosen slides' patches, at least one slide, as relative links; the test data are one link to
+DATA's. With --val_share, in OUT are, too:
+
+    held        the patches of the slides that train_segmenter.py with the same --val_share and --seed holds out
+    seen        the chosen ones of the other slides: what is trained on
+    unseen      a data folder of all other training patches but those of held-out slides
+    unlabelled  the images of these, alone
+    colours     the images of seen and unseen
+    generator   --track patches: a data folder of seen and unseen, which a diffusion model sees there with masks
+    split.csv   which part each patch of DATA has in the experiment's --track, see ROLES in this program
+
+--track patches chooses among the patches of one cluster of cluster_patches.py, the largest or LABEL, whatever their
+slides.
 """
 
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 from guided_diffusion import cell_classes, cli
-from guided_diffusion.files import LOCK, replace_folder
-from guided_diffusion.histology.features.cluster_folders import list_patches
+from guided_diffusion.files import LOCK, csv_text, replace_folder, write_text
+from guided_diffusion.histology.experiment.protocol import TRACKS
+from guided_diffusion.histology.features.cluster_folders import Patch, largest_cluster, list_patches
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from guided_diffusion.magnification import pass_on
 from guided_diffusion.slides import MANIFEST, TABLE, hold_out, keep, write_table
 
-SEEN, HELD, COLOURS = "seen", "held", "colours"
+SEEN, HELD, UNSEEN, GENERATOR = "seen", "held", "unseen", "generator"
+UNLABELLED, COLOURS, SPLIT = "unlabelled", "colours", "split.csv"
+# Column of split.csv -> the patches that have a 1 there: those that ...
+ROLES = {
+    "generator_masks": "the diffusion model is trained on with masks",
+    "generator_images": "it is trained on without",
+    "structures": "real structures of samples, and made ones, come from",
+    "colours": "samples may take their colours from",
+    "segmenter": "all segmenters of the cell are trained on",
+    "unlabelled": "pseudo-labels and transferred stains come from, without masks, and interventions with them",
+    "held_out": "segmenters are chosen by",
+    "tested": "segmenters are tested on, as whole slides",
+}
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -39,6 +62,9 @@ def create_argparser() -> argparse.ArgumentParser:
     share.add_argument("--percent", type=float, help="deprecated spelling of --subsample, in per cent")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds choose equal slides")
     parser.add_argument("--val_share", type=float, help="share of the chosen slides that is held out, in [0, 1)")
+    parser.add_argument("--track", default="slides", help=", ".join(TRACKS))
+    parser.add_argument("--clusters", type=Path, help="of --track patches: a folder of cluster_patches.py")
+    parser.add_argument("--cluster", metavar="LABEL", default="", help="one of them; empty: the largest")
     return parser
 
 
@@ -49,37 +75,31 @@ def per_cent(share: str) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    if not 0 < args.percent <= 100:
-        raise ValueError(f"--subsample {args.percent / 100:g} must lie in (0, 1]")
-    if args.val_share is not None and not 0 <= args.val_share < 1:
-        raise ValueError(f"--val_share {args.val_share:g} must lie in [0, 1)")
+    check(args)
     patches = list_patches(args.data)
     training = [patch for patch in patches if patch.split == TRAIN_SPLIT]
-    slides = keep((patch.slide for patch in training), args.percent / 100, args.seed)
-    kept = [patch for patch in training if patch.slide in slides]
-    wanted = {f"{TRAIN_SPLIT}/{name}": file for patch in kept for name, file in patch.places()}
+    tests = [patch for patch in patches if patch.split == TEST_SPLIT]
+    kept = choose(args, training)
+    slides = {patch.slide for patch in kept}
+    held = hold_out(slides, args.val_share, args.seed) if args.val_share is not None else set()
+
+    wanted, tables, texts = folder_of("", kept), {TABLE: [(patch.file, patch.slide) for patch in kept + tests]}, {}
     if (args.data / TEST_SPLIT).is_dir():
         wanted[TEST_SPLIT] = args.data / TEST_SPLIT
-    tests = [patch for patch in patches if patch.split == TEST_SPLIT]
-    tables = {TABLE: [(patch.file, patch.slide) for patch in kept + tests]}
     if args.val_share is not None:
-        held = hold_out(slides, args.val_share, args.seed)
-        for part in (SEEN, HELD):
-            own = [patch for patch in kept if (patch.slide in held) == (part == HELD)]
+        seen, unseen, parts = divided(training, kept, held)
+        if args.track != "patches":
+            del parts[GENERATOR]
+        for part, own in parts.items():
             if own:
-                wanted |= {f"{part}/{TRAIN_SPLIT}/{name}": file for patch in own for name, file in patch.places()}
+                wanted |= folder_of(f"{part}/", own)
                 tables[f"{part}/{TABLE}"] = [(patch.file, patch.slide) for patch in own]
-        colours = [patch for patch in training if patch.slide not in held]
-        wanted |= {f"{COLOURS}/{patch.image.name}": patch.image for patch in colours}
-        tables[f"{COLOURS}/{TABLE}"] = [(patch.image.name, patch.slide) for patch in colours]
-    present = {p.relative_to(args.out).as_posix() for p in args.out.rglob("*") if p.is_symlink() or p.is_file()}
-    foreign = sorted(present - {*wanted, *tables, LOCK, MANIFEST, cell_classes.TABLE})
-    if foreign or args.out.resolve() == args.data.resolve():
-        named = f"holds {foreign[0]}, which is not of this choice" if foreign else "is DATA itself"
-        raise ValueError(f"OUT {args.out} {named}: give a new folder")
-    for name, target in wanted.items():
-        if os.path.lexists(args.out / name) and (args.out / name).resolve() != target.resolve():
-            raise ValueError(f"OUT: {args.out / name} does not lead to {target}, but to other data: give a new folder")
+        for part, own in ((UNLABELLED, unseen), (COLOURS, seen + unseen)):
+            if own:
+                wanted |= {f"{part}/{patch.image.name}": patch.image for patch in own}
+                tables[f"{part}/{TABLE}"] = [(patch.image.name, patch.slide) for patch in own]
+        texts[SPLIT] = split_table(args.track, patches, seen, unseen, parts[HELD])
+    check_out(args, wanted, {*tables, *texts})
 
     def fill(folder: Path) -> None:
         for name, target in wanted.items():
@@ -90,9 +110,84 @@ def main(argv: list[str] | None = None) -> None:
         cell_classes.pass_on(args.data, folder)
         for name, rows in tables.items():
             write_table((folder / name).parent, rows)
+        for name, text in texts.items():
+            write_text(folder / name, text)
 
     replace_folder(args.out, fill, "OUT")
     print(f"{args.out}: {len(slides)} slides, {len(kept)} patches")
+
+
+def check(args: argparse.Namespace) -> None:
+    """:raises ValueError: where flags are out of range or do not go together."""
+    if not 0 < args.percent <= 100:
+        raise ValueError(f"--subsample {args.percent / 100:g} must lie in (0, 1]")
+    if args.val_share is not None and not 0 <= args.val_share < 1:
+        raise ValueError(f"--val_share {args.val_share:g} must lie in [0, 1)")
+    if args.track not in TRACKS:
+        raise ValueError(f"unknown --track {args.track}: choose one of {', '.join(TRACKS)}")
+    if (args.track == "patches") != (args.clusters is not None):
+        raise ValueError(f"--track {args.track} with --clusters {args.clusters}: give it with patches, and only there")
+
+
+def choose(args: argparse.Namespace, training: list[Patch]) -> list[Patch]:
+    """:return: the share's patches: those of some slides, or some of those of a cluster."""
+    if args.track != "patches":
+        slides = keep((patch.slide for patch in training), args.percent / 100, args.seed)
+        return [patch for patch in training if patch.slide in slides]
+    label = args.cluster or largest_cluster(args.clusters)
+    if not (args.clusters / label / TRAIN_SPLIT).is_dir():
+        raise ValueError(f"--cluster {label}: {args.clusters} has no training patches of it: choose another")
+    members = {patch.stem for patch in list_patches(args.clusters / label) if patch.split == TRAIN_SPLIT}
+    stems = keep(members, args.percent / 100, args.seed)
+    return [patch for patch in training if patch.stem in stems]
+
+
+def divided(
+    training: list[Patch], kept: list[Patch], held: set[str]
+) -> tuple[list[Patch], list[Patch], dict[str, list[Patch]]]:
+    """:return: the patches that are seen, those that are not, and those of each data folder in OUT."""
+    stems = {patch.stem for patch in kept}
+    clean = [patch for patch in training if patch.slide not in held]
+    seen, unseen = ([patch for patch in clean if (patch.stem in stems) == chosen] for chosen in (True, False))
+    held_out = [patch for patch in kept if patch.slide in held]
+    return seen, unseen, {SEEN: seen, HELD: held_out, UNSEEN: unseen, GENERATOR: clean}
+
+
+def folder_of(base: str, patches: Iterable[Patch]) -> dict[str, Path]:
+    """:return: path in OUT -> file, of a data folder of training patches."""
+    return {f"{base}{TRAIN_SPLIT}/{name}": file for patch in patches for name, file in patch.places()}
+
+
+def split_table(track: str, patches: list[Patch], seen: list[Patch], unseen: list[Patch], held: list[Patch]) -> str:
+    """:return: split.csv: a row a patch of DATA, with a 1 in the columns of its ROLES."""
+    of = {
+        "generator_masks": seen + unseen if track == "patches" else seen,
+        "generator_images": unseen if track == "masks" else [],
+        "structures": seen,
+        "colours": seen if track == "slides" else seen + unseen,
+        "segmenter": seen,
+        "unlabelled": unseen,
+        "held_out": held,
+        "tested": [patch for patch in patches if patch.split == TEST_SPLIT],
+    }
+    members = {role: {patch.file for patch in of[role]} for role in ROLES}
+    rows = [
+        {"file": patch.file, "slide": patch.slide, **{role: int(patch.file in own) for role, own in members.items()}}
+        for patch in patches
+    ]
+    return csv_text(("file", "slide", *ROLES), rows)
+
+
+def check_out(args: argparse.Namespace, wanted: dict[str, Path], written: set[str]) -> None:
+    """:raises ValueError: where OUT holds something else than links of this choice."""
+    present = {p.relative_to(args.out).as_posix() for p in args.out.rglob("*") if p.is_symlink() or p.is_file()}
+    foreign = sorted(present - {*wanted, *written, LOCK, MANIFEST, cell_classes.TABLE})
+    if foreign or args.out.resolve() == args.data.resolve():
+        named = f"holds {foreign[0]}, which is not of this choice" if foreign else "is DATA itself"
+        raise ValueError(f"OUT {args.out} {named}: give a new folder")
+    for name, target in wanted.items():
+        if os.path.lexists(args.out / name) and (args.out / name).resolve() != target.resolve():
+            raise ValueError(f"OUT: {args.out / name} does not lead to {target}, but to other data: give a new folder")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from guided_diffusion import cli, files
+from guided_diffusion.histology.features.cluster_folders import largest_cluster
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 
 
@@ -23,19 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     for label in args.labels:
         if not (args.clusters / label / TRAIN_SPLIT).is_dir():
             raise ValueError(f"CLUSTERS: {args.clusters} has no training patches of {label}: choose another label")
-    files.write_json(args.out, args.labels or [largest(args.clusters)])
-
-
-def largest(clusters: Path) -> str:
-    """:return: the label of the cluster with the most training patches, the first of several by name."""
-    sizes = {
-        folder.parents[1].name: sum(1 for _ in folder.iterdir())
-        for folder in sorted(clusters.glob(f"*/{TRAIN_SPLIT}/images"))
-        if folder.parents[1].name != "-1"
-    }
-    if not sizes:
-        raise ValueError(f"{clusters} has no cluster but noise: choose other settings")
-    return max(sizes, key=sizes.__getitem__)
+    files.write_json(args.out, args.labels or [largest_cluster(args.clusters)])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """A share of the slides as a data folder of its own."""
 
+import csv
 import re
+from pathlib import Path
 
 import pytest
 from conftest import write_patches
 
 from guided_diffusion import cell_classes, cli, magnification
+from guided_diffusion.histology.features import cluster_folders
+from guided_diffusion.histology.features.cluster_folders import list_patches
 from guided_diffusion.histology.segmenter.data import hold_out, training_pairs
 from guided_diffusion.images import list_images, list_items
 from scripts.experiment import subset_slides
@@ -67,6 +71,57 @@ def test_what_segmenters_are_chosen_by_is_seen_by_nothing_else(data, tmp_path):
     assert len(colours) == 20 - 8 and not kept_out & {image.slide for image in colours}
     subset_slides.main([str(data), str(tmp_path / "all"), *flags[:-1], "0"])
     assert len(list_items(str(tmp_path / "all/seen"), "monuseg")) == 16 and not (tmp_path / "all/held").exists()
+
+
+def table(folder):
+    """split.csv: column -> the files, and the slides, that have a 1 there."""
+    with open(folder / "split.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        role: tuple({row[what] for row in rows if row[role] == "1"} for what in ("file", "slide"))
+        for role in subset_slides.ROLES
+    }
+
+
+@pytest.mark.parametrize("track", subset_slides.TRACKS)
+def test_the_parts_of_a_cell_are_apart(data, tmp_path, track):
+    flags = ["--track", track, "--subsample", "0.6", "--seed", "3", "--val_share", "0.5"]
+    if track == "patches":
+        patches = list_patches(data)
+        own = [patch for patch in patches if patch.split == "MoNuSegTrainingData" and int(patch.stem[-3:]) < 3]
+        entries = cluster_folders.plan(patches, ["big" if patch in own else "0" for patch in patches], {})
+        cluster_folders.write_clusters(data / "clusters", entries, {})
+        flags += ["--clusters", str(data / "clusters")]
+    subset_slides.main([str(data), str(tmp_path / "out"), *flags])
+    roles = table(tmp_path / "out")
+    files, slides = ({role: found[k] for role, found in roles.items()} for k in (0, 1))
+    # Held-out and test slides are seen by nothing that is trained, and lend nothing.
+    for role in roles.keys() - {"held_out", "tested"}:
+        assert not slides[role] & (slides["held_out"] | slides["tested"]), role
+    assert slides["held_out"] and not slides["held_out"] & slides["tested"] and len(files["tested"]) == 4
+    # Of what has no masks, none is seen with one; synthetic structures are of the segmenter's own patches.
+    assert files["structures"] == files["segmenter"] and not files["unlabelled"] & files["segmenter"]
+    everything = files["segmenter"] | files["unlabelled"]
+    assert files["generator_masks"] == (everything if track == "patches" else files["segmenter"])
+    assert files["generator_images"] == (files["unlabelled"] if track == "masks" else set())
+    assert files["colours"] == (files["segmenter"] if track == "slides" else everything)
+    if track == "patches":
+        # Six tenths of the cluster's 15, of all slides, but for those of slides that are held out.
+        kept = {item.stem for item in list_items(str(tmp_path / "out"), "monuseg")}
+        assert len(kept) == 9 and kept <= {patch.stem for patch in own}
+    else:
+        assert not slides["unlabelled"] & slides["segmenter"]
+    # The folders are what the table says.
+    for folder, role in (("seen", "segmenter"), ("held", "held_out"), ("unseen", "unlabelled"), ("generator", "")):
+        there = tmp_path / "out" / folder
+        found = (
+            {f"MoNuSegTrainingData/images/{item.stem}.png" for item in list_items(str(there), "monuseg")}
+            if there.exists()
+            else set()
+        )
+        assert found == (files[role] if role else everything if track == "patches" else set()), folder
+    for folder, wanted in (("unlabelled", files["unlabelled"]), ("colours", everything)):
+        assert {path.name for path in (tmp_path / "out" / folder).glob("*.png")} == {Path(f).name for f in wanted}
 
 
 def test_a_share_chooses_what_its_per_cents_do(data, tmp_path):

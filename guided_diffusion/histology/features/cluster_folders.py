@@ -96,6 +96,21 @@ def _files_in(folder: Path) -> dict[str, Path]:
     return {stem: Path(file) for stem, file in by_stem(folder, EXTENSIONS, deep=True).items()}
 
 
+def largest_cluster(clusters: Path) -> str:
+    """
+    :param clusters: a folder that write_clusters made.
+    :return: the label of the cluster with the most training patches, the first of several by name; noise, -1, is none.
+    """
+    sizes = {
+        folder.parents[1].name: sum(1 for _ in folder.iterdir())
+        for folder in sorted(clusters.glob(f"*/{TRAIN_SPLIT}/images"))
+        if folder.parents[1].name != "-1"
+    }
+    if not sizes:
+        raise ValueError(f"{clusters} has no cluster but noise: choose other settings")
+    return max(sizes, key=sizes.__getitem__)
+
+
 def plan(
     patches: Sequence[Patch],
     labels: Sequence[str],

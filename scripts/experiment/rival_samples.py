@@ -1,0 +1,189 @@
+"""
+Make what synthetic patches are held against, in the place of samples: a results folder that assemble_set.py takes.
+
+    python scripts/experiment/rival_samples.py KIND SPLIT --results_path DIR --count N [--seed 0]
+        [--model_path SEGMENTER]
+
+SPLIT is a folder of subset_slides.py. KIND is one of
+
+    pseudo     its unlabelled images, with the nuclei that SEGMENTER is sure of; DIR/ignore_masks says where it is not
+    transfer   its seen patches, with the colours of unlabelled images' slides (Reinhard's statistics of a slide)
+    unseen     its unseen patches with their true masks: what perfect samples would be worth
+
+The images of pseudo and unseen are spread evenly over slides and patches; there are no more of them than there are. The
+same command goes on where it was killed.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from PIL import Image
+
+from guided_diffusion import cli, progress, streams
+from guided_diffusion.devices import find_device
+from guided_diffusion.files import csv_text, write_link, write_text, writing
+from guided_diffusion.histology.evaluation.runs import MANIFEST
+from guided_diffusion.histology.segmenter.decoding import Segmenter, instances, load_segmenter
+from guided_diffusion.histology.segmenter.pseudo import confident
+from guided_diffusion.histology.slides.patches import IGNORE_MASKS
+from guided_diffusion.image_files import read_image
+from guided_diffusion.images import REAL, Item, list_images, list_items
+from guided_diffusion.stains import colour_statistics, transfer_colours
+
+KINDS = ("pseudo", "transfer", "unseen")
+FIELDS = ("stem", "structure", "structure_slide", "structure_kind", "appearance", "appearance_slide", "seed", "noise")
+
+
+class Row(NamedTuple):
+    """A patch to make: its name, whose nuclei it shows, and whose slide's colours."""
+
+    stem: str
+    structure: Item
+    appearance: Item
+
+
+Write = Callable[[Row, Path], None]  # the files of a row, in a results folder; the mask last
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    check(args)
+    if args.kind == "unseen":
+        others = list_items(str(args.split / "unseen"), "monuseg")
+    else:
+        others = list_images(str(args.split / "unlabelled"), "SPLIT")
+    if args.kind == "pseudo":
+        write = labeller(load_segmenter(args.model_path, find_device(args.device)))
+    elif args.kind == "transfer":
+        write = recolourer([*list_items(str(args.split / "seen"), "monuseg"), *others])
+    else:
+        write = link
+    rows = list(plan(args, others))
+    for name in ("samples", "inst_masks", *([IGNORE_MASKS] if args.kind == "pseudo" else [])):
+        (args.out / name).mkdir(parents=True, exist_ok=True)
+    for row in progress.bar(rows, args.kind, unit="patch"):
+        if not (args.out / "inst_masks" / f"{row.stem}.tif").exists():  # which is written last
+            write(row, args.out)
+    table = [
+        {
+            **{"stem": row.stem, "structure_kind": REAL, "seed": args.seed, "noise": row.stem},
+            **{"structure": Path(row.structure.image).name, "structure_slide": row.structure.slide},
+            **{"appearance": Path(row.appearance.image).name, "appearance_slide": row.appearance.slide},
+        }
+        for row in rows
+    ]
+    write_text(args.out / MANIFEST, csv_text(FIELDS, table))
+    print(f"{args.out}: {len(rows)} patches")
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = cli.FlagParser(description=__doc__)
+    parser.add_argument("kind", metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("split", metavar="SPLIT", type=Path, help="folder of subset_slides.py with --val_share")
+    parser.add_argument(
+        "--results_path", "--out", dest="out", metavar="DIR", type=Path, required=True, help="folder to write to"
+    )
+    parser.add_argument("--count", type=int, required=True, help="patches to make")
+    parser.add_argument("--seed", type=int, default=0, help="of which slide lends its colours")
+    parser.add_argument("--model_path", "--segmenter", metavar="MODEL", type=Path, help="of pseudo")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """:raises ValueError: where flags are out of range or do not go together, or the folders are others."""
+    if args.kind not in KINDS:
+        raise ValueError(f"unknown KIND {args.kind}: choose one of {', '.join(KINDS)}")
+    if args.count < 1 or args.seed < 0:
+        raise ValueError(f"--count {args.count} must be at least 1, --seed {args.seed} at least 0")
+    if (args.kind == "pseudo") != (args.model_path is not None):
+        raise ValueError(f"{args.kind} with --model_path {args.model_path}: give it with pseudo, and only there")
+    for name in ("seen", "unlabelled"):
+        if not (args.split / name).is_dir():
+            raise FileNotFoundError(
+                f"SPLIT {args.split} has no {name}/: make it with subset_slides.py --val_share, of a part of the slides"
+            )
+    if args.out.resolve().is_relative_to(args.split.resolve()):
+        raise ValueError(f"--results_path {args.out} lies in SPLIT {args.split}: give a folder outside")
+
+
+def plan(args: argparse.Namespace, others: Sequence[Item]) -> Iterator[Row]:
+    """:param others: the images, or patches, of unseen slides. :return: what to make, in order."""
+    if args.kind != "transfer":
+        for item in spread(others, args.count):
+            yield Row(Path(item.image).stem, item, item)
+        return
+    seen = list_items(str(args.split / "seen"), "monuseg")
+    first = {item.slide: item for item in reversed(others)}
+    for number in range(args.count):
+        turn, place = divmod(number, len(seen))
+        own = seen[place]
+        slides = sorted(first.keys() - {own.slide}) or sorted(first)
+        # A patch takes slide after slide, in an order of its own.
+        order = streams.rng("slides that lend colours", args.seed, place).permutation(len(slides))
+        target = first[slides[order[turn % len(slides)]]]
+        yield Row(f"{Path(own.image).stem}_{turn:03d}", own, target)
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """:return: at most so many of the items, evenly spread over them as they are sorted, slide by slide."""
+    return list(items) if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
+
+
+def link(row: Row, out: Path) -> None:
+    """A real patch and its mask."""
+    lead(out / "samples" / f"{row.stem}.png", row.structure.image)
+    lead(out / "inst_masks" / f"{row.stem}.tif", row.structure.inst_mask)
+
+
+def lead(place: Path, target: str) -> None:
+    """Make a relative link to what a path is in the end."""
+    write_link(place, os.path.relpath(os.path.realpath(target), place.parent.resolve()))
+
+
+def labeller(segmenter: Segmenter) -> Write:
+    """:return: what writes the nuclei that a segmenter is sure of."""
+
+    def write(row: Row, out: Path) -> None:
+        probability, position = segmenter.predict(read_image(row.structure.image))
+        kept, ignored = confident(probability, instances(probability, position, segmenter.mpp))
+        lead(out / "samples" / f"{row.stem}.png", row.structure.image)
+        save(out / IGNORE_MASKS / f"{row.stem}.png", np.where(ignored, 255, 0).astype(np.uint8))
+        save(out / "inst_masks" / f"{row.stem}.tif", kept.astype(np.uint16))
+
+    return write
+
+
+def recolourer(items: Iterable[Item]) -> Write:
+    """:param items: all images that may lend or take colours. :return: what writes patches in other slides' colours."""
+    members: dict[str, list[str]] = {}
+    for item in items:
+        members.setdefault(item.slide, []).append(item.image)
+
+    @functools.cache
+    def colours(slide: str) -> np.ndarray:
+        return colour_statistics(map(read_image, members[slide]))
+
+    def write(row: Row, out: Path) -> None:
+        own, target = colours(row.structure.slide), colours(row.appearance.slide)
+        save(out / "samples" / f"{row.stem}.png", transfer_colours(read_image(row.structure.image), own, target))
+        lead(out / "inst_masks" / f"{row.stem}.tif", row.structure.inst_mask)
+
+    return write
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    with writing(path, durable=False) as file:
+        Image.fromarray(array).save(file, "TIFF" if path.suffix == ".tif" else "PNG")
+
+
+if __name__ == "__main__":
+    cli.run(main)

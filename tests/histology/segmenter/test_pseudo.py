@@ -1,0 +1,21 @@
+"""Which of a segmenter's own nuclei are kept, and where nothing is known."""
+
+import numpy as np
+
+from guided_diffusion.histology.segmenter.pseudo import confident
+
+
+def test_sure_nuclei_are_kept_and_doubt_is_no_background():
+    probability = np.full((8, 12), 0.05, np.float32)
+    inst_map = np.zeros((8, 12), np.int32)
+    for number, (column, value) in enumerate(((0, 0.9), (4, 0.6)), 1):
+        probability[2:6, column : column + 3] = value
+        inst_map[2:6, column : column + 3] = number
+    probability[0, :] = 0.3  # a nucleus that it hardly sees
+    kept, ignored = confident(probability, inst_map)
+    assert kept.dtype == np.int32 and np.array_equal(kept, np.where(inst_map == 1, 1, 0))
+    expected = inst_map == 2
+    expected[0] = True
+    assert np.array_equal(ignored, expected)
+    nothing = confident(np.zeros((4, 4), np.float32), np.zeros((4, 4), np.int32))
+    assert not nothing[0].any() and not nothing[1].any()
