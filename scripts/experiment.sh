@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Does it help? A segmenter trained on a share of the real slides; on those and synthetic patches of their structures,
-# filtered and not; with plain colour augmentation in place of those, and on top of them. Each share and seed has a
-# diffusion model of its own, which has seen that share's slides alone, but for those held out, by which segmenters are
-# chosen; all segmenters of a share and seed train for the same steps with the same slides held out, and are tested on
-# the same whole test slides.
+# Does it help? Segmenters trained on a share of the real patches, alone and with synthetic ones, and with what a lab
+# could do instead with the same images; tested on the same whole test slides.
 #
 #   bash scripts/experiment.sh RAW OUT [CONFIG]
 #
-# CONFIG (default experiment/experiment.conf beside this script) holds all settings. Writes OUT/results.csv,
-# OUT/results.md, a table, and OUT/results.png, F1 over the share, a line a variant; after each share and seed, of what
-# is there by then. OUT/config is a copy of CONFIG.
+# CONFIG (default experiment/experiment.conf beside this script) holds all settings. Its GRID says which cells there
+# are, each a track (what the diffusion model sees), a share and a seed; its VARIANTS what the segmenters of a cell are
+# trained on: docs/experiment.md explains both. All segmenters of a cell train for the same steps, with the same slides
+# held out, by which alone they are chosen. Writes OUT/results.csv, a row a segmenter and slide, OUT/results.md, a table
+# a track and share, and OUT/results.png, gains with their intervals; after each cell of what is there by then.
+# OUT/config is a copy of CONFIG, OUT/CELL/split/split.csv says which patch has which part in a cell.
 #
-# Snakemake runs it, by experiment/experiment.smk; its flags go at the end. pipeline.sh says which, and what is done
-# anew, or goes on, where the same command is run again. Shares and seeds are done at once, each on a GPU, or on a CPU
-# core where there is none. From the environment:
+# Snakemake runs it, by experiment/experiment.smk; its flags go at the end: --dry-run says what would be done, after the
+# plan with its hours, which comes first always. pipeline.sh says which others, and what is done anew, or goes on, where
+# the same command is run again. Cells are done at once, each on a GPU, or on a CPU core where there is none; where one
+# fails, the others go on. From the environment:
 #   NPROC 1: GPUs of one training; TIME_LIMIT as in pipeline.sh;
-#   CELLS="f10-s0 f10-s1" does these shares and seeds alone, so that several jobs can divide them; CELLS=none makes the
+#   CELLS="masks-f10-s0 masks-f10-s1" does these cells alone, so that several jobs can divide them; CELLS=none makes the
 #   patches that all need, which comes first.
 set -euo pipefail
 NPROC=${NPROC:-1}
@@ -33,27 +34,20 @@ need_file "$config" CONFIG
 [[ ! -e $target || -d $target ]] || die "OUT $target is a file: give a folder"
 # shellcheck source=experiment/experiment.conf
 source "$config"
-cells=()
-for fraction in $FRACTIONS; do
-    for seed in $SEEDS; do
-        cells+=("f$fraction-s$seed")
-    done
-done
-for cell in ${CELLS:-}; do
-    [[ " none ${cells[*]} " == *" $cell "* ]] || die "CELLS names $cell: choose of ${cells[*]}, or none"
-done
-case $APPEARANCES in all | share) ;; *) die "APPEARANCES=$APPEARANCES in $config: give all or share" ;; esac
-STRUCTURES=${STRUCTURES:-real}
-check_structures
-export CELLS=${CELLS:-${cells[*]}} FRACTIONS SEEDS VAL_SHARE NPROC APPEARANCES STRUCTURES
-export DIFFUSION_STEPS DIFFUSION_BATCH MAX_EPOCHS EMA_RATE SAMPLES S
-for name in PATCH TEST MODEL DIFFUSION SAMPLE FILTER SEGMENTER PLAIN COLOUR; do
+[[ -n ${GRID:-} && -n ${VARIANTS:-} ]] || die "CONFIG $config has no GRID or no VARIANTS: begin with a copy of another"
+printf -v SDM_GRID '%s\n' "${GRID[@]}"
+printf -v SDM_VARIANTS '%s\n' "${VARIANTS[@]}"
+export SDM_GRID SDM_VARIANTS CELLS=${CELLS:-} VAL_SHARE CLUSTER NPROC BACKBONE DIFFUSION_STEPS DIFFUSION_BATCH
+export MAX_EPOCHS EMA_RATE S RATES RATES_OF
+for name in PATCH TEST CLUSTER MODEL DIFFUSION SAMPLE FILTER PATCHCORE SEGMENTER PLAIN COLOUR; do
     declare -n flags_of=${name}_FLAGS
-    printf -v "SDM_${name}_FLAGS" '%q ' "${flags_of[@]}"
+    words=
+    ((${#flags_of[@]} == 0)) || printf -v words '%q ' "${flags_of[@]}"
+    declare "SDM_${name}_FLAGS=$words"
     export "SDM_${name}_FLAGS"
 done
 # First of all, so that what cannot be trained shows before days of training do.
-"${PYTHON:-python}" "$ROOT/scripts/experiment/plan.py" "$raw"
-mkdir -p "$target"
+"${PYTHON:-python}" "$ROOT/scripts/experiment/plan.py" "$raw" "$target"
 cp -- "$config" "$target/config"
-workflow experiment/experiment.smk "$raw" "$target" --test_slides --parallel "$(wc -w <<<"$CELLS")" "$@"
+cells=$(grep -cE '^ *"(slides|masks|patches)-f' "$target/grid.json" || true) # one a line
+workflow experiment/experiment.smk "$raw" "$target" --test_slides --parallel "$((cells ? cells : 1))" --keep-going "$@"

@@ -17,9 +17,7 @@ from scripts.workflow.wiring import (
     PYTHON,
     RAW,
     SLIDES,
-    STRUCTURES,
     UNLABELLED,
-    divide,
     make_structures,
     script,
     stage,
@@ -31,6 +29,14 @@ FLAGS = {name: os.environ[f"SDM_{name}_FLAGS"] for name in ("PATCH", "CLUSTER", 
 PRETRAIN_STEPS, FINETUNE_STEPS = int(os.environ["PRETRAIN_STEPS"]), int(os.environ["FINETUNE_STEPS"])
 RATE = os.environ["EMA_RATE"]
 NUM_SAMPLES = int(os.environ.get("NUM_SAMPLES") or 1000)  # of each checkpoint and s, as in flags.sh
+# The kinds of samples, which are also their folders: of real structures, of made ones, or of both.
+STRUCTURES = {"real": ("samples",), "recombine": ("made",), "both": ("samples", "made")}[os.environ["STRUCTURES"]]
+
+
+def divide(samples):
+    """Kind -> how many of some samples are of it; an odd one is of a real structure."""
+    half = samples // len(STRUCTURES)
+    return {"samples": samples - half * (len(STRUCTURES) > 1), "made": half}
 
 
 def environment(*names):

@@ -27,7 +27,8 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("prepare_monuseg", "extract_features", "cluster_patches", "filter_ood", "assemble_set", "train_segmenter")
-PROGRAMS += ("segment", "summarise_runs", "experiment.subset_slides", "experiment.experiment_results")
+PROGRAMS += ("segment", "summarise_runs", "make_structures")
+PROGRAMS += tuple(f"experiment.{name}" for name in ("subset_slides", "rival_samples", "experiment_results", "plan"))
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 

@@ -1,15 +1,18 @@
 # The stages of scripts/experiment.sh, which calls this, with settings in the environment and in OUT.
 # See pipeline.smk for what outputs and params are.
 #
-# A cell is a share of the slides and a seed, fFRACTION-sSEED; a variant is what its segmenter is trained on.
+# A cell is a track, a share and a seed, TRACK-fSHARE-sSEED; a variant is what one of its segmenters is trained on.
+# Kinds are the patches that variants add to real ones, each a results folder, made once a cell for the largest ratio.
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir).parents[1]))
-from scripts.experiment.plan import diffusion_steps, image_size
+from guided_diffusion.histology.experiment import protocol
+from scripts.experiment.plan import chosen, diffusion_steps, from_environment, image_size
 from scripts.workflow.wiring import (
     CORES,
     GPUS,
@@ -18,70 +21,145 @@ from scripts.workflow.wiring import (
     PYTHON,
     RAW,
     SLIDES,
-    STRUCTURES,
-    divide,
     make_structures,
     script,
     stage,
     step,
 )
 
-CELLS = [cell for cell in os.environ["CELLS"].split() if cell != "none"]
-NAMES = ("PATCH", "TEST", "MODEL", "DIFFUSION", "SAMPLE", "FILTER", "SEGMENTER", "PLAIN", "COLOUR")
+VARIANTS, ALL_CELLS = from_environment()
+CELLS = [cell.name for cell in chosen(ALL_CELLS, os.environ["CELLS"])]
+CHOICES = {variant.choice: variant for variant in VARIANTS.values() if variant.choice}
+NAMES = ("PATCH", "TEST", "CLUSTER", "MODEL", "DIFFUSION", "SAMPLE")
+NAMES += ("FILTER", "PATCHCORE", "SEGMENTER", "PLAIN", "COLOUR")
 FLAGS = {name: os.environ[f"SDM_{name}_FLAGS"] for name in NAMES}
 BATCH, RATE, VAL_SHARE = (os.environ[name] for name in ("DIFFUSION_BATCH", "EMA_RATE", "VAL_SHARE"))
-IMAGE_SIZE = image_size(FLAGS["MODEL"])
-SAMPLES, SCALE = int(os.environ["SAMPLES"]), os.environ["S"]
-# set -> the results folders in the cell that it takes, and the stages that make them.
-SYNTHETIC = {"unfiltered": (STRUCTURES, STRUCTURES), "filtered": (("ood/kept",), ("filter",))}
-# A cell in the names of files, and in a shell command.
-NAME, CELL = "f{fraction}-s{seed}", "f{wildcards.fraction}-s{wildcards.seed}"
+IMAGE_SIZE, SCALE, CLUSTERS = image_size(FLAGS["MODEL"]), os.environ["S"], "patches/clusters"
+TRAIN = "MoNuSegTrainingData/images"
+CELL = "{wildcards.cell}"  # in a shell command
 MODEL = f"{CELL}/model/ema_{RATE}_{{params.steps}}.pt"
-APPEARANCES = os.environ["APPEARANCES"]
-COLOURS = {"all": f"--appearance_dir {CELL}/slides/colours", "share": ""}[APPEARANCES]
-# variant -> the data folder in the cell, and how to augment it.
-VARIANTS = {
-    "real": ("slides", "PLAIN"),
-    "colour": ("slides", "COLOUR"),
-    "unfiltered": ("unfiltered-set", "PLAIN"),
-    "filtered": ("filtered-set", "PLAIN"),
-    "filtered-colour": ("filtered-set", "COLOUR"),
-}
+RIVALS = script("scripts/experiment/rival_samples.py")
 
 
-def tests(*names):
-    return [f"stages/{NAME}-{name}-test.json" for name in names]
+def names(choices):
+    """A pattern of some names."""
+    return "|".join(map(re.escape, choices)) or "none"
 
 
-def tests_of_filtered(wildcards):
-    """An input function: none where the filter kept no sample, so that there is nothing to train on."""
-    seal = json.loads(Path(checkpoints.filter.get(**wildcards).output[0]).read_text())
-    kept = any("/ood/kept/samples/" in name for name in seal["files"])
-    return [path.format(**wildcards) for path in tests("filtered", "filtered-colour")] if kept else []
+def cell_of(wildcards):
+    return ALL_CELLS[wildcards.cell]
 
 
-def seen(wildcards):
-    """How many patches the cell's diffusion model sees; none before they are there."""
-    images = Path(f"f{wildcards.fraction}-s{wildcards.seed}", "slides/seen/MoNuSegTrainingData/images")
-    return sum(1 for _ in images.iterdir()) if images.is_dir() else 0
+def there(wildcards, folder):
+    """How many images or masks a folder of the cell holds; none before they are there."""
+    images = Path(wildcards.cell, folder)
+    return sum(1 for path in images.iterdir() if path.suffix in (".png", ".tif")) if images.is_dir() else 0
+
+
+def data_seen(wildcards):
+    """The data folder that the cell's diffusion model sees."""
+    return f"{wildcards.cell}/split/{'generator' if cell_of(wildcards).track == 'patches' else 'seen'}"
 
 
 def steps(wildcards):
     """Of the cell's diffusion model, as its files name them."""
-    return f"{diffusion_steps(seen(wildcards)):06d}"
+    folder = Path(data_seen(wildcards)).name
+    return f"{diffusion_steps(there(wildcards, f'split/{folder}/{TRAIN}')):06d}"
 
 
-def count(kind):
-    """An input function: how many samples there are to be of a kind."""
-    return lambda wildcards: divide(SAMPLES or seen(wildcards))[kind or wildcards.kind]
+def amount(kind=None, folder=None):
+    """
+    An input function: how many patches of a kind the cell makes. No fewer than its folder has: where a variant with a
+    large ratio has been taken out, the others have enough, and nothing is to be done.
+    """
+
+    def count(wildcards):
+        wanted = protocol.involved(cell_of(wildcards).variants, VARIANTS)
+        sizes = (there(wildcards, f"split/{name}") for name in (f"seen/{TRAIN}", "unlabelled"))
+        needed = protocol.amounts(wanted, VARIANTS, *sizes).get(kind or wildcards.kind, 0)
+        return max(needed, there(wildcards, folder or f"{kind or wildcards.kind}/samples"))
+
+    return count
+
+
+def colours(wildcards):
+    """What lends samples their colours; on track slides the structures' own folder, unless others lend structures."""
+    if cell_of(wildcards).track != "slides":
+        return f"--appearance_dir {wildcards.cell}/split/colours"
+    return f"--appearance_dir {wildcards.cell}/split/seen/{TRAIN}" if wildcards.kind == "layouts" else ""
+
+
+def kinds_of(variant):
+    """An input function: the seals of what a variant adds."""
+    return lambda wildcards: [f"stages/{wildcards.cell}-{kind}.json" for kind in variant(wildcards).kinds]
+
+
+def added(wildcards):
+    """The results folders that a variant adds."""
+    variant = VARIANTS[wildcards.variant]
+    folders = [f"filters/{variant.choice}/kept"] if variant.choice else variant.kinds
+    return [f"{wildcards.cell}/{folder}" for folder in folders]
+
+
+def seals_of_set(wildcards):
+    """An input function: what a variant's set is made of, and the set that is to be as large."""
+    variant = VARIANTS[wildcards.variant]
+    found = [f"{variant.choice}-filter"] if variant.choice else list(variant.kinds)
+    found += [f"{variant.size}-set"] if variant.size else []
+    return [f"stages/{wildcards.cell}-{name}.json" for name in found]
+
+
+def ratio(wildcards):
+    """Of a variant's set, as assemble_set.py counts: beside all real patches, held-out ones, too."""
+    variant = VARIANTS[wildcards.variant]
+    if variant.size:
+        record = Path(wildcards.cell, "sets", variant.size, "assemble.json")
+        facts = json.loads(record.read_text()) if record.exists() else {"synthetic": 0, "real": 1}
+        return repr(facts["synthetic"] / facts["real"])
+    if variant.ratio is None:
+        return "all"
+    return repr(variant.ratio * there(wildcards, f"split/seen/{TRAIN}") / max(1, there(wildcards, f"split/{TRAIN}")))
+
+
+def data_of(wildcards):
+    """The data folder of a variant's segmenter, in the cell, and the stage that makes it."""
+    variant = VARIANTS[wildcards.variant]
+    return (f"sets/{variant.name}", f"{variant.name}-set") if variant.source else ("split", "split")
+
+
+def how(wildcards):
+    """The flags of a variant's segmenter."""
+    variant = VARIANTS[wildcards.variant]
+    first = f" --synthetic_first {variant.first}" if variant.first else ""
+    return f"{FLAGS['SEGMENTER']} {FLAGS['COLOUR' if variant.jitter else 'PLAIN']}{first}"
+
+
+def flags_of_filter(wildcards):
+    """How a choice among samples is made."""
+    variant = CHOICES[wildcards.choice]
+    if variant.filter == "patchcore":
+        return FLAGS["PATCHCORE"]
+    judge = f"{wildcards.cell}/segmenters/{variant.judge}/segmenter.pt"
+    return f"--mode useful --model_path {judge} --useful_bounds {variant.bounds}"
+
+
+def tests_of(wildcards):
+    """An input function: the tests of a cell's variants, but for those whose filter has kept nothing to train on."""
+    found = []
+    for name in cell_of(wildcards).variants:
+        variant = VARIANTS[name]
+        choices = [own.choice for own in (variant, VARIANTS.get(variant.size)) if own and own.choice]
+        seals = [Path(checkpoints.filter.get(cell=wildcards.cell, choice=own).output[0]) for own in choices]
+        if all(any("/kept/samples/" in file for file in json.loads(seal.read_text())["files"]) for seal in seals):
+            found.append(f"stages/{wildcards.cell}-{name}-test.json")
+    return found
 
 
 wildcard_constraints:
-    fraction=r"[\d.]+",
-    seed=r"\d+",
-    variant="|".join(VARIANTS),
-    which="unfiltered|filtered",
-    kind="samples|made",
+    cell=names(ALL_CELLS),
+    variant=names(VARIANTS),
+    judge=names(VARIANTS),
+    choice=names(CHOICES),
 
 
 rule all:
@@ -105,6 +183,7 @@ rule patches:
             "patches",
             f"{PYTHON} {script('scripts/prepare_monuseg.py')} {shlex.quote(RAW)} patches {FLAGS['PATCH']}",
             given="",
+            seals=["patches/prepare.json", "patches/MoNuSegT*Data"],
         )
 
 
@@ -127,36 +206,94 @@ rule test:
         )
 
 
-rule slides:
+# Of track patches alone.
+rule features:
     input:
         "stages/patches.json",
     output:
-        f"stages/{NAME}-slides.json",
+        "stages/features.json",
     log:
-        f"logs/{NAME}-slides.log",
+        "logs/features.log",
     params:
-        settings=VAL_SHARE,
+        settings=os.environ["BACKBONE"],
+    resources:
+        gpu=ONE_GPU,
+    threads: CORES
+    shell:
+        stage(
+            "features",
+            "features.npz",
+            f"{PYTHON} {script('scripts/extract_features.py')} patches/MoNuSegT*Data --root patches"
+            " --backbone {params.settings:q} --results_path features.npz",
+        )
+
+
+rule clusters:
+    input:
+        "stages/patches.json",
+        "stages/features.json",
+    output:
+        "stages/clusters.json",
+    log:
+        "logs/clusters.log",
+    params:
+        settings=FLAGS["CLUSTER"],
+    resources:
+        gpu=0,
+    threads: CORES
+    shell:
+        stage(
+            "clusters",
+            CLUSTERS,
+            f"{PYTHON} {script('scripts/cluster_patches.py')} patches --features features.npz --out_name clusters"
+            f" {FLAGS['CLUSTER']}",
+        )
+
+
+rule split:
+    input:
+        "stages/patches.json",
+        lambda wildcards: ["stages/clusters.json"] if cell_of(wildcards).track == "patches" else [],
+    output:
+        "stages/{cell}-split.json",
+    log:
+        "logs/{cell}-split.log",
+    params:
+        settings=lambda wildcards: f"{VAL_SHARE} {os.environ['CLUSTER']}",
+        choice=lambda wildcards: "--track {0.track} --percent {0.share:g} --seed {0.seed}".format(cell_of(wildcards)),
+        cluster=lambda wildcards: (
+            f"--clusters {CLUSTERS} --cluster={shlex.quote(os.environ['CLUSTER'])}"
+            if cell_of(wildcards).track == "patches"
+            else ""
+        ),
     resources:
         gpu=0,
     shell:
         stage(
-            f"{CELL}-slides",
-            f"{CELL}/slides",
-            f"{PYTHON} {script('scripts/experiment/subset_slides.py')} patches {CELL}/slides"
-            " --percent {wildcards.fraction} --seed {wildcards.seed} --val_share {params.settings}",
+            f"{CELL}-split",
+            f"{CELL}/split",
+            f"{PYTHON} {script('scripts/experiment/subset_slides.py')} patches {CELL}/split"
+            f" {{params.choice}} --val_share {VAL_SHARE} {{params.cluster}}",
         )
 
 
 rule model:
     input:
-        f"stages/{NAME}-slides.json",
+        "stages/{cell}-split.json",
     output:
-        f"stages/{NAME}-model.json",
+        "stages/{cell}-model.json",
     log:
-        f"logs/{NAME}-model.log",
+        "logs/{cell}-model.log",
     params:
         settings=f"{FLAGS['MODEL']} {FLAGS['DIFFUSION']} {BATCH} {RATE}",
         steps=steps,
+        data=data_seen,
+        seed=lambda wildcards: cell_of(wildcards).seed,
+        unlabelled=lambda wildcards: (
+            f"--unlabelled_dir {wildcards.cell}/split/unlabelled"
+            if cell_of(wildcards).track == "masks" and there(wildcards, "split/unlabelled")
+            else ""
+        ),
     resources:
         gpu=GPUS,
     threads: CORES
@@ -164,9 +301,9 @@ rule model:
         stage(
             f"{CELL}-model",
             f"{CELL}/model",
-            f"env OPENAI_LOGDIR={CELL}/model {LAUNCH} {script('image_train.py')} --data_dir {CELL}/slides/seen"
-            f" {FLAGS['MODEL']} {FLAGS['DIFFUSION']} --total_batch_size {BATCH} --ema_rate {RATE}"
-            " --max_steps {params.steps} --seed {wildcards.seed} --val_split none",
+            f"env OPENAI_LOGDIR={CELL}/model {LAUNCH} {script('image_train.py')} --data_dir {{params.data}}"
+            f" {{params.unlabelled}} {FLAGS['MODEL']} {FLAGS['DIFFUSION']} --total_batch_size {BATCH}"
+            f" --ema_rate {RATE} --max_steps {{params.steps}} --seed {{params.seed}} --val_split none",
             seals=[MODEL],
             resumes=True,
         )
@@ -174,14 +311,15 @@ rule model:
 
 rule structures:
     input:
-        f"stages/{NAME}-slides.json",
+        "stages/{cell}-split.json",
     output:
-        f"stages/{NAME}-structures.json",
+        "stages/{cell}-structures.json",
     log:
-        f"logs/{NAME}-structures.log",
+        "logs/{cell}-structures.log",
     params:
-        settings=lambda wildcards: f"{count('made')(wildcards)} {IMAGE_SIZE}",
-        amount=count("made"),
+        settings=str(IMAGE_SIZE),
+        amount=amount("made", "structures/inst_masks"),
+        seed=lambda wildcards: cell_of(wildcards).seed,
     resources:
         gpu=0,
     threads: CORES
@@ -189,27 +327,35 @@ rule structures:
         stage(
             f"{CELL}-structures",
             f"{CELL}/structures",
-            make_structures(f"{CELL}/slides/seen", f"{CELL}/structures", "{params.amount}", IMAGE_SIZE)
-            + " --seed {wildcards.seed}",
+            make_structures(f"{CELL}/split/seen", f"{CELL}/structures", "{params.amount}", IMAGE_SIZE)
+            + " --seed {params.seed}",
+            resumes=True,
         )
 
 
-# Samples of real structures, and of made ones.
+# Samples of the share's structures, of made ones, and of those of slides that the share does not have.
 rule samples:
     input:
-        f"stages/{NAME}-slides.json",
-        f"stages/{NAME}-model.json",
-        lambda wildcards: [f"stages/{NAME}-structures.json".format(**wildcards)] if wildcards.kind == "made" else [],
+        "stages/{cell}-split.json",
+        "stages/{cell}-model.json",
+        lambda wildcards: [f"stages/{wildcards.cell}-structures.json"] if wildcards.kind == "made" else [],
     output:
-        f"stages/{NAME}-{{kind}}.json",
+        "stages/{cell}-{kind}.json",
+    wildcard_constraints:
+        kind="samples|made|layouts",
     log:
-        f"logs/{NAME}-{{kind}}.log",
+        "logs/{cell}-{kind}.log",
     params:
-        settings=lambda wildcards: f"{steps(wildcards)} {FLAGS['MODEL']} {SCALE} {FLAGS['SAMPLE']} {APPEARANCES}",
+        settings=lambda wildcards: " ".join(
+            [steps(wildcards), FLAGS["MODEL"], SCALE, FLAGS["SAMPLE"], colours(wildcards)]
+        ),
         steps=steps,
-        amount=count(""),
+        amount=amount(),
+        seed=lambda wildcards: cell_of(wildcards).seed,
+        data=lambda wildcards: f"{wildcards.cell}/split/{'others' if wildcards.kind == 'layouts' else 'seen'}",
+        colours=colours,
         structures=lambda wildcards: (
-            f"--structure_dir f{wildcards.fraction}-s{wildcards.seed}/structures" if wildcards.kind == "made" else ""
+            f"--structure_dir {wildcards.cell}/structures" if wildcards.kind == "made" else ""
         ),
     resources:
         gpu=GPUS,
@@ -218,83 +364,138 @@ rule samples:
         stage(
             f"{CELL}-{{wildcards.kind}}",
             f"{CELL}/{{wildcards.kind}}",
-            f"{LAUNCH} {script('image_sample.py')} --model_path {MODEL} --data_dir {CELL}/slides/seen"
+            f"{LAUNCH} {script('image_sample.py')} --model_path {MODEL} --data_dir {{params.data}}"
             f" --use_train True --results_path {CELL}/{{wildcards.kind}} --num_samples {{params.amount}} --s {SCALE}"
-            f" --seed {{wildcards.seed}} {FLAGS['SAMPLE']} {COLOURS} {{params.structures}}",
+            f" --seed {{params.seed}} {FLAGS['SAMPLE']} {{params.colours}} {{params.structures}}",
             seals=[f"{CELL}/{{wildcards.kind}}/grid.png", f"{CELL}/{{wildcards.kind}}"],
             resumes=True,
         )
 
 
-checkpoint filter:
+# Real patches in the place of samples: with other slides' colours, and those of unseen slides with their masks.
+rule rival:
     input:
-        f"stages/{NAME}-slides.json",
-        *(f"stages/{NAME}-{kind}.json" for kind in STRUCTURES),
+        "stages/{cell}-split.json",
     output:
-        f"stages/{NAME}-filter.json",
+        "stages/{cell}-{kind}.json",
+    wildcard_constraints:
+        kind="transfer|unseen",
     log:
-        f"logs/{NAME}-filter.log",
+        "logs/{cell}-{kind}.log",
     params:
-        settings=FLAGS["FILTER"],
+        settings=lambda wildcards: amount()(wildcards),
+        seed=lambda wildcards: cell_of(wildcards).seed,
+    resources:
+        gpu=0,
+    threads: CORES
+    shell:
+        stage(
+            f"{CELL}-{{wildcards.kind}}",
+            f"{CELL}/{{wildcards.kind}}",
+            f"{PYTHON} {RIVALS} {{wildcards.kind}} {CELL}/split --results_path {CELL}/{{wildcards.kind}}"
+            " --count {params.settings} --seed {params.seed}",
+        )
+
+
+rule pseudo:
+    input:
+        "stages/{cell}-split.json",
+        "stages/{cell}-{judge}-train.json",
+    output:
+        "stages/{cell}-pseudo-{judge}.json",
+    log:
+        "logs/{cell}-pseudo-{judge}.log",
+    params:
+        settings=lambda wildcards: amount(f"pseudo-{wildcards.judge}")(wildcards),
     resources:
         gpu=ONE_GPU,
     threads: CORES
     shell:
         stage(
-            f"{CELL}-filter",
-            f"{CELL}/ood",
-            f"{PYTHON} {script('scripts/filter_ood.py')} --data_dir {CELL}/slides"
-            f" --synthetic {' '.join(f'{CELL}/{kind}' for kind in STRUCTURES)}"
-            f" --results_path {CELL}/ood --seed {{wildcards.seed}} {FLAGS['FILTER']}",
+            f"{CELL}-pseudo-{{wildcards.judge}}",
+            f"{CELL}/pseudo-{{wildcards.judge}}",
+            f"{PYTHON} {RIVALS} pseudo {CELL}/split --results_path {CELL}/pseudo-{{wildcards.judge}}"
+            f" --count {{params.settings}} --model_path {CELL}/segmenters/{{wildcards.judge}}/segmenter.pt",
+        )
+
+
+# Beside images of all training slides but held-out ones; it looks at no masks.
+checkpoint filter:
+    input:
+        "stages/{cell}-split.json",
+        kinds_of(lambda wildcards: CHOICES[wildcards.choice]),
+        lambda wildcards: (
+            [f"stages/{wildcards.cell}-{CHOICES[wildcards.choice].judge}-train.json"]
+            if CHOICES[wildcards.choice].judge
+            else []
+        ),
+    output:
+        "stages/{cell}-{choice}-filter.json",
+    log:
+        "logs/{cell}-{choice}-filter.log",
+    params:
+        settings=lambda wildcards: f"{FLAGS['FILTER']} {flags_of_filter(wildcards)}",
+        samples=lambda wildcards: [f"{wildcards.cell}/{kind}" for kind in CHOICES[wildcards.choice].kinds],
+        seed=lambda wildcards: cell_of(wildcards).seed,
+    resources:
+        gpu=ONE_GPU,
+    threads: CORES
+    shell:
+        stage(
+            f"{CELL}-{{wildcards.choice}}-filter",
+            f"{CELL}/filters/{{wildcards.choice}}",
+            f"{PYTHON} {script('scripts/filter_ood.py')} --data_dir {CELL}/split/colours"
+            f" --synthetic {{params.samples}} --results_path {CELL}/filters/{{wildcards.choice}}"
+            f" --backbone {shlex.quote(os.environ['BACKBONE'])} --seed {{params.seed}} {{params.settings}}",
         )
 
 
 rule mix:
     input:
-        f"stages/{NAME}-slides.json",
-        lambda wildcards: [f"stages/{NAME}-{name}.json".format(**wildcards) for name in SYNTHETIC[wildcards.which][1]],
+        "stages/{cell}-split.json",
+        seals_of_set,
     output:
-        f"stages/{NAME}-{{which}}-set.json",
+        "stages/{cell}-{variant}-set.json",
     log:
-        f"logs/{NAME}-{{which}}-set.log",
+        "logs/{cell}-{variant}-set.log",
     params:
-        settings="all",
-        synthetic=lambda wildcards: [
-            f"f{wildcards.fraction}-s{wildcards.seed}/{folder}" for folder in SYNTHETIC[wildcards.which][0]
-        ],
+        settings=ratio,
+        synthetic=added,
+        seed=lambda wildcards: cell_of(wildcards).seed,
     resources:
         gpu=0,
     shell:
         stage(
-            f"{CELL}-{{wildcards.which}}-set",
-            f"{CELL}/{{wildcards.which}}-set",
-            f"{PYTHON} {script('scripts/assemble_set.py')} --data_dir {CELL}/slides"
-            f" --synthetic {{params.synthetic}} --results_path {CELL}/{{wildcards.which}}-set"
-            " --seed {wildcards.seed} --ratio {params.settings}",
+            f"{CELL}-{{wildcards.variant}}-set",
+            f"{CELL}/sets/{{wildcards.variant}}",
+            f"{PYTHON} {script('scripts/assemble_set.py')} --data_dir {CELL}/split"
+            f" --synthetic {{params.synthetic}} --results_path {CELL}/sets/{{wildcards.variant}}"
+            " --seed {params.seed} --ratio {params.settings}",
         )
 
 
 rule segmenter:
     input:
-        lambda wildcards: f"stages/{NAME}-{VARIANTS[wildcards.variant][0]}.json".format(**wildcards),
+        lambda wildcards: f"stages/{wildcards.cell}-{data_of(wildcards)[1]}.json",
     output:
-        f"stages/{NAME}-{{variant}}-train.json",
+        "stages/{cell}-{variant}-train.json",
     log:
-        f"logs/{NAME}-{{variant}}-train.log",
+        "logs/{cell}-{variant}-train.log",
     params:
-        settings=lambda wildcards: f"{FLAGS['SEGMENTER']} {FLAGS[VARIANTS[wildcards.variant][1]]}",
-        data=lambda wildcards: VARIANTS[wildcards.variant][0],
+        settings=how,
+        data=lambda wildcards: f"{wildcards.cell}/{data_of(wildcards)[0]}",
+        seed=lambda wildcards: cell_of(wildcards).seed,
     resources:
         gpu=ONE_GPU,
     threads: CORES
     shell:
         stage(
             f"{CELL}-{{wildcards.variant}}-train",
-            f"{CELL}/{{wildcards.variant}}",
-            f"{PYTHON} {script('scripts/train_segmenter.py')} {CELL}/{{params.data}}"
-            f" --results_path {CELL}/{{wildcards.variant}}"
-            f" --seed {{wildcards.seed}} --val_share {VAL_SHARE} {{params.settings}}",
-            seals=[f"{CELL}/{{wildcards.variant}}/{name}" for name in ("segmenter.pt", "result.json")],
+            f"{CELL}/segmenters/{{wildcards.variant}}",
+            f"{PYTHON} {script('scripts/train_segmenter.py')} {{params.data}}"
+            f" --results_path {CELL}/segmenters/{{wildcards.variant}}"
+            f" --seed {{params.seed}} --val_share {VAL_SHARE} {{params.settings}}",
+            seals=[f"{CELL}/segmenters/{{wildcards.variant}}/{name}" for name in ("segmenter.pt", "result.json")],
             resumes=True,
         )
 
@@ -302,11 +503,11 @@ rule segmenter:
 rule tested:
     input:
         "stages/test.json",
-        f"stages/{NAME}-{{variant}}-train.json",
+        "stages/{cell}-{variant}-train.json",
     output:
-        f"stages/{NAME}-{{variant}}-test.json",
+        "stages/{cell}-{variant}-test.json",
     log:
-        f"logs/{NAME}-{{variant}}-test.log",
+        "logs/{cell}-{variant}-test.log",
     params:
         settings="",
     resources:
@@ -315,10 +516,10 @@ rule tested:
     shell:
         stage(
             f"{CELL}-{{wildcards.variant}}-test",
-            f"{CELL}/{{wildcards.variant}}/test",
-            f"{PYTHON} {script('scripts/segment.py')} {CELL}/{{wildcards.variant}}/segmenter.pt"
+            f"{CELL}/segmenters/{{wildcards.variant}}/test",
+            f"{PYTHON} {script('scripts/segment.py')} {CELL}/segmenters/{{wildcards.variant}}/segmenter.pt"
             " test/MoNuSegTestData/images --truth test/MoNuSegTestData/inst_masks"
-            f" --results_path {CELL}/{{wildcards.variant}}/test",
+            f" --results_path {CELL}/segmenters/{{wildcards.variant}}/test",
         )
 
 
@@ -328,12 +529,11 @@ SUM_UP = f"{PYTHON} {script('scripts/experiment/experiment_results.py')} ."
 
 rule cell:
     input:
-        tests("real", "colour", "unfiltered"),
-        tests_of_filtered,
+        tests_of,
     output:
-        touch(f"stages/{NAME}"),
+        touch("stages/{cell}"),
     log:
-        f"logs/{NAME}-results.log",
+        "logs/{cell}-results.log",
     shell:
         step(f"{CELL}-results", SUM_UP)
 

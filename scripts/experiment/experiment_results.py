@@ -1,11 +1,13 @@
 """
 Sum up scripts/experiment.sh: python scripts/experiment/experiment_results.py OUT
 
-Reads OUT/fFRACTION-sSEED/VARIANT/test/metrics.json, as far as they are there. Writes OUT/results.csv, a row a
-segmenter, OUT/results.md, means over the seeds and differences from `real`, with 95 % intervals, and OUT/results.png.
+Reads OUT/grid.json and OUT/CELL/segmenters/VARIANT/test/metrics.json, as far as they are there. Writes OUT/results.csv,
+a row a segmenter and test slide, and one of all slides pooled, whose slide is empty; OUT/results.md, a table a track
+and share: means over slides and seeds, and gains in F1, paired by seed and slide, over real patches with jitter and
+without, with 95 % intervals by a hierarchical bootstrap, and p-values of the former, corrected for the rows of the
+table; and OUT/results.png, the gains over real patches with jitter.
 """
 
-import csv
 import io
 import json
 import re
@@ -17,131 +19,157 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from scipy import stats
 
 from guided_diffusion import cli
-from guided_diffusion.files import write_bytes
+from guided_diffusion.figures import save_png
+from guided_diffusion.files import csv_text, write_bytes, write_text
+from guided_diffusion.histology.experiment.gains import Gain, differences, gain, holm
 
-FIGURES = ("f1@0.5", "aji", "pq", "dice")
-VARIANTS = {
-    "real": "real",
-    "colour": "real, colour augmentation",
-    "unfiltered": "real + synthetic",
-    "filtered": "real + synthetic, filtered",
-    "filtered-colour": "real + synthetic, filtered, colour augmentation",
-}
+FIGURES = ("f1@0.5", "aji", "aji+", "pq", "dice")
+TITLES = ("F1@0.5", "AJI", "AJI+", "PQ", "Dice")
+MAIN = FIGURES[0]
+POOLED = ""  # in place of a slide
+CELL = re.compile(r"([a-z]+)-f([\d.]+)-s(\d+)")
 
 
 class Row(NamedTuple):
-    """One segmenter: per cent of the training slides, seed, a key of VARIANTS, and its figures on the test slides."""
+    """One segmenter: of which cell, and slide -> its figures there."""
 
-    fraction: float
+    track: str
+    share: float
     seed: int
     variant: str
-    figures: dict[str, float]
+    slides: dict[str, dict[str, float]]
+
+
+class Grid(NamedTuple):
+    """Variant -> its title, in order; and those of real patches alone, with jitter and without, as far as there are."""
+
+    variants: dict[str, str]
+    baselines: list[str]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.FlagParser(description=__doc__)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the experiment")
     args = parser.parse_args(argv)
-    rows = read_rows(args.out)
+    if not (args.out / "grid.json").exists():
+        raise FileNotFoundError(f"{args.out} has no grid.json: run experiment.sh first")
+    facts = json.loads((args.out / "grid.json").read_text(encoding="utf-8"))
+    grid = Grid(facts["variants"], facts["baselines"])
+    rows = read_rows(args.out, grid)
     if not rows:
-        raise FileNotFoundError(f"{args.out} holds no f*-s*/VARIANT/test/metrics.json: run experiment.sh first")
-    write_bytes(args.out / "results.csv", as_csv(rows).encode())
-    text = as_markdown(rows)
-    write_bytes(args.out / "results.md", text.encode())
-    write_bytes(args.out / "results.png", as_picture(rows))
+        raise FileNotFoundError(
+            f"{args.out} holds no CELL/segmenters/VARIANT/test/metrics.json: run experiment.sh first"
+        )
+    write_text(args.out / "results.csv", as_csv(rows))
+    text = "\n".join("\n".join(as_markdown(*part, grid)) for part in parts_of(rows))
+    write_text(args.out / "results.md", text)
+    write_bytes(args.out / "results.png", as_picture(rows, grid))
     print(text, end="")
 
 
-def read_rows(out: Path) -> list[Row]:
-    """:return: the segmenters that have been tested, the largest share first."""
-    rows = []
-    for path in out.glob("f*-s*/*/test/metrics.json"):
-        variant, match = path.parents[1].name, re.fullmatch(r"f([\d.]+)-s(\d+)", path.parents[2].name)
-        if match and variant in VARIANTS:
-            average = json.loads(path.read_text())["average"]
-            rows.append(Row(float(match[1]), int(match[2]), variant, {name: average[name]["mean"] for name in FIGURES}))
-    return sorted(rows, key=lambda row: (-row.fraction, row.seed, list(VARIANTS).index(row.variant)))
+def read_rows(out: Path, grid: Grid) -> list[Row]:
+    """:return: the segmenters that have been tested, by track, share, seed, and variants in their order."""
+    rows, order = [], list(grid.variants)
+    for path in out.glob("*/segmenters/*/test/metrics.json"):
+        variant, match = path.parents[1].name, CELL.fullmatch(path.parents[3].name)
+        if match and variant in grid.variants:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            slides = {POOLED: found["pooled"], **found["slides"]}
+            own = {slide: {name: figures[name] for name in FIGURES} for slide, figures in slides.items()}
+            rows.append(Row(match[1], float(match[2]), int(match[3]), variant, own))
+    return sorted(rows, key=lambda row: (row.track, row.share, row.seed, order.index(row.variant)))
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """:return: mean and half the width of its 95 % interval by Student's t; nan of fewer than three values."""
-    if len(values) < 3:  # of two, t is 12.7: wider than anything worth knowing
-        return float(np.mean(values)), float("nan")
-    reach = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values)), float(reach)
+def parts_of(rows: Sequence[Row]) -> list[tuple[str, float, list[Row]]]:
+    """:return: each track and share, with its rows."""
+    keys = dict.fromkeys((row.track, row.share) for row in rows)
+    return [(*key, [row for row in rows if (row.track, row.share) == key]) for key in keys]
 
 
-def of(rows: list[Row], fraction: float, variant: str, figure: str) -> dict[int, float]:
-    """:return: seed -> figure."""
-    return {row.seed: row.figures[figure] for row in rows if (row.fraction, row.variant) == (fraction, variant)}
+def of(rows: Sequence[Row], variant: str, figure: str) -> dict[int, dict[str, float]]:
+    """:return: seed -> slide -> figure; without the pooled one."""
+    return {
+        row.seed: {slide: own[figure] for slide, own in row.slides.items() if slide != POOLED}
+        for row in rows
+        if row.variant == variant
+    }
 
 
-def differences(rows: list[Row], fraction: float, variant: str, figure: str) -> list[float]:
-    """:return: what a variant gains over `real`, seed by seed: with the same slides and the same initial weights."""
-    own, real = of(rows, fraction, variant, figure), of(rows, fraction, "real", figure)
-    return [own[seed] - real[seed] for seed in sorted(own.keys() & real.keys())]
+def gain_over(rows: Sequence[Row], variant: str, baseline: str, figure: str = MAIN) -> Gain | None:
+    """:return: what a variant gains over a baseline; None where they are one, or no seed has both."""
+    found = differences(of(rows, variant, figure), of(rows, baseline, figure))
+    return gain(found) if found.size and variant != baseline else None
 
 
-def as_csv(rows: list[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["fraction", "seed", "variant", *FIGURES])
-    for row in rows:
-        writer.writerow([f"{row.fraction:g}", row.seed, row.variant, *(f"{row.figures[name]:.6f}" for name in FIGURES)])
-    return text.getvalue()
-
-
-def as_markdown(rows: list[Row]) -> str:
-    """A table: mean and 95 % interval over the seeds, and the gain over `real`, paired by seed."""
+def as_csv(rows: Sequence[Row]) -> str:
     lines = [
-        "| slides | trained on | seeds | F1@0.5 | gain in F1 | AJI | PQ |",
-        "|---|---|---|---|---|---|---|",
+        {**row._asdict(), "share": f"{row.share:g}", "slide": slide, **{k: f"{v:.6f}" for k, v in own.items()}}
+        for row in rows
+        for slide, own in sorted(row.slides.items())
     ]
-    for fraction in sorted({row.fraction for row in rows}, reverse=True):
-        for variant, title in VARIANTS.items():
-            own = of(rows, fraction, variant, "f1@0.5")
-            if not own:
-                continue
-            gains = differences(rows, fraction, variant, "f1@0.5")
-            gain = "" if variant == "real" or not gains else _cell(interval(gains), "+.3f")
-            cells = [_cell(interval(list(of(rows, fraction, variant, name).values())), ".3f") for name in FIGURES[:3]]
-            lines.append(f"| {fraction:g} % | {title} | {len(own)} | {cells[0]} | {gain} | {cells[1]} | {cells[2]} |")
-    return "\n".join(lines) + "\n"
+    return csv_text(("track", "share", "seed", "variant", "slide", *FIGURES), lines)
 
 
-def _cell(value: tuple[float, float], form: str) -> str:
-    mean, reach = value
-    return f"{mean:{form}}" if np.isnan(reach) else f"{mean:{form}} ± {reach:.3f}"
+def as_markdown(track: str, share: float, rows: Sequence[Row], grid: Grid) -> list[str]:
+    """:return: the lines of a table: a row a variant."""
+    seeds, slides = len({row.seed for row in rows}), len(rows[0].slides) - 1
+    over = [f"gain over {name}" for name in grid.baselines]
+    titles = ["trained on", "seeds", TITLES[0], *over[:1], "p", *over[1:], *TITLES[1:], "F1@0.5, pooled"]
+    lines = [f"### {track}, {share:g} %: {seeds} seeds, {slides} test slides", ""]
+    lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    there = [name for name in grid.variants if of(rows, name, MAIN)]
+    gains = {name: [gain_over(rows, name, baseline) for baseline in grid.baselines] for name in there}
+    tested = [name for name in there if gains[name][0] and gains[name][0].p is not None]
+    corrected = dict(zip(tested, holm([gains[name][0].p for name in tested])))
+    for name in there:
+        own = [row for row in rows if row.variant == name]
+        means = [np.mean([list(slides.values()) for slides in of(rows, name, figure).values()]) for figure in FIGURES]
+        pooled = np.mean([row.slides[POOLED][MAIN] for row in own])
+        first, *others = map(as_text, gains[name])
+        p = f"{corrected[name]:.3f}" if name in corrected else ""
+        cells = [f"`{name}`: {grid.variants[name]}", str(len(own)), f"{means[0]:.3f}", first, p, *others]
+        lines.append(f"| {' | '.join([*cells, *(f'{mean:.3f}' for mean in [*means[1:], pooled])])} |")
+    return [*lines, ""]
 
 
-def as_picture(rows: list[Row]) -> bytes:
-    """:return: a PNG: F1 over the share of the slides, a line a variant, a faint point a segmenter."""
+def as_text(found: Gain | None) -> str:
+    """:return: "+0.012 (-0.003 to +0.027)", without brackets where there is no interval."""
+    if found is None:
+        return ""
+    return f"{found.mean:+.3f}" + ("" if found.low is None else f" ({found.low:+.3f} to {found.high:+.3f})")
+
+
+def as_picture(rows: Sequence[Row], grid: Grid) -> bytes:
+    """:return: a PNG: a panel a track and share, the gain in F1 of each variant, and a faint point a seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    fractions = sorted({row.fraction for row in rows})
-    for number, (variant, title) in enumerate(VARIANTS.items()):
-        own = {fraction: list(of(rows, fraction, variant, "f1@0.5").values()) for fraction in fractions}
-        own = {fraction: values for fraction, values in own.items() if values}
-        if not own:
-            continue
-        # Lines side by side, so that their bars do not cover each other.
-        places = [fractions.index(fraction) + 0.07 * (number - 2) for fraction in own]
-        means, reaches = zip(*map(interval, own.values()))
-        line = axes.errorbar(places, means, np.nan_to_num(reaches), marker="o", capsize=3, label=title)
-        for place, values in zip(places, own.values()):
-            axes.plot([place] * len(values), values, ".", color=line[0].get_color(), alpha=0.4)
-    axes.set_xticks(range(len(fractions)), [f"{fraction:g} %" for fraction in fractions])
-    axes.set_xlim(-0.5, len(fractions) - 0.5)
-    axes.set_xlabel("share of the training slides")
-    axes.set_ylabel("F1 at IoU 0.5, test slides")
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    parts = parts_of(rows)
+    names = [name for name in grid.variants if name != grid.baselines[0] and any(row.variant == name for row in rows)]
+    wide = min(3, len(parts))
+    tall = -(-len(parts) // wide)
+    figure = Figure(figsize=(2.2 + 2.6 * wide, tall * (1.2 + 0.26 * len(names))), layout="constrained")
+    panels = figure.subplots(tall, wide, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (track, share, own) in zip(panels, parts):
+        axes.axvline(0, color="0.6", linewidth=1)
+        for place, name in enumerate(names):
+            found = gain_over(own, name, grid.baselines[0])
+            if found is None:
+                continue
+            points = differences(of(own, name, MAIN), of(own, grid.baselines[0], MAIN)).mean(1)
+            axes.plot(points, [place] * len(points), ".", color="C0", alpha=0.35)
+            reach = [[found.mean - found.low], [found.high - found.mean]] if found.low is not None else None
+            axes.errorbar(found.mean, place, xerr=reach, fmt="o", color="C0", capsize=3, markersize=5)
+        axes.set_title(f"{track}, {share:g} %", fontsize=10)
+        axes.tick_params(labelsize=8)
+    for axes in panels[len(parts) :]:
+        axes.remove()
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel(f"gain in F1@0.5 over {grid.variants[grid.baselines[0]]}", fontsize=9)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
+    save_png(figure, buffer)
     return buffer.getvalue()
 
 

@@ -1,12 +1,14 @@
 """
-Say what each share of the experiment would train on, and for how long: python scripts/experiment/plan.py RAW
+Say what the experiment will train on what, and about how long: python scripts/experiment/plan.py RAW OUT
 
-What cannot be trained is refused here, not after the days that the larger shares take. Settings come from the
-environment, see experiment.sh, which calls this before anything else.
+What cannot be trained is refused here, not after the days that other cells take. Settings come from the environment,
+see experiment.sh, which calls this before anything else. Writes OUT/grid.json: cells, and the variants' titles.
 """
 
+import json
 import os
 import shlex
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,51 +19,87 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from PIL import Image
 
 from guided_diffusion import cli
+from guided_diffusion.files import write_json
+from guided_diffusion.histology.experiment import protocol
+from guided_diffusion.histology.experiment.protocol import Cell, Variant
 from guided_diffusion.histology.slides import scales
-from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT, find_slides
+from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, find_slides
 from guided_diffusion.histology.slides.patches import patch_count
 from guided_diffusion.slides import hold_out, keep
 
+GRID = "grid.json"
+RATES = {
+    "model": "a training step",
+    "sample": "a sample",
+    "segmenter": "a segmenter's step",
+    "filter": "a filtered one",
+}
 
-class Cell(NamedTuple):
-    """What a share of the slides comes to: numbers of slides, of those held out, of patches, of those that are seen."""
+
+class Sizes(NamedTuple):
+    """
+    What a cell comes to, in patches.
+
+    :param slides: of the share; held_out: of these.
+    :param seen: that the segmenters see; masks: that the diffusion model sees with masks; others: training patches
+        beside those, of which the segmenters see no mask.
+    """
 
     slides: int
     held_out: int
-    patches: int
     seen: int
+    masks: int
+    others: int
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.FlagParser(description=__doc__)
     parser.add_argument("raw", metavar="RAW", type=Path, help="folder of the unpacked archives")
-    raw = parser.parse_args(argv).raw
-    settings = {name: int(os.environ[name]) for name in ("DIFFUSION_STEPS", "MAX_EPOCHS", "DIFFUSION_BATCH")}
-    batch, processes, val_share = settings["DIFFUSION_BATCH"], int(os.environ["NPROC"]), float(os.environ["VAL_SHARE"])
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the experiment")
+    args = parser.parse_args(argv)
+    batch, processes = int(os.environ["DIFFUSION_BATCH"]), int(os.environ["NPROC"])
     if batch < 1 or batch % processes:
         raise ValueError(f"DIFFUSION_BATCH={batch} is no multiple of NPROC={processes}: change one of them")
-    if os.environ["STRUCTURES"] == "both" and int(os.environ["SAMPLES"]) == 1:
-        raise ValueError("STRUCTURES=both with SAMPLES=1: give 2 samples at least, or 0")
-    counts = count_patches(raw, shlex.split(os.environ["SDM_PATCH_FLAGS"]))
-    print(f"{processes} process(es), each with {batch // processes} of {batch} patches a step of the diffusion model")
-    print("| share | slides | held out | patches | seen by the diffusion model | its steps | epochs |")
-    print("|---|---|---|---|---|---|---|")
-    for fraction in os.environ["FRACTIONS"].split():
-        cells = [cell_of(counts, float(fraction), int(seed), val_share) for seed in os.environ["SEEDS"].split()]
-        least = min(cell.seen for cell in cells)
-        if least < batch:
+    variants, cells = from_environment()
+    if not protocol.baselines(variants.values()):
+        raise ValueError("VARIANTS has none of real patches alone, which the others are compared with: add 'real:'")
+    cells = chosen(cells, os.environ.get("CELLS", ""))
+    counts = count_patches(args.raw, shlex.split(os.environ["SDM_PATCH_FLAGS"]))
+    sizes = {cell.name: sizes_of(cell, counts) for cell in cells}
+    for cell in cells:
+        if sizes[cell.name].masks < batch:
             raise ValueError(
-                f"FRACTIONS: {fraction} % of the slides give the diffusion model {least} patches, fewer than "
+                f"GRID: {cell.name} gives the diffusion model {sizes[cell.name].masks} patches with masks, fewer than "
                 f"DIFFUSION_BATCH={batch}: give a larger share or a smaller batch"
             )
-        steps = [diffusion_steps(cell.seen) for cell in cells]
-        epochs = [number * batch / cell.seen for number, cell in zip(steps, cells)]
-        columns = [*zip(*cells), steps, [round(number) for number in epochs]]
-        print(f"| {fraction} % | {' | '.join(map(span, columns))} |")
+    print(f"{processes} process(es), each with {batch // processes} of {batch} patches a step of the diffusion model")
+    rates = measured(args.out)
+    print("\n".join(table(cells, variants, sizes, rates)))
+    args.out.mkdir(parents=True, exist_ok=True)
+    titles = {name: variant.title for name, variant in variants.items()}
+    facts = {"variants": titles, "baselines": protocol.baselines(variants.values())}
+    write_json(args.out / GRID, {**facts, "cells": [cell.name for cell in cells]})
+
+
+def from_environment() -> tuple[dict[str, Variant], dict[str, Cell]]:
+    """:return: the variants and the cells of the configuration, by name."""
+    variants = protocol.parse_variants(filter(None, os.environ["SDM_VARIANTS"].split("\n")))
+    return variants, protocol.parse_grid(filter(None, os.environ["SDM_GRID"].split("\n")), variants)
+
+
+def chosen(cells: dict[str, Cell], names: str) -> list[Cell]:
+    """:return: the cells that CELLS names, all where it names none. :raises ValueError: where there is no such cell."""
+    for name in names.split():
+        if name != "none" and name not in cells:
+            raise ValueError(f"CELLS names {name}: choose of {', '.join(cells)}, or none")
+    return [cell for name, cell in cells.items() if not names.split() or name in names.split()]
 
 
 def count_patches(raw: Path, flags: list[str]) -> dict[str, int]:
-    """:return: slide -> its number of patches, for the training slides of RAW, and flags of prepare_monuseg.py."""
+    """
+    :return: slide -> its number of patches, for the training slides of RAW, and flags of prepare_monuseg.py.
+    :raises ValueError: where there are no test slides.
+    """
     parser = cli.FlagParser()
     parser.add_argument("--patch_size", type=int, default=128)
     parser.add_argument("--stride", type=int, default=128)
@@ -70,6 +108,8 @@ def count_patches(raw: Path, flags: list[str]) -> dict[str, int]:
     parser.add_argument("--slide_mpp", default="")
     args, _ = parser.parse_known_args(flags)
     slides = find_slides(raw)
+    if not any(slide.split == TEST_SPLIT for slide in slides):
+        raise ValueError(f"RAW {raw} has no test slides: the experiment needs some")
     zooms = scales.zooms(scales.nominal_scales(scales.read_scales(slides, args.slide_mpp)), args.mpp)
     counts = {}
     for slide in slides:
@@ -81,29 +121,112 @@ def count_patches(raw: Path, flags: list[str]) -> dict[str, int]:
     return counts
 
 
-def cell_of(counts: dict[str, int], fraction: float, seed: int, val_share: float) -> Cell:
-    """:return: what subset_slides.py makes of these patches."""
-    slides = keep(counts, fraction / 100, seed)
-    held = hold_out(slides, val_share, seed)
-    return Cell(len(slides), len(held), sum(counts[s] for s in slides), sum(counts[s] for s in slides - held))
+def sizes_of(cell: Cell, counts: dict[str, int]) -> Sizes:
+    """:return: what subset_slides.py makes of these patches; of track patches about, for clusters come later."""
+    val_share, total = float(os.environ["VAL_SHARE"]), sum(counts.values())
+    if cell.track == "patches":
+        held = hold_out(counts, val_share, cell.seed)
+        clean = total - sum(counts[slide] for slide in held)
+        seen = max(1, round(clean * cell.share / 100 / clusters(os.environ["SDM_CLUSTER_FLAGS"])))
+        return Sizes(len(counts), len(held), seen, clean, clean - seen)
+    slides = keep(counts, cell.share / 100, cell.seed)
+    held = hold_out(slides, val_share, cell.seed)
+    seen = sum(counts[slide] for slide in slides - held)
+    return Sizes(len(slides), len(held), seen, seen, total - sum(counts[slide] for slide in slides))
+
+
+# ---- what the configuration's flags say ----
+
+
+def number_in(flags: str, name: str, usual: int) -> int:
+    """:return: the number that a flag has among words of a shell; `usual` where it is not there."""
+    parser = cli.FlagParser(add_help=False)
+    parser.add_argument(name, dest="number", type=int, default=usual)
+    return parser.parse_known_args(shlex.split(flags))[0].number
 
 
 def image_size(flags: str) -> int:
     """:return: that of the model's flags, as words of a shell; without one, image_train.py's default."""
-    parser = cli.FlagParser(add_help=False)
-    parser.add_argument("--image_size", type=int, default=64)
-    return parser.parse_known_args(shlex.split(flags))[0].image_size
+    return number_in(flags, "--image_size", 64)
+
+
+def clusters(flags: str) -> int:
+    """:return: into how many clusters cluster_patches.py sorts with these flags, as far as they say."""
+    return number_in(flags, "--n_clusters", 6)
 
 
 def diffusion_steps(patches: int) -> int:
-    """:return: for how many steps a model that sees so many patches is trained: DIFFUSION_STEPS, or MAX_EPOCHS."""
+    """:return: for how many steps a model that sees so many masks is trained: DIFFUSION_STEPS, or MAX_EPOCHS."""
     steps, epochs, batch = (int(os.environ[name]) for name in ("DIFFUSION_STEPS", "MAX_EPOCHS", "DIFFUSION_BATCH"))
     return min(steps, max(1, epochs * patches // batch))
 
 
+# ---- how long ----
+
+
+def measured(out: Path) -> dict[str, tuple[float, str]]:
+    """:return: what takes time -> seconds, by what is finished in OUT, else by RATES; and which of the two."""
+    assumed = dict(word.split("=") for word in os.environ["RATES"].split())
+    found: dict[str, list[float]] = {name: [] for name in RATES}
+    for seal in (out / "stages").glob("*.json"):
+        begun, kind = seal.with_suffix(".begun"), seal.stem.rpartition("-")[2]
+        if kind in ("model", "samples", "made", "layouts") and begun.exists():
+            seconds, names = seal.stat().st_mtime - begun.stat().st_mtime, json.loads(seal.read_text())["files"]
+            units = [int(Path(name).stem.rpartition("_")[2]) for name in names if kind == "model"]
+            units = units or [sum(Path(name).parent.name == "samples" for name in names)]
+            found["model" if kind == "model" else "sample"].append(seconds / max(1, *units))
+    for result in out.glob("*/segmenters/*/result.json"):
+        facts = json.loads(result.read_text())
+        found["segmenter"].append(facts["seconds"] / facts["steps"])
+    return {
+        name: (statistics.median(own), f"measured, median of {len(own)}") if own else (float(assumed[name]), "assumed")
+        for name, own in found.items()
+    }
+
+
+def seconds_of(cell: Cell, variants: dict[str, Variant], sizes: Sizes, rates: dict[str, tuple[float, str]]) -> float:
+    """:return: how long a cell takes on one core or GPU, about."""
+    wanted = protocol.involved(cell.variants, variants)
+    kinds = protocol.amounts(wanted, variants, sizes.seen, sizes.others)
+    sampled = sum(number for kind, number in kinds.items() if kind in ("samples", "made", "layouts"))
+    filtered = {variant.choice: sum(kinds[kind] for kind in variant.kinds) for variant in wanted if variant.choice}
+    steps = number_in(os.environ["SDM_SEGMENTER_FLAGS"], "--max_steps", 4000)
+    amounts = {
+        "model": diffusion_steps(sizes.masks) if sampled else 0,
+        "sample": sampled,
+        "segmenter": len(wanted) * steps,
+        "filter": sum(filtered.values()),
+    }
+    return sum(rates[name][0] * amount for name, amount in amounts.items())
+
+
+def table(
+    cells: list[Cell], variants: dict[str, Variant], sizes: dict[str, Sizes], rates: dict[str, tuple[float, str]]
+) -> list[str]:
+    """:return: the plan: a row a track and share; what the variants are; hours, and where they come from."""
+    titles = ["track", "share", "seeds", "slides", "held out", "patches: segmenters", "model, with masks", "without"]
+    titles += ["its steps", "epochs", "variants", "hours a cell"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    batch, total = int(os.environ["DIFFUSION_BATCH"]), 0.0
+    for track, share in dict.fromkeys((cell.track, cell.share) for cell in cells):
+        row = [cell for cell in cells if (cell.track, cell.share) == (track, share)]
+        own = [sizes[cell.name] for cell in row]
+        hours = [seconds_of(cell, variants, sizes[cell.name], rates) / 3600 for cell in row]
+        total += sum(hours)
+        steps = [diffusion_steps(size.masks) for size in own]
+        columns = [*zip(*(size[:4] for size in own)), [size.others if track == "masks" else 0 for size in own], steps]
+        columns.append([round(number * batch / size.masks) for number, size in zip(steps, own)])
+        names = ", ".join(row[0].variants)
+        words = [track, f"{share:g} %", str(len(row)), *map(span, columns), names, f"{statistics.mean(hours):.2g}"]
+        lines.append(f"| {' | '.join(words)} |")
+    lines += [f"{name}: {variant.title}" for name, variant in variants.items()]
+    lines += [f"{rates[name][0]:.3g} s {what} ({rates[name][1]})" for name, what in RATES.items()]
+    return [*lines, f"about {total:.3g} hours of one core or GPU for {len(cells)} cells; {os.environ['RATES_OF']}"]
+
+
 def span(numbers: Iterable[int]) -> str:
     """:return: "smallest to largest" of the seeds, or the one number that they all have."""
-    low, high = min(numbers), max(numbers)
+    low, high = min(numbers := list(numbers)), max(numbers)
     return f"{low}" if low == high else f"{low} to {high}"
 
 

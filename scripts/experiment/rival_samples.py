@@ -8,7 +8,7 @@ SPLIT is a folder of subset_slides.py. KIND is one of
 
     pseudo     its unlabelled images, with the nuclei that SEGMENTER is sure of; DIR/ignore_masks says where it is not
     transfer   its seen patches, with the colours of unlabelled images' slides (Reinhard's statistics of a slide)
-    unseen     its unseen patches with their true masks: what perfect samples would be worth
+    unseen     the others, which its segmenters do not see, with their true masks: what perfect samples would be worth
 
 The images of pseudo and unseen are spread evenly over slides and patches; there are no more of them than there are. The
 same command goes on where it was killed.
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check(args)
     if args.kind == "unseen":
-        others = list_items(str(args.split / "unseen"), "monuseg")
+        others = list_items(str(args.split / "others"), "monuseg")
     else:
         others = list_images(str(args.split / "unlabelled"), "SPLIT")
     if args.kind == "pseudo":
@@ -153,8 +153,8 @@ def labeller(segmenter: Segmenter) -> Write:
     """:return: what writes the nuclei that a segmenter is sure of."""
 
     def write(row: Row, out: Path) -> None:
-        probability, position = segmenter.predict(read_image(row.structure.image))
-        kept, ignored = confident(probability, instances(probability, position, segmenter.mpp))
+        maps = segmenter.predict(read_image(row.structure.image))
+        kept, ignored = confident(maps.probability, instances(maps.probability, maps.position, segmenter.mpp))
         lead(out / "samples" / f"{row.stem}.png", row.structure.image)
         save(out / IGNORE_MASKS / f"{row.stem}.png", np.where(ignored, 255, 0).astype(np.uint8))
         save(out / "inst_masks" / f"{row.stem}.tif", kept.astype(np.uint16))

@@ -9,10 +9,10 @@ DATA's. With --val_share, in OUT are, too:
 
     held        the patches of the slides that train_segmenter.py with the same --val_share and --seed holds out
     seen        the chosen ones of the other slides: what is trained on
-    unseen      a data folder of all other training patches but those of held-out slides
+    others      a data folder of all other training patches but those of held-out slides
     unlabelled  the images of these, alone
-    colours     the images of seen and unseen
-    generator   --track patches: a data folder of seen and unseen, which a diffusion model sees there with masks
+    colours     the images of seen and others
+    generator   --track patches: a data folder of seen and others, which a diffusion model sees there with masks
     split.csv   which part each patch of DATA has in the experiment's --track, see ROLES in this program
 
 --track patches chooses among the patches of one cluster of cluster_patches.py, the largest or LABEL, whatever their
@@ -36,7 +36,7 @@ from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLI
 from guided_diffusion.magnification import pass_on
 from guided_diffusion.slides import MANIFEST, TABLE, hold_out, keep, write_table
 
-SEEN, HELD, UNSEEN, GENERATOR = "seen", "held", "unseen", "generator"
+SEEN, HELD, OTHERS, GENERATOR = "seen", "held", "others", "generator"
 UNLABELLED, COLOURS, SPLIT = "unlabelled", "colours", "split.csv"
 # Column of split.csv -> the patches that have a 1 there: those that ...
 ROLES = {
@@ -87,18 +87,18 @@ def main(argv: list[str] | None = None) -> None:
     if (args.data / TEST_SPLIT).is_dir():
         wanted[TEST_SPLIT] = args.data / TEST_SPLIT
     if args.val_share is not None:
-        seen, unseen, parts = divided(training, kept, held)
+        seen, others, parts = divided(training, kept, held)
         if args.track != "patches":
             del parts[GENERATOR]
         for part, own in parts.items():
             if own:
                 wanted |= folder_of(f"{part}/", own)
                 tables[f"{part}/{TABLE}"] = [(patch.file, patch.slide) for patch in own]
-        for part, own in ((UNLABELLED, unseen), (COLOURS, seen + unseen)):
+        for part, own in ((UNLABELLED, others), (COLOURS, seen + others)):
             if own:
                 wanted |= {f"{part}/{patch.image.name}": patch.image for patch in own}
                 tables[f"{part}/{TABLE}"] = [(patch.image.name, patch.slide) for patch in own]
-        texts[SPLIT] = split_table(args.track, patches, seen, unseen, parts[HELD])
+        texts[SPLIT] = split_table(args.track, patches, seen, others, parts[HELD])
     check_out(args, wanted, {*tables, *texts})
 
     def fill(folder: Path) -> None:
@@ -148,9 +148,9 @@ def divided(
     """:return: the patches that are seen, those that are not, and those of each data folder in OUT."""
     stems = {patch.stem for patch in kept}
     clean = [patch for patch in training if patch.slide not in held]
-    seen, unseen = ([patch for patch in clean if (patch.stem in stems) == chosen] for chosen in (True, False))
+    seen, others = ([patch for patch in clean if (patch.stem in stems) == chosen] for chosen in (True, False))
     held_out = [patch for patch in kept if patch.slide in held]
-    return seen, unseen, {SEEN: seen, HELD: held_out, UNSEEN: unseen, GENERATOR: clean}
+    return seen, others, {SEEN: seen, HELD: held_out, OTHERS: others, GENERATOR: clean}
 
 
 def folder_of(base: str, patches: Iterable[Patch]) -> dict[str, Path]:
@@ -158,15 +158,15 @@ def folder_of(base: str, patches: Iterable[Patch]) -> dict[str, Path]:
     return {f"{base}{TRAIN_SPLIT}/{name}": file for patch in patches for name, file in patch.places()}
 
 
-def split_table(track: str, patches: list[Patch], seen: list[Patch], unseen: list[Patch], held: list[Patch]) -> str:
+def split_table(track: str, patches: list[Patch], seen: list[Patch], others: list[Patch], held: list[Patch]) -> str:
     """:return: split.csv: a row a patch of DATA, with a 1 in the columns of its ROLES."""
     of = {
-        "generator_masks": seen + unseen if track == "patches" else seen,
-        "generator_images": unseen if track == "masks" else [],
+        "generator_masks": seen + others if track == "patches" else seen,
+        "generator_images": others if track == "masks" else [],
         "structures": seen,
-        "colours": seen if track == "slides" else seen + unseen,
+        "colours": seen if track == "slides" else seen + others,
         "segmenter": seen,
-        "unlabelled": unseen,
+        "unlabelled": others,
         "held_out": held,
         "tested": [patch for patch in patches if patch.split == TEST_SPLIT],
     }

@@ -17,8 +17,6 @@ RAW = os.environ["SDM_RAW"]
 SLIDES = os.environ["SDM_SLIDES"]
 # The same of the images without masks, as a part of settings.
 UNLABELLED = f" UNLABELLED={os.environ['SDM_UNLABELLED']}" if os.environ["SDM_UNLABELLED"] else ""
-# The kinds of samples, which are also their folders: of real structures, of made ones, or of both.
-STRUCTURES = {"real": ("samples",), "recombine": ("made",), "both": ("samples", "made")}[os.environ["STRUCTURES"]]
 # The interpreter of the programs, and how to start one on several GPUs: as words of a shell.
 PYTHON, LAUNCH = os.environ["SDM_PYTHON"], os.environ["SDM_LAUNCH"]
 # Cores of a training, GPUs of a training, and of what runs on one.
@@ -30,12 +28,6 @@ ONE_GPU = min(1, GPUS)
 def script(name: str) -> str:
     """:return: a path in the repository, as a word of a shell."""
     return shlex.quote(str(ROOT / name))
-
-
-def divide(samples: int) -> dict[str, int]:
-    """:return: kind -> how many of some samples are of it; an odd one is of a real structure."""
-    half = samples // len(STRUCTURES)
-    return {"samples": samples - half * (len(STRUCTURES) > 1), "made": half}
 
 
 def make_structures(data: str, out: str, count: int | str, size: int | str) -> str:

@@ -1,4 +1,4 @@
-"""The experiment's table and plot, of figures whose means and intervals are plain."""
+"""The experiment's tables and plot, of figures whose means, gains and tests are plain."""
 
 import csv
 import json
@@ -7,59 +7,78 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from guided_diffusion.histology.experiment.gains import gain
 from scripts.experiment import experiment_results as results
 
+VARIANTS = {"real": "real", "jitter": "real, jitter", "both2": "real + 2 synthetic, jitter", "pseudo": "real + 2 more"}
+SLIDES = ("a", "b")
 
-def put(out, fraction, seed, variant, f1):
-    folder = out / f"f{fraction}-s{seed}" / variant / "test"
+
+def put(out, cell, variant, f1):
+    """:param f1: of each slide; other figures are a tenth less, one after another, and the pooled one 0.01 more."""
+    folder = out / cell / "segmenters" / variant / "test"
     folder.mkdir(parents=True)
-    average = {name: {"mean": f1 - 0.1 * i, "low": 0, "high": 1} for i, name in enumerate(results.FIGURES)}
-    (folder / "metrics.json").write_text(json.dumps({"average": average}))
+    figures = [{name: value - 0.1 * i for i, name in enumerate(results.FIGURES)} for value in (*f1, np.mean(f1) + 0.01)]
+    facts = {"slides": dict(zip(SLIDES, figures)), "pooled": figures[-1]}
+    (folder / "metrics.json").write_text(json.dumps(facts))
 
 
 @pytest.fixture
 def out(tmp_path):
-    for seed, (real, filtered) in enumerate([(0.6, 0.63), (0.5, 0.55), (0.7, 0.74)]):
-        put(tmp_path, 20, seed, "real", real)
-        put(tmp_path, 20, seed, "filtered", filtered)
-    put(tmp_path, 100, 0, "real", 0.8)
-    put(tmp_path, 100, 0, "foreign", 0.9)
+    (tmp_path / "grid.json").write_text(json.dumps({"variants": VARIANTS, "baselines": ["jitter", "real"]}))
+    for seed in range(3):
+        base = 0.6 + 0.05 * seed
+        put(tmp_path, f"masks-f10-s{seed}", "jitter", (base, base + 0.1))
+        put(tmp_path, f"masks-f10-s{seed}", "real", (base - 0.1, base))
+        put(tmp_path, f"masks-f10-s{seed}", "both2", (base + 0.03, base + 0.14 + 0.01 * seed))
+        put(tmp_path, f"masks-f10-s{seed}", "pseudo", (base - 0.05, base + 0.15 - 0.01 * seed))
+    put(tmp_path, "slides-f100-s0", "real", (0.8, 0.9))
+    put(tmp_path, "slides-f100-s0", "foreign", (0.8, 0.9))
+    put(tmp_path, "elsewhere", "real", (0.8, 0.9))
     return tmp_path
 
 
-def test_every_segmenter_is_a_row(out, capsys):
+def test_every_segmenter_and_slide_is_a_row(out, capsys):
     results.main([str(out)])
     with open(out / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["fraction"], row["seed"], row["variant"]) for row in rows[:3]] == [
-        ("100", "0", "real"),
-        ("20", "0", "real"),
-        ("20", "0", "filtered"),
+    assert list(rows[0]) == ["track", "share", "seed", "variant", "slide", *results.FIGURES] and len(rows) == 13 * 3
+    assert [(row["share"], row["variant"], row["slide"]) for row in rows[:4]] == [
+        *(("10", "real", slide) for slide in ("", "a", "b")),
+        ("10", "jitter", ""),
     ]
-    assert len(rows) == 7 and float(rows[2]["f1@0.5"]) == 0.63 and float(rows[2]["aji"]) == pytest.approx(0.53)
+    assert [float(rows[0][name]) for name in results.FIGURES] == pytest.approx([0.56, 0.46, 0.36, 0.26, 0.16])
     assert capsys.readouterr().out == (out / "results.md").read_text()
 
 
-def test_gains_are_paired_by_seed(out):
-    rows = results.read_rows(out)
-    assert results.differences(rows, 20, "filtered", "f1@0.5") == pytest.approx([0.03, 0.05, 0.04])
-    mean, reach = results.interval([0.03, 0.05, 0.04])
-    # Student's t of two degrees of freedom: 4.3027; the deviation is 0.01.
-    assert mean == pytest.approx(0.04) and reach == pytest.approx(4.3027 * 0.01 / np.sqrt(3), rel=1e-4)
-    assert np.isnan(results.interval([0.03, 0.05])[1])
-    table = results.as_markdown(rows).splitlines()
-    assert table[2] == "| 100 % | real | 1 | 0.800 |  | 0.700 | 0.600 |"
-    assert table[4].startswith("| 20 % | real + synthetic, filtered | 3 | 0.640 ± 0.237 | +0.040 ± 0.025 |")
+def test_gains_with_intervals_and_corrected_tests(out):
+    results.main([str(out)])
+    text = (out / "results.md").read_text().splitlines()
+    assert text[0] == "### masks, 10 %: 3 seeds, 2 test slides" and "### slides, 100 %: 1 seeds, 2 test slides" in text
+    cells = {row.split(":")[0]: row.strip("| ").split(" | ") for row in text if row.startswith("| `")}
+    gains = np.array([[0.03, 0.04 + 0.01 * seed] for seed in range(3)])
+    both, pseudo = gain(gains), gain(np.array([[-0.05, 0.05 - 0.01 * seed] for seed in range(3)]))
+    own = cells["| `both2`"]
+    assert own[:3] == ["`both2`: real + 2 synthetic, jitter", "3", "0.740"]
+    assert own[3] == f"+0.040 ({both.low:+.3f} to {both.high:+.3f})" == "+0.040 (+0.030 to +0.057)"
+    # Three rows are tested: real loses .1 everywhere, as surely as both2 gains.
+    assert own[4] == f"{min(1, 3 * both.p):.3f}" == "0.001" and cells["| `pseudo`"][4] == f"{pseudo.p:.3f}"
+    assert own[5] == results.as_text(gain(gains + 0.1)) and own[6:] == ["0.640", "0.540", "0.440", "0.340", "0.750"]
+    assert cells["| `jitter`"][3:5] == ["", ""] and cells["| `jitter`"][5].startswith("+0.100 (")
+    assert text[-1] == "| `real`: real | 1 | 0.850 |  |  |  | 0.750 | 0.650 | 0.550 | 0.450 | 0.860 |"
 
 
 def test_a_picture_of_what_is_there(out):
     results.main([str(out)])
     with Image.open(out / "results.png") as image:
-        assert image.width > 600 and len(np.unique(np.asarray(image.convert("L")))) > 20
+        assert 500 < image.width < 1100 and len(np.unique(np.asarray(image.convert("L")))) > 20
     assert not list(out.glob(".*.part"))
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"run experiment.sh first"):
+    with pytest.raises(FileNotFoundError, match=r"no grid.json: run experiment.sh first"):
         results.main([str(tmp_path)])
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "grid.json").write_text(json.dumps({"variants": VARIANTS, "baselines": ["jitter", "real"]}))
+    with pytest.raises(FileNotFoundError, match=r"test/metrics.json: run experiment.sh first"):
+        results.main([str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.json"]

@@ -1,6 +1,7 @@
 """What each share of the experiment comes to, of the settings as they are shipped."""
 
-import re
+import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -9,41 +10,94 @@ from PIL import Image
 
 from scripts.experiment import plan
 
-CONFIG = Path(plan.__file__).with_name("experiment.conf")
-NUMBERS = ("FRACTIONS", "SEEDS", "VAL_SHARE", "DIFFUSION_BATCH", "DIFFUSION_STEPS", "MAX_EPOCHS")
+CONFIGS = sorted(Path(plan.__file__).parent.glob("*.conf"))
+NUMBERS = ("VAL_SHARE", "DIFFUSION_BATCH", "DIFFUSION_STEPS", "MAX_EPOCHS", "RATES", "RATES_OF")
+FLAGS = ("PATCH", "MODEL", "CLUSTER", "SEGMENTER")
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory) -> Path:
-    """30 training slides of MoNuSeg's size."""
-    folder = tmp_path_factory.mktemp("raw") / "MoNuSegTrainingData"
-    for name in ("images", "inst_masks"):
-        (folder / name).mkdir(parents=True)
-        for number in range(30):
-            Image.new("1", (1000, 1000)).save(folder / name / f"slide-{number:02d}.png")
-    return folder.parent
+    """30 training slides of MoNuSeg's size, and a test slide."""
+    folder = tmp_path_factory.mktemp("raw")
+    for split, numbers in (("MoNuSegTrainingData", range(30)), ("MoNuSegTestData", [30])):
+        for name in ("images", "inst_masks"):
+            (folder / split / name).mkdir(parents=True)
+            for number in numbers:
+                Image.new("1", (1000, 1000)).save(folder / split / name / f"slide-{number:02d}.png")
+    return folder
 
 
 @pytest.fixture
 def shipped(monkeypatch):
-    """Settings of experiment.conf in the environment."""
-    words = 'printf "%s\\0" "$FRACTIONS" "$SEEDS" "$VAL_SHARE" "$DIFFUSION_BATCH" "$DIFFUSION_STEPS" "$MAX_EPOCHS"'
-    script = f'set -eu; source {CONFIG}; {words} "${{PATCH_FLAGS[*]}}" "${{MODEL_FLAGS[*]}}" "$STRUCTURES" "$SAMPLES"'
-    values = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")
-    for name, value in zip((*NUMBERS, "SDM_PATCH_FLAGS", "SDM_MODEL_FLAGS", "STRUCTURES", "SAMPLES"), values):
-        monkeypatch.setenv(name, value)
+    """:return: a function that puts the settings of a configuration into the environment."""
+
+    def settle(config=CONFIGS[0]):
+        words = " ".join([*(f'"${name}"' for name in NUMBERS), *(f'"${{{name}_FLAGS[*]}}"' for name in FLAGS)])
+        lines = " ".join(f'"$(printf \'%s\\n\' "${{{name}[@]}}")"' for name in ("GRID", "VARIANTS"))
+        script = f'set -eu; source {config}; printf "%s\\0" {words} {lines}'
+        values = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")
+        names = (*NUMBERS, *(f"SDM_{name}_FLAGS" for name in FLAGS), "SDM_GRID", "SDM_VARIANTS")
+        for name, value in zip(names, values):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("NPROC", "1")
+        monkeypatch.delenv("CELLS", raising=False)
+
+    settle()
+    return settle
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_what_is_shipped_can_be_trained(raw, shipped, config, tmp_path, capsys):
+    shipped(config)
+    plan.main([str(raw), str(tmp_path)])
+    printed = capsys.readouterr().out
+    facts = json.loads((tmp_path / "grid.json").read_text())
+    assert facts["cells"] and facts["baselines"][0] == "jitter" and f"for {len(facts['cells'])} cells" in printed
+    assert all(f"{name}: {title}" in printed for name, title in facts["variants"].items())
 
 
 @pytest.mark.parametrize("processes", [1, 8])
-def test_the_smallest_share_can_be_trained(raw, shipped, monkeypatch, capsys, processes):
+def test_what_a_cell_comes_to(raw, shipped, monkeypatch, capsys, tmp_path, processes):
     monkeypatch.setenv("NPROC", str(processes))
-    plan.main([str(raw)])
+    monkeypatch.setenv("SDM_GRID", "masks 10 0-2 real,jitter\nslides 100 0 all\npatches 5 0 real,ratio1")
+    monkeypatch.setenv("SDM_VARIANTS", "real:\njitter: jitter\nratio1: ratio=1")
+    monkeypatch.setenv("RATES", "model=0.36 sample=36 segmenter=0.036 filter=99")
+    plan.main([str(raw), str(tmp_path)])
     printed = capsys.readouterr().out
     assert f"{processes} process(es), each with {32 // processes} of 32 patches a step" in printed
-    rows = [re.findall(r"[\d.]+(?: to \d+)?", row) for row in printed.splitlines()[3:]]
-    # 64 patches a slide; of three slides one is held out.
-    assert rows[0] == ["100", "30", "4", "1920", "1664", "20000", "385"]
-    assert rows[3] == ["10", "3", "1", "192", "128", "2000", "500"]
+    rows = [row.strip("| ").split(" | ") for row in printed.splitlines()[3:6]]
+    # 64 patches a slide; of three slides one is held out. 8000 steps of segmenters, at 0.036 s, are 0.08 hours.
+    assert rows[0] == ["masks", "10 %", "3", "3", "1", "128", "128", "1728", "2000", "500", "real, jitter", "0.08"]
+    # 20000 steps of the model are 2 hours, 1664 samples 16.64, and 12000 steps of segmenters 0.12.
+    assert rows[1][:-2] == ["slides", "100 %", "1", "30", "4", "1664", "1664", "0", "20000", "385"]
+    assert rows[1][-1] == "19"
+    # Of a cluster, a sixth of the patches that are not held out, a twentieth; the model sees all of these.
+    assert rows[2][3:8] == ["30", "4", "14", "1664", "0"]
+
+
+def test_finished_stages_say_how_long_others_take(shipped, tmp_path):
+    stages = tmp_path / "stages"
+    stages.mkdir()
+    for name, files, seconds in (
+        ("masks-f10-s0-model", ["masks-f10-s0/model/ema_0.9_000200.pt"], 100),
+        (
+            "masks-f10-s0-samples",
+            [f"masks-f10-s0/samples/{name}/{k}.png" for name in ("samples", "labels") for k in range(4)],
+            6,
+        ),
+        ("masks-f10-s0-made", ["masks-f10-s0/made/samples/0.png", "masks-f10-s0/made/labels/0.png"], 2.5),
+    ):
+        for path, at in ((stages / f"{name}.begun", 1000), (stages / f"{name}.json", 1000 + seconds)):
+            path.write_text(json.dumps({"files": dict.fromkeys(files)}))
+            os.utime(path, (at, at))
+    result = tmp_path / "masks-f10-s0/segmenters/real/result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text('{"steps": 40, "seconds": 10}')
+    found = plan.measured(tmp_path)
+    assert {name: rate for name, (rate, _) in found.items() if name != "filter"} == pytest.approx(
+        {"model": 0.5, "sample": 2.0, "segmenter": 0.25}
+    )
+    assert found["sample"][1] == "measured, median of 2" and found["filter"][1] == "assumed"
 
 
 def test_patches_are_counted_at_the_magnification_they_are_brought_to(raw):
@@ -56,17 +110,18 @@ def test_patches_are_counted_at_the_magnification_they_are_brought_to(raw):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("SAMPLES", "1", "STRUCTURES=both with SAMPLES=1: give 2"),
         ("NPROC", "5", "DIFFUSION_BATCH=32 is no multiple of NPROC=5"),
-        ("DIFFUSION_BATCH", "256", "FRACTIONS: 10 % of the slides give the diffusion model 128 patches, fewer than"),
+        ("DIFFUSION_BATCH", "256", "GRID: masks-f10-s0 gives the diffusion model 128 patches with masks, fewer than"),
+        ("SDM_GRID", "masks ten 0 all", "GRID: .* share=ten|share=ten is not a number"),
+        ("SDM_VARIANTS", "more: ratio=1", "GRID: .* is not of VARIANTS|VARIANTS has none of real patches alone"),
+        ("CELLS", "masks-f10-s9", "CELLS names masks-f10-s9: choose of masks-f10-s0"),
     ],
 )
-def test_what_cannot_is_refused(raw, shipped, monkeypatch, name, value, message):
-    monkeypatch.setenv("NPROC", "1")
-    monkeypatch.setenv("STRUCTURES", "both")
+def test_what_cannot_is_refused(raw, shipped, monkeypatch, tmp_path, name, value, message):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        plan.main([str(raw)])
+        plan.main([str(raw), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags", ["--lr 1 --image_size 32 --num_channels 8", "--image_size=32", "--lr 1"])

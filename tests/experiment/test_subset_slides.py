@@ -112,7 +112,7 @@ def test_the_parts_of_a_cell_are_apart(data, tmp_path, track):
     else:
         assert not slides["unlabelled"] & slides["segmenter"]
     # The folders are what the table says.
-    for folder, role in (("seen", "segmenter"), ("held", "held_out"), ("unseen", "unlabelled"), ("generator", "")):
+    for folder, role in (("seen", "segmenter"), ("held", "held_out"), ("others", "unlabelled"), ("generator", "")):
         there = tmp_path / "out" / folder
         found = (
             {f"MoNuSegTrainingData/images/{item.stem}.png" for item in list_items(str(there), "monuseg")}

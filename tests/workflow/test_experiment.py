@@ -1,4 +1,4 @@
-"""How the engine runs the experiment: whole, on toy slides, two cells at once."""
+"""How the engine runs the experiment: whole, on toy slides, a cell of each track at once."""
 
 import csv
 import json
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from guided_diffusion.images import list_items
 from scripts import make_toy_monuseg
 
 pytest.importorskip("snakemake", reason="bash scripts/setup.sh workflow installs it")
@@ -45,45 +44,108 @@ def spans_of(stages: Path, cell: str) -> list[tuple[float, float]]:
 
 
 @pytest.mark.slow
-def test_two_cells_at_once(slides, quick, tmp_path):
+def test_all_tracks_at_once(slides, quick, tmp_path):
     config, out = tmp_path / "toy.conf", tmp_path / "out"
-    config.write_text(CONFIG.read_text())  # of 100 and 50 %
+    config.write_text(CONFIG.read_text())
     first = experiment(slides, out, config, CELLS="none", PYTHON=str(quick))
     assert first.returncode == 0 and sorted(rules(first)) == ["all", "patches", "test"], first.stderr[-3000:]
     run = experiment(slides, out, config, "--cores", "2", PYTHON=str(quick))
     assert run.returncode == 0 and not {"patches", "test"} & set(rules(run)), run.stderr[-3000:]
+    assert "masks | 50 % | 1 | 3 | 1 | 32 | 32 | 48" in run.stdout and "about" in run.stdout
     # Some stage of the one began and ended while one of the other ran.
-    spans = {cell: spans_of(out / "stages", cell) for cell in ("f100-s0", "f50-s0")}
-    assert any(begun < end and start < ended for begun, ended in spans["f100-s0"] for start, end in spans["f50-s0"])
+    spans = {cell: spans_of(out / "stages", cell) for cell in ("masks-f50-s0", "patches-f30-s0")}
+    assert any(
+        begun < end and start < ended
+        for begun, ended in spans["masks-f50-s0"]
+        for start, end in spans["patches-f30-s0"]
+    )
 
-    with open(out / "results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    variants = ["real", "colour", "unfiltered", "filtered", "filtered-colour"]
-    assert [(row["fraction"], row["variant"]) for row in rows] == [(f, v) for f in ("100", "50") for v in variants]
-    assert all(0 <= float(row["aji"]) <= 1 for row in rows)
-    with open(out / "f50-s0/samples/manifest.csv", newline="") as file:
-        structures = [row["structure_slide"] for row in csv.DictReader(file)]
-    # Five of 32 structures, of the two slides that are not held out, and five that are made of them.
-    assert len(structures) == 5 and len(set(structures)) == 2
-    with open(out / "f50-s0/unfiltered-set/manifest.csv", newline="") as file:
-        kinds = [row["structure_kind"] for row in csv.DictReader(file)]
-    assert [kinds.count(kind) for kind in ("real", "recombine")] == [48 + 5, 5]
-    configs = [json.loads((out / f"f50-s0/{variant}/config.json").read_text()) for variant in variants]
-    ((steps, *held),) = {(config["steps"], *config["slides_held_out"]) for config in configs}
-    assert steps == 4 and len(held) == 1 and not {*held} & {*structures}
-    # Two epochs of 32 patches, and ten steps of 64.
-    made = [json.loads((out / cell / "model/result.json").read_text())["step"] for cell in ("f50-s0", "f100-s0")]
-    assert made == [8, 10]
-    assert len(list_items(str(out / "f50-s0/filtered-set"), "monuseg")) == 48 + 5
-    assert json.loads((out / "f50-s0/real/test/metrics.json").read_text())["average"]
-    assert Image.open(out / "results.png").width > 600
+    rows = read(out / "results.csv")
+    tested = {
+        cell: list(dict.fromkeys(row["variant"] for row in rows if row["track"] == cell))
+        for cell in ("masks", "slides", "patches")
+    }
+    # Nothing is useful to a segmenter that has learned nothing, so that there is nothing to train on.
+    masks = ["jitter", "both1", "filtered", "random", "first", "pseudo", "transfer", "unseen", "layouts"]
+    assert tested == {"masks": ["real", *masks], "slides": ["jitter", "made2"], "patches": ["jitter", "both1"]}
+    assert all(0 <= float(row["aji+"]) <= 1 for row in rows) and len(rows) == 14 * 3
+    assert Image.open(out / "results.png").width > 400 and "### patches, 30 %" in (out / "results.md").read_text()
+    check_cell(out / "masks-f50-s0", masks)
+
+    # The diffusion models have seen what their track says.
+    seen = {
+        cell: json.loads((out / cell / "model/config.json").read_text()) for cell in ("masks-f50-s0", "patches-f30-s0")
+    }
+    assert seen["masks-f50-s0"]["unlabelled_dir"].endswith("masks-f50-s0/split/unlabelled")
+    assert (
+        seen["patches-f30-s0"]["data_dir"].endswith("split/generator") and not seen["patches-f30-s0"]["unlabelled_dir"]
+    )
 
     for cells in ("", "none"):
         again = experiment(slides, out, config, CELLS=cells)
         assert again.returncode == 0 and rules(again) == []
-    config.write_text(config.read_text() + "S=2\nFRACTIONS=50\n")
-    other = experiment(slides, out, config, "--dry-run")
-    assert {"samples", "filter", "results"} <= set(rules(other)) and "model" not in rules(other), other.stdout
+    # A cell that fails is named, and the others go on: of two, all from a segmenter's training on is taken away.
+    for cell, variant in (("slides-f50-s0", "made2"), ("patches-f30-s0", "both1")):
+        for seal in ("", f"-{variant}-train.json", f"-{variant}-test.json"):
+            (out / f"stages/{cell}{seal}").unlink()
+        (out / f"{cell}/segmenters/{variant}/result.json").unlink()
+    (out / "results.csv").unlink()
+    (out / "slides-f50-s0/segmenters/made2/checkpoint.pt").write_text("broken")
+    failed = experiment(slides, out, config, PYTHON=str(quick))
+    assert failed.returncode == 2, failed.stderr[-3000:]
+    assert (out / "stages/patches-f30-s0").exists() and not (out / "stages/slides-f50-s0").exists()
+    assert re.match(r"error: slides-f50-s0-made2-train: .*checkpoint.pt is broken", failed.stderr.splitlines()[-1])
+    config.write_text(config.read_text() + "S=2\n")
+    other = experiment(slides, out, config, "--dry-run", CELLS="masks-f50-s0")
+    assert {"samples", "filter", "results"} <= set(rules(other)), other.stdout
+    assert not {"model", "rival", "pseudo"} & set(rules(other))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check_cell(cell: Path, variants: list[str]) -> None:
+    """What was added to a cell's real patches is of the share's slides, or of unlabelled ones, as its variant says."""
+    split = read(cell / "split/split.csv")
+    slides = {
+        role: {row["slide"] for row in split if row[role] == "1"} for role in ("segmenter", "unlabelled", "held_out")
+    }
+    assert [len(found) for found in slides.values()] == [2, 3, 1]
+    added = {
+        name: [row for row in read(cell / f"sets/{name}/manifest.csv") if row["source"] == "synthetic"]
+        for name in variants
+        if name != "jitter"
+    }
+    # Of 32 real patches; the filter keeps five, and random takes as many.
+    counts = {
+        "both1": 10,
+        "filtered": 5,
+        "random": 5,
+        "first": 6,
+        "pseudo": 16,
+        "transfer": 16,
+        "unseen": 48,
+        "layouts": 3,
+    }
+    assert {name: len(rows) for name, rows in added.items()} == counts
+    structures = {name: {row["structure_slide"] for row in rows} for name, rows in added.items()}
+    kinds = {row["structure_kind"] for name in ("both1", "first") for row in added[name]}
+    assert kinds == {"real", "recombine"} and not structures["transfer"] - slides["segmenter"]
+    for name in ("pseudo", "unseen", "layouts"):
+        assert structures[name] <= slides["unlabelled"], name
+    assert {row["slide"] for row in added["transfer"]} <= slides["unlabelled"]
+    assert all(
+        {row["structure_slide"] for row in rows if row["structure_kind"] == "real"} <= slides["segmenter"]
+        for rows in (added["both1"], added["first"])
+    )
+    configs = [json.loads((cell / f"segmenters/{name}/config.json").read_text()) for name in variants]
+    assert {(own["steps"], own["batch_size"], *own["slides_held_out"]) for own in configs} == {
+        (4, 4, *slides["held_out"])
+    }
+    assert all(slides["held_out"].isdisjoint(own["slides_trained_on"]) for own in configs)
+    assert [own["synthetic_first"] for own in configs if own["synthetic_first"]] == [0.5]
 
 
 def test_mistakes(slides, tmp_path):
@@ -94,8 +156,9 @@ def test_mistakes(slides, tmp_path):
         ([tmp_path / "none", tmp_path / "out"], "", "RAW .*/none is not a folder"),
         ([slides, tmp_path / "file"], "", "OUT .*/file is a file"),
         ([slides, tmp_path / "out", tmp_path / "no.conf"], "", "CONFIG .*/no.conf is not a file"),
-        ([slides, tmp_path / "out", CONFIG], "f50-s0 f50-s1", "names f50-s1: choose of f100-s0 f50-s0, or none"),
+        ([slides, tmp_path / "out", CONFIG], "masks-f50-s1", "names masks-f50-s1: choose of masks-f50-s0, slides-f50"),
         ([tmp_path / "train", tmp_path / "out", CONFIG], "", "RAW .*/train has no test slides"),
     ):
         run = experiment(*arguments, CELLS=cells)
+        assert not (tmp_path / "out").exists()
         assert run.returncode == 2 and re.search(message, run.stderr) and run.stderr.count("\n") == 1, run.stderr

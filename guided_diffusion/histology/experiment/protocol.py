@@ -7,7 +7,7 @@ Owns how a configuration writes them, and what a variant takes. Knows no files, 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Track -> what the diffusion model sees beside the slides that are held out, which nothing sees.
 TRACKS = {
@@ -153,7 +153,7 @@ def _number(key: str, text: str, below: float) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 <= number < below or (key == "ratio" and not number):
+    if not 0 <= number < below or (key != "first" and not number):
         raise ValueError(f"{key}={text} is not a number that it takes")
     return number
 
@@ -181,7 +181,8 @@ def baselines(variants: Iterable[Variant]) -> list[str]:
 
 def parse_grid(rows: Iterable[str], variants: Mapping[str, Variant]) -> dict[str, Cell]:
     """
-    :param rows: each "TRACK SHARE SEEDS VARIANTS": per cent; such as 0-4 or 0,3; names with commas between, or all.
+    :param rows: each "TRACK SHARE SEEDS VARIANTS": per cent; such as 0-4 or 0,3; names with commas between, or all. Of
+        rows of one cell the variants add up.
     :return: name -> cell, in order.
     :raises ValueError: naming the row that is none.
     """
@@ -190,7 +191,7 @@ def parse_grid(rows: Iterable[str], variants: Mapping[str, Variant]) -> dict[str
         words = row.split()
         if len(words) != 4 or words[0] not in TRACKS or not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", words[2]):
             raise ValueError(f"GRID: {row!r} is no TRACK SHARE SEEDS VARIANTS such as 'masks 10 0-4 all': mend it")
-        share = _number("share", words[1], 100.001)
+        share = _number("share", words[1], 100 + 1e-9)
         names = tuple(variants) if words[3] == "all" else tuple(words[3].split(","))
         for name in names:
             if name not in variants:
@@ -201,9 +202,8 @@ def parse_grid(rows: Iterable[str], variants: Mapping[str, Variant]) -> dict[str
             low, _, high = part.partition("-")
             for seed in range(int(low), int(high or low) + 1):
                 cell = Cell(words[0], share, seed, names)
-                if not share or cell.name in cells:
-                    raise ValueError(f"GRID: {row!r} gives {cell.name} a second time, or nothing to train on: mend it")
-                cells[cell.name] = cell
+                before = cells.get(cell.name, cell).variants
+                cells[cell.name] = replace(cell, variants=tuple(dict.fromkeys((*before, *names))))
     return cells
 
 

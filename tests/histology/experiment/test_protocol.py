@@ -56,7 +56,9 @@ def test_how_many_patches_are_made():
 
 
 def test_a_grid_is_cells():
-    cells = protocol.parse_grid(["masks 10 0-2,4 all", "slides 100 0 real,jitter", "patches 2.5 7 unseen"], VARIANTS)
+    cells = protocol.parse_grid(
+        ["masks 10 0-2,4 all", "slides 100 0 real", "patches 2.5 7 unseen", "slides 100 0 real,jitter"], VARIANTS
+    )
     assert list(cells) == [*(f"masks-f10-s{seed}" for seed in (0, 1, 2, 4)), "slides-f100-s0", "patches-f2.5-s7"]
     assert cells["masks-f10-s4"] == protocol.Cell("masks", 10, 4, tuple(VARIANTS))
     assert cells["slides-f100-s0"].variants == ("real", "jitter")
@@ -97,8 +99,7 @@ def test_variants_that_are_none(row, message):
         ("clouds 10 0 all", "is no TRACK"),
         ("masks 10 0- all", "is no TRACK"),
         ("masks 101 0 real", "share=101 is not a number"),
-        ("masks 0 0 real", "nothing to train on"),
-        ("masks 5 0 real", "gives masks-f5-s0 a second time"),
+        ("masks 0 0 real", "share=0 is not a number"),
         ("masks 10 0 real,gan", "gan is not of VARIANTS"),
         ("masks 100 0 all", "pseudo needs training slides beside the share's"),
     ],
