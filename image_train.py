@@ -18,7 +18,7 @@ from guided_diffusion.files import write_json
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.image_datasets import NucleiDataset, count_patches, load_dataset
 from guided_diffusion.model_options import DiffusionOptions, ModelOptions
-from guided_diffusion.options import add_flags, changeable
+from guided_diffusion.options import add_flags, changeable, defaults
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.run_options import DataOptions, RunOptions
 from guided_diffusion.script_util import (
@@ -116,11 +116,7 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """
-    Flags -> objects -> run.
-
-    :param argv: the command line without the program's name; sys.argv's if None.
-    """
+    """Flags -> objects -> run. :param argv: the command line without the program's name; sys.argv's if None."""
     args, assumption = resolve(argv)
     spec = condition_spec(vars(args))
     options = TrainOptions.read(vars(args))
@@ -149,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
             logger.log(assumption)
         files, images = seen.identity()
         facts = {"data": files, "unlabelled": images, "held_out": held_out.identity()[0] if held_out else ""}
-        resumed = checkpointer.find(args.resume_checkpoint, vars(args), changeable(FLAGS), facts)
+        older = {**defaults(FLAGS), "mpp": args.mpp}  # a magnification was always taken from the data
+        resumed = checkpointer.find(args.resume_checkpoint, vars(args), changeable(FLAGS), facts, older)
         check_last_step(options, resumed)
         validate = functools.partial(
             Validation, spec=spec, diffusion=diffusion, batch_size=options.batch_size, seed=args.seed

@@ -71,7 +71,14 @@ class Checkpointer:
         for folder in (self.folder, os.path.join(self.folder, checkpoint.BEST)):
             files.remove_leftovers(folder)
 
-    def find(self, wanted: str, flags: Mapping[str, Any], changeable: Collection[str], facts: Mapping[str, str]) -> str:
+    def find(
+        self,
+        wanted: str,
+        flags: Mapping[str, Any],
+        changeable: Collection[str],
+        facts: Mapping[str, str],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> str:
         """
         Say which model to go on from: by the same command, the newest whole one of the run in the folder; by a command
         that is given another one by hand, that.
@@ -81,18 +88,21 @@ class Checkpointer:
         :param changeable: flags that may differ.
         :param facts: "data", "unlabelled" and "held_out", the fingerprints of what is trained on, with masks and
             without, and validated on: they count, rather than the paths in --data_dir and --unlabelled_dir.
+        :param defaults: flag -> what a run has had that began before there was this flag.
         :return: the path of a model; "" to begin at step 0.
         :raises ValueError: where the folder holds another run, naming the flag.
         """
         self.facts = {**facts, "init": _content_id(flags.get("init_checkpoint", ""))}
-        return _on_rank_0(lambda: self._find(wanted, flags, changeable))
+        return _on_rank_0(lambda: self._find(wanted, flags, changeable, defaults or {}))
 
-    def _find(self, wanted: str, flags: Mapping[str, Any], changeable: Collection[str]) -> str:
+    def _find(
+        self, wanted: str, flags: Mapping[str, Any], changeable: Collection[str], defaults: Mapping[str, Any]
+    ) -> str:
         found = steps(self.folder) if self.folder else []
         if not found:
             return wanted
         before = checkpoint.load_config(os.path.join(self.folder, checkpoint.model_name(found[-1]))) or {}
-        self._compare(before, flags, changeable)
+        self._compare({**defaults, **before} if before else {}, flags, changeable)
         if wanted and wanted != before.get("resume_checkpoint"):
             return wanted  # a run of its own from here on
         self.run_id = before.get("run", {}).get("id", "")

@@ -104,6 +104,11 @@ def add_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type[Options
         seen |= options.flags().keys()
 
 
+def defaults(groups: Mapping[str, type[Options]]) -> dict[str, Any]:
+    """:return: flag -> default, of all groups."""
+    return {name: default for options in groups.values() for name, default in options.flags().items()}
+
+
 def changeable(groups: Mapping[str, type[Options]]) -> set[str]:
     """:return: the flags among options that may change when a run goes on."""
     fields = (field for options in groups.values() for field in dataclasses.fields(options))

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from guided_diffusion import cli
 from guided_diffusion.histology.slides import toy
-from guided_diffusion.script_util import str2bool
+from guided_diffusion.options import str2bool
 
 
 def create_argparser() -> argparse.ArgumentParser:

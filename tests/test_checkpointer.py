@@ -193,6 +193,14 @@ def test_the_same_command_goes_on_with_the_same_run(open_folder, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["id"] == first.run_id
 
 
+def test_a_flag_that_came_later_had_its_default(open_folder, tmp_path):
+    trained(open_folder)
+    run, newest = open_folder(begin=False), str(tmp_path / "run" / "model000004.pt")
+    assert run.find("", {**FLAGS, "new": False}, (), FACTS, {"new": False}) == newest
+    with pytest.raises(ValueError, match="has a run with --new False, this one has --new True"):
+        run.find("", {**FLAGS, "new": True}, (), FACTS, {"new": False})
+
+
 @pytest.mark.parametrize(
     ("flags", "facts", "message"),
     [
