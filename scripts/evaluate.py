@@ -213,7 +213,7 @@ def classes_in(
     :raises ValueError: where the segmenter knows other classes.
     """
     folder = str(masks[0]).rpartition(f"/{cell_classes.FOLDER}/")[0]
-    if segmenter is None or not segmenter.classes or not Path(folder, cell_classes.FOLDER).is_dir():
+    if not (folder and segmenter and segmenter.classes and Path(folder, cell_classes.FOLDER).is_dir()):
         return None
     segmenter.check_classes(cell_classes.of_mask(str(masks[0])), folder)
     known = cell_classes.ids_of(segmenter.classes)

@@ -26,7 +26,7 @@ TITLES = {
     "aji": ("structure agreement, AJI", "higher"),
     "f1_originals": ("F1 on real patches of these masks", ""),
     "aji_originals": ("AJI on real patches of these masks", ""),
-    "class_accuracy": ("class agreement, share of nuclei found", "higher"),
+    "class_accuracy": ("class agreement, share that is right", "higher"),
     "class_f1": ("class agreement, F1", "higher"),
     "nearest_features": ("nearest training patch, features", ""),
     "nearest_pixels": ("nearest training patch, pixels", ""),
@@ -113,7 +113,8 @@ def _title_of_part(name: str) -> tuple[str, str]:
     """As in TITLES, of a figure of one kind of structures, or one class, as f1_recombine."""
     figure = max((known for known in TITLES if name.startswith(f"{known}_")), key=len)
     title, better = TITLES[figure]
-    return f"{title}, {name.removeprefix(figure)[1:].replace('_', ' ')}", better
+    part = name.removeprefix(f"{figure}_").replace("_", " ")
+    return f"{title}, {part}", "" if part.endswith("originals") else better  # samples do not change those
 
 
 def _middle(value: Value) -> float:
