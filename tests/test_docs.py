@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from guided_diffusion.histology.formats.data_sets import FORMATS
+from guided_diffusion.histology.formats.writers.layouts import LAYOUTS
+from guided_diffusion.samplers import SAMPLERS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOREIGN = {"run_train.py", "run_cellvit.py", "config.py", "extract_patches.py"}  # of the tools that export.md names
@@ -82,7 +86,8 @@ def test_paths_and_programs_exist(page):
         if word.split("/")[0] in ROOMS and "/" in word:
             assert any(ROOT.glob(word)), word
         elif re.fullmatch(r"[\w/]+\.(py|sh|smk|conf)", word) and Path(word).name not in FOREIGN:
-            assert any(ROOT.glob(word)) or any((ROOT / "scripts").rglob(word)), word
+            places = [ROOT.glob(word), *((ROOT / room).rglob(word) for room in ("scripts", "guided_diffusion"))]
+            assert any(map(any, places)), word
 
 
 def test_commands_are_ones_that_the_programs_take():
@@ -196,3 +201,22 @@ def test_troubleshooting_quotes_what_programs_say():
         pieces = [piece for piece in re.split(r" ?\.\.\. ?", line) if piece.strip(" ,:;()")]
         found = [text for text in texts if all(piece in text for piece in pieces)]
         assert any(re.search(".*".join(map(re.escape, pieces)), text) for text in found), line
+
+
+# ---- developing.md ----
+
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "developing.md").read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: re.findall(r"^(?:class|def) (\w+)", text, re.M)[-1])
+def test_worked_examples_work(example, tmp_path, monkeypatch):
+    """Each in a folder of its own; what it registers is taken back."""
+    assert len(example.splitlines()) < 30 and "assert" in example
+    known = [dict(registry) for registry in (SAMPLERS, FORMATS, LAYOUTS)]
+    monkeypatch.chdir(tmp_path)
+    try:
+        exec(compile(example, "developing.md", "exec"), {"__name__": "example"})
+    finally:
+        for registry, before in zip((SAMPLERS, FORMATS, LAYOUTS), known):
+            registry.clear()
+            registry.update(before)
