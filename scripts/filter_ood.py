@@ -86,15 +86,12 @@ def main(argv: list[str] | None = None) -> None:
     threshold = float(compared.quantile(args.tau))
     weight = comparison.weights(scores, args.quantile)
     kept = comparison.keep(args.mode, scores, weight, threshold, args.top_n)
-    agreement = np.full(len(samples), np.nan)
-    if segmenter:
-        agreement[kept] = agreements(segmenter, [sample for (_, sample), keeps in zip(samples, kept) if keeps])
-        kept &= (bounds[0] <= agreement) & (agreement <= bounds[1])
+    agreement, kept = useful(segmenter, bounds, [sample for _, sample in samples], kept)
     judged = [Kept(*pair, float(s), float(w)) for pair, s, w in zip(samples, scores, weight)]
 
     unknown = int(origins.unknown.sum())
     report = {
-        "settings": {name: text_of(value) for name, value in vars(args).items()},
+        "settings": vars(args),
         "backbone": extractor.backbone.name,
         "weight_hash": extractor.backbone.weight_hash,
         "auroc": compared.auroc(),
@@ -334,12 +331,23 @@ def score(
     return np.array([part.mean() for part in own]), [p[int(f.argmax())] for p, f in zip(parts, own)]
 
 
-def agreements(segmenter: Segmenter, samples: Sequence[Sample]) -> list[float]:
-    """:return: how well a segmenter finds the nuclei of each sample, in [0, 1]."""
-    if line := magnification.mismatch("--model_path", segmenter.mpp, samples[0].sample.parent) if samples else "":
+def useful(
+    segmenter: Segmenter | None, bounds: tuple[float, float], samples: Sequence[Sample], kept: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :param kept: [N] bool, the samples that look real.
+    :return: [N] float64, how well the segmenter finds the nuclei of these, in [0, 1], nan of the others; and those of
+        them with which it agrees within the bounds. Without a segmenter, all of them.
+    """
+    agreement = np.full(len(samples), np.nan)
+    if segmenter is None:
+        return agreement, kept
+    if line := magnification.mismatch("--model_path", segmenter.mpp, samples[0].sample.parent):
         print(line)
-    bar = progress.bar(samples, "segmenting", leave=False)
-    return [agreement_of(segmenter, read_image(own.sample), read_inst_mask(own.inst_mask)) for own in bar]
+    for number in progress.bar(np.flatnonzero(kept), "segmenting", leave=False):
+        own = samples[number]
+        agreement[number] = agreement_of(segmenter, read_image(own.sample), read_inst_mask(own.inst_mask))
+    return agreement, (bounds[0] <= agreement) & (agreement <= bounds[1])
 
 
 def draw(
@@ -412,7 +420,7 @@ def write_out(
     ]
     write_text(out / "scores.csv", csv_text(SCORE_FIELDS, rows))
     write_bytes(out / "ood.png", picture)
-    write_text(out / REPORT, json.dumps(report, indent=1) + "\n")
+    write_text(out / REPORT, json.dumps(report, indent=1, default=str) + "\n")
 
 
 def by_run(names: list[str], compared: comparison.Comparison, kept: np.ndarray) -> dict[str, dict]:
@@ -433,13 +441,6 @@ def by_run(names: list[str], compared: comparison.Comparison, kept: np.ndarray) 
 def summary(quantile: Callable[[Sequence[float]], np.ndarray]) -> dict[str, float]:
     """:param quantile: gives those of some scores."""
     return dict(zip(("min", "median", "max"), quantile((0, 0.5, 1)).tolist()))
-
-
-def text_of(value: object) -> object:
-    """A flag's value as JSON takes it."""
-    if isinstance(value, list):
-        return [text_of(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 if __name__ == "__main__":
