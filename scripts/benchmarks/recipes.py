@@ -3,16 +3,18 @@ Which recipe learns most in the same time? Trains small models for equal CPU tim
 
     python scripts/benchmarks/recipes.py RAW OUT [--recipes x,v ...] [--seeds 0,1,2] [--minutes 5,10,20] [--jobs 2]
 
-Data, model, training and sampling are those of scripts/experiment/experiment_cpu.conf. A run is image_train.py on one
-thread: whenever its process time, start and saving included, reaches one of --minutes, it saves, its averaged weights
-are sampled from, and it goes on. Most recipes are trained on 24 of MoNuSeg's training slides and measured on the other
-6, which --seed chooses; those of three slides, with or without images of the other 27, on the 14 test slides.
-Structures and colours of the samples are those of slides that no training saw, and so are the real patches that they
-are compared with. The agreement is by a segmenter trained on the annotated slides that are not measured on.
+Data, model, training and sampling are those of scripts/experiment/experiment_cpu.conf. A minute is one of process time
+of one thread that has the machine to itself. First the cost of each recipe's step is measured, in one process in turn,
+the least of several rounds: OUT/costs.csv. A run is trained for as many steps as --minutes pay for, whatever else the
+machine does meanwhile, and its averaged weights are sampled from. Most recipes are trained on 24 of MoNuSeg's training
+slides and measured on the other 6, which --seed chooses; those of three slides, with or without images of the other 27,
+on the 14 test slides. Structures and colours of the samples are those of slides that no training saw, and so are the
+real patches that they are compared with. The agreement is by a segmenter trained on the annotated slides that are not
+measured on.
 
 Writes OUT/recipes.csv, a row a run and mark, OUT/recipes.md, means over the seeds, and OUT/recipes.png. What stands in
-the first is not done again; a run that was broken off begins anew. Times of different machines do not compare: a run's
-seed should be measured for all recipes on one.
+the first is not done again, and what was broken off goes on. With recipes.csv and costs.csv of docs/results/ in it, a
+new OUT goes on with these.
 """
 
 import csv
@@ -34,13 +36,26 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import torch as th
 
-from guided_diffusion import cli, magnification, processes
+import image_train
+from guided_diffusion import cli, logger, magnification, processes
+from guided_diffusion.data_stream import stream
+from guided_diffusion.devices import keep_memory
 from guided_diffusion.figures import save_png
-from guided_diffusion.files import write_text, writing
+from guided_diffusion.files import write_json, write_text, writing
+from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.histology.features.cluster_folders import list_patches
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, find_slides
+from guided_diffusion.script_util import (
+    args_to_dict,
+    condition_spec,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+)
 from guided_diffusion.slides import write_table
+from guided_diffusion.train_options import TrainOptions
+from guided_diffusion.train_util import TrainLoop
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "scripts/experiment/experiment_cpu.conf"
@@ -77,6 +92,7 @@ RECIPES = {
     "v+min_snr": Recipe(f"{V} {MIN_SNR}"),
     "x+spade64": Recipe("--spade_channels 64"),
     "x+spade32": Recipe("--spade_channels 32"),
+    "v+spade32": Recipe(f"{V} --spade_channels 32"),
     "x+dropout": Recipe("--dropout 0.1"),
     "few": Recipe(BEST, few=True),
     "few+unlabelled": Recipe(BEST, few=True, unlabelled=True),
@@ -88,15 +104,16 @@ FIGURES = {
     "f1": ("agreement, F1", False),
     "auroc": ("filter's AUROC", True),
 }
+ROUNDS, STEPS = 5, 8  # of steps, by which their cost is measured
 COLUMNS = ("recipe", "seed", "minutes", "steps", *FIGURES, "f1_real")
 
 
 class Run(NamedTuple):
-    """A recipe's training with one seed, and where."""
+    """A recipe's training with one seed; minutes -> steps at which it is measured, with how many samples; and where."""
 
     recipe: str
     seed: int
-    minutes: tuple[float, ...]
+    marks: dict[float, int]
     samples: int
     out: Path
 
@@ -124,9 +141,13 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows(args.out)
     done = {(row["recipe"], int(row["seed"])) for row in rows}
     # Seed by seed, so that what there is after each compares.
-    runs = [Run(name, seed, minutes, args.samples, args.out) for seed in seeds for name in names]
-    runs = [run for run in runs if (run.recipe, run.seed) not in done]
-    prepare(args.raw, args.out, runs)
+    wanted = [(name, seed) for seed in seeds for name in names if (name, seed) not in done]
+    prepare(args.raw, args.out, wanted)
+    costs = read_costs(args.out) if wanted else {}
+    runs = [
+        Run(name, seed, {mark: round(60 * mark / costs[name]) for mark in minutes}, args.samples, args.out)
+        for name, seed in wanted
+    ]
     # The with block's end ends what still runs.
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
         for found in pool.imap_unordered(train_and_measure, runs):
@@ -153,12 +174,12 @@ def flags_of(name: str) -> list[str]:
     return done.stdout.split("\0")[:-1]
 
 
-def prepare(raw: Path, out: Path, runs: Sequence[Run]) -> None:
-    """Make what runs share: patches, folders of slides, and the segmenters that judge their samples."""
+def prepare(raw: Path, out: Path, wanted: Sequence[tuple[str, int]]) -> None:
+    """Make what runs, of recipes with seeds, share: patches, folders of slides, and segmenters that judge samples."""
     log = out / "prepare.log"
     patches = out / "patches"
     call(log, "scripts/prepare_monuseg.py", raw, patches, *flags_of("PATCH_FLAGS"))
-    for few, seed in sorted({(RECIPES[run.recipe].few, run.seed) for run in runs}):
+    for few, seed in sorted({(RECIPES[name].few, seed) for name, seed in wanted}):
         folder = out / f"{'few' if few else 'many'}-s{seed}"
         share, held = (FEW, 0) if few else (1, HELD)
         flags = ["--subsample", share, "--seed", seed, "--val_share", held]
@@ -189,26 +210,73 @@ def link_tests(patches: Path, folder: Path) -> None:
     (folder / TRAIN_SPLIT).symlink_to((patches / TEST_SPLIT).resolve())
 
 
-def call(log: Path, script: str, *words: object) -> None:
+def call(log: Path, script: str, *words: object, **more: str) -> None:
     """Run one of the project's programs on one thread. :raises RuntimeError: where it fails."""
     with open(log, "a", encoding="utf-8") as file:
         done = subprocess.run(
-            command(script, *words),
+            [sys.executable, str(ROOT / script), *map(str, words)],
             stdout=file,
             stderr=file,
-            env=environment(),
-            preexec_fn=lambda: processes.end_with_parent(signal.SIGKILL),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more},
+            preexec_fn=lambda: processes.end_with_parent(signal.SIGTERM),  # at which trainings save
         )
     if done.returncode:
         raise RuntimeError(f"{script} failed: see {log}")
 
 
-def command(script: str, *words: object) -> list[str]:
-    return [sys.executable, str(ROOT / script), *map(str, words)]
+def training_words(recipe: Recipe, data: Path, seed: int) -> list[str]:
+    """:return: the command line of image_train.py, but for how long. :param data: of subset_slides.py."""
+    words = ["--data_dir", data / "seen", *flags_of("MODEL_FLAGS"), *flags_of("DIFFUSION_FLAGS")]
+    words += ["--batch_size", *flags_of("DIFFUSION_BATCH"), "--ema_rate", *flags_of("EMA_RATE"), "--seed", seed]
+    words += ["--val_split", "none", "--num_workers", 0, "--save_interval", 1 << 40, *recipe.flags.split()]
+    if recipe.unlabelled:
+        words += ["--unlabelled_dir", data / "unlabelled"]
+    return [str(word) for word in words]
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+# ---- what a step costs ----
+
+
+def read_costs(out: Path) -> dict[str, float]:
+    """:return: recipe -> seconds of process time a step, measured where OUT does not say them."""
+    if not (out / "costs.csv").exists():
+        data = next(path.parent for path in sorted(out.glob("*-s*/seen")))
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found = pool.apply(measure_costs, (data,))
+        text = "".join(f"{name},{seconds:.4f}\n" for name, seconds in found.items())
+        write_text(out / "costs.csv", f"recipe,seconds\n{text}")
+    with open(out / "costs.csv", newline="", encoding="utf-8") as file:
+        return {row["recipe"]: float(row["seconds"]) for row in csv.DictReader(file)}
+
+
+def measure_costs(data: Path) -> dict[str, float]:
+    """:return: recipe -> seconds of process time a step. Those of few slides cost what their recipe does with many."""
+    th.set_num_threads(1)
+    logger.set_level(logger.ERROR)
+    keep_memory()
+    loops = {recipe.flags: make_loop(training_words(recipe, data, 0)) for recipe in RECIPES.values() if not recipe.few}
+    least = dict.fromkeys(loops, np.inf)
+    for _ in range(ROUNDS):
+        for flags, loop in loops.items():
+            loop.run_step(*next(loop.data))
+            began = time.process_time()
+            for _ in range(STEPS):
+                loop.run_step(*next(loop.data))
+            least[flags] = min(least[flags], (time.process_time() - began) / STEPS)
+    return {name: least[recipe.flags] for name, recipe in RECIPES.items()}
+
+
+def make_loop(words: list[str]) -> TrainLoop:
+    """:return: what image_train.py makes of its flags, on the CPU."""
+    args, _ = image_train.resolve(words)
+    device, spec = th.device("cpu"), condition_spec(vars(args))
+    model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    model.place(device, training=True)
+    model.convert_to(compute_dtype(args.use_fp16, device, args.precision))
+    seen, _ = image_train.load_parts(args, spec)
+    data = stream(seen, args.batch_size, num_workers=0)
+    options = TrainOptions.read(vars(args))
+    return TrainLoop(model=model, diffusion=diffusion, data=data, spec=spec, options=options)
 
 
 # ---- one run ----
@@ -218,54 +286,24 @@ def train_and_measure(run: Run) -> list[dict[str, object]]:
     """:return: the rows of a run, one a mark."""
     recipe = RECIPES[run.recipe]
     folder = run.out / "runs" / f"{run.recipe}-s{run.seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "model").mkdir(parents=True)
-    data = run.out / f"{'few' if recipe.few else 'many'}-s{run.seed}"
-    words = ["--data_dir", data / "seen", *flags_of("MODEL_FLAGS"), *flags_of("DIFFUSION_FLAGS")]
-    words += ["--batch_size", *flags_of("DIFFUSION_BATCH"), "--ema_rate", *flags_of("EMA_RATE"), "--seed", run.seed]
-    words += ["--val_split", "none", "--num_workers", 0, "--save_interval", 1 << 40, *recipe.flags.split()]
-    if recipe.unlabelled:
-        words += ["--unlabelled_dir", data / "colours"]
-    spent, rows = 0.0, []
-    for mark in run.minutes:
-        spent += train(command("image_train.py", *words), folder, mark * 60 - spent)
-        state = json.loads((folder / "model/result.json").read_text())
-        figures = measure(run, Path(state["checkpoint"]), folder / f"at-{mark:g}")
-        rows.append({"recipe": run.recipe, "seed": run.seed, "minutes": mark, "steps": state["step"], **figures})
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    words = training_words(recipe, run.out / f"{'few' if recipe.few else 'many'}-s{run.seed}", run.seed)
+    rows = []
+    for minutes, steps in run.marks.items():
+        known = folder / f"at-{minutes:g}.json"
+        if not known.exists():
+            places = dict(OPENAI_LOGDIR=str(folder / "model"), OPENAI_LOG_FORMAT="log")
+            call(folder / "train.log", "image_train.py", *words, "--max_steps", steps, **places)
+            state = json.loads((folder / "model/result.json").read_text())
+            write_json(known, measure(run, Path(state["checkpoint"]), folder / f"at-{minutes:g}"))
+        figures = json.loads(known.read_text())
+        rows.append({"recipe": run.recipe, "seed": run.seed, "minutes": minutes, "steps": steps, **figures})
     return rows
-
-
-def train(words: list[str], folder: Path, seconds: float) -> float:
-    """
-    Train until the process has taken so much time, then have it save.
-
-    :return: the seconds that it took.
-    """
-    with open(folder / "train.log", "a", encoding="utf-8") as log:
-        child = subprocess.Popen(
-            words,
-            stdout=log,
-            stderr=log,
-            env=environment(OPENAI_LOGDIR=str(folder / "model"), OPENAI_LOG_FORMAT="log"),
-            preexec_fn=lambda: processes.end_with_parent(signal.SIGKILL),
-        )
-    while process_time(child.pid) < seconds:
-        time.sleep(0.1)
-    os.kill(child.pid, signal.SIGUSR1)  # no harm where it has ended: by itself, it does so for a mistake alone
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise RuntimeError(f"image_train.py failed: see {folder / 'train.log'}")
-    return usage.ru_utime + usage.ru_stime
-
-
-def process_time(pid: int) -> float:
-    """:return: the seconds of CPU time that a process has taken; infinite of one that has ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    return float("inf") if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(run: Run, checkpoint: Path, folder: Path) -> dict[str, float]:
     """Sample with conditions of unseen slides, and measure the samples. :return: figure -> value."""
+    shutil.rmtree(folder, ignore_errors=True)  # what was broken off
     folder.mkdir()
     log = folder / "log.txt"
     few = RECIPES[run.recipe].few
