@@ -34,7 +34,7 @@ CAUTION = """- For research on programs that find nuclei. **Not for diagnosis**,
 def one_line(text: str) -> str:
     """:return: a text that a user gave, in one line, such that no Markdown or HTML in it acts."""
     plain = "".join(sign if sign.isprintable() else " " for sign in text)
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(plain.split()))
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(plain.split()))
 
 
 def model_card(config: Mapping[str, Any], data: Mapping[str, int], step: int, best: Mapping[str, float]) -> str:
@@ -59,7 +59,8 @@ def model_card(config: Mapping[str, Any], data: Mapping[str, int], step: int, be
         if best
         else "not measured yet",
     }
-    flags = " ".join(f"--{name} {config[name]}" for name in TOLD if config.get(name) not in (None, ""))
+    told = [name for name in TOLD if name != "unlabelled_share" or data["unlabelled"]]
+    flags = " ".join(f"--{name} {config[name]}" for name in told if config.get(name) not in (None, ""))
     return f"""# Model card
 
 A diffusion model that makes images of haematoxylin-and-eosin tissue: from a mask that says where nuclei are, and the

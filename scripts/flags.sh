@@ -5,6 +5,7 @@
 # The arrays hold the README's 128 px configuration. From the environment, with the default:
 #   IMAGE_SIZE 128, BATCH_SIZE 8 a GPU (sampling: 16), TOTAL_BATCH_SIZE: in place of it, on all GPUs of a training,
 #   UNLABELLED: folders of images without masks that trainings learn from as well (DIR or DIR,DIR; none),
+#   DATA_LICENCE: under which licence the data are, for the cards of models and sets (unknown),
 #   LR 1e-4, SAVE_INTERVAL 5000, MAX_STEPS 0: no end (finetune.sh: 50000),
 #   NUM_SAMPLES 1000, S 1.5 (sample_single.sh), SAMPLER dpmpp_2m_sde, NUM_STEPS 25,
 #   ITERATIONS, S_VALUES, KIND, EMA_RATE (see sample.sh);
@@ -102,6 +103,7 @@ TRAIN_FLAGS=(
 )
 [[ -z ${TOTAL_BATCH_SIZE:-} ]] || TRAIN_FLAGS+=(--total_batch_size "$TOTAL_BATCH_SIZE")
 [[ -z ${UNLABELLED:-} ]] || TRAIN_FLAGS+=(--unlabelled_dir "$UNLABELLED")
+[[ -z ${DATA_LICENCE:-} ]] || TRAIN_FLAGS+=(--data_licence "$DATA_LICENCE")
 # Structures come from the training set; each takes the appearance of an image with nuclei of like size and area.
 SAMPLE_FLAGS=(
     --use_train True --shuffle_masks False --match_struct True --match_app False

@@ -17,6 +17,7 @@
 #   CLASSES: K, one more than the largest id in RAW's classes.json: models take the classes of cells, and samples have
 #   them (docs/data.md); no classes if empty;
 #   UNLABELLED: folders of images without masks that the trainings learn from as well, none if empty (docs/training.md);
+#   DATA_LICENCE: of RAW, in words, for the cards of models and set (docs/pipeline.md);
 #   BACKBONE efficientnet_lite0; TIME_LIMIT: seconds, after which all is stopped with exit code 75, to go on with the
 #   same command. flags.sh lists what else the environment sets.
 set -euo pipefail

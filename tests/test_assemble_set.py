@@ -87,7 +87,7 @@ def test_the_card_says_what_there_is(data_dir, tmp_path, monkeypatch):
     told = table((tmp_path / "set" / "card.md").read_text())
     assert told["training"].startswith("8 real patches of 2 slides, and 8 synthetic ones")
     assert told["test"] == "4 real patches of 1 slides" and told["size"] == "32 x 32 px" and told["classes"] == "none"
-    assert told["made by"] == r"ema\_1.pt (s = 1.5)" and told["licence of the models' data"] == "CC BY-NC-SA 4.0"
+    assert told["made by"] == "ema_1.pt (s = 1.5)" and told["licence of the models' data"] == "CC BY-NC-SA 4.0"
     assert told["filter"] == "kept 8 of 10 samples, AUROC 0.625"
     assert told["copies"] == "12.5% of kept look like a training patch; of real patches of the same slides 1.0% do"
     (tmp_path / "run" / "config.json").unlink()

@@ -20,7 +20,7 @@ def test_a_model_card_says_what_is_known():
         "data": "MoNuSeg, licence: CC BY 4.0",
         "trained on": "24 patches of 3 slides, and 5 images without masks",
         "validated on": "8 patches of 1 slides that it does not learn from",
-        "begun with": r"ema\_040000.pt",
+        "begun with": "ema_040000.pt",
         "steps": "5000",
         "lowest validation loss": "0.25, at step 4000",
     }

@@ -170,10 +170,10 @@ def test_sample_single_is_the_readme_command(launch):
 
 def test_the_environment_overrides_flags(launch):
     env = dict(IMAGE_SIZE="64", BATCH_SIZE="4", LR="2e-4", SAVE_INTERVAL="7", MAX_STEPS="9", NUM_SAMPLES="3", S="1.3")
-    (train,) = launch("train.sh", "data", **env, UNLABELLED="a,b").calls
+    (train,) = launch("train.sh", "data", **env, UNLABELLED="a,b", DATA_LICENCE="CC BY").calls
     (sample,) = launch("sample_single.sh", "data", "m.pt", "out", **env).calls
-    flags = ("image_size", "batch_size", "lr", "save_interval", "max_steps", "unlabelled_dir")
-    assert [value(train.argv, f"--{flag}") for flag in flags] == ["64", "4", "2e-4", "7", "9", "a,b"]
+    flags = ("image_size", "batch_size", "lr", "save_interval", "max_steps", "unlabelled_dir", "data_licence")
+    assert [value(train.argv, f"--{flag}") for flag in flags] == ["64", "4", "2e-4", "7", "9", "a,b", "CC BY"]
     flags = ("image_size", "batch_size", "num_samples", "s")
     assert [value(sample.argv, f"--{flag}") for flag in flags] == ["64", "4", "3", "1.3"]
 
