@@ -130,6 +130,8 @@ def check_cell(cell: Path, variants: list[str]) -> None:
         "layouts": 3,
     }
     assert {name: len(rows) for name, rows in added.items()} == counts
+    samples = {name: {row["sample"] for row in rows} for name, rows in added.items()}
+    assert samples["random"] < samples["first"] < samples["both1"]  # smaller ratios take a part of what larger ones do
     structures = {name: {row["structure_slide"] for row in rows} for name, rows in added.items()}
     kinds = {row["structure_kind"] for name in ("both1", "first") for row in added[name]}
     assert kinds == {"real", "recombine"} and not structures["transfer"] - slides["segmenter"]
