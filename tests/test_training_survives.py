@@ -121,6 +121,8 @@ def test_killed_again_and_again(slides, tmp_path):
     assert inside >= 2, (inside, at)
     assert_same_checkpoints(calm, out, 24)
     assert len(list(out.glob("model[0-9]*.pt"))) == 2
+    for card in ("card.md", "best/card.md"):
+        assert (calm / card).read_bytes() == (out / card).read_bytes()
     best = {path.name for path in (calm / "best").glob("*.pt")}
     assert best == {path.name for path in (out / "best").glob("*.pt")} and len(best) == 5
 
