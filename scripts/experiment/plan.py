@@ -32,7 +32,7 @@ RATES = {
     "model": "a training step",
     "sample": "a sample",
     "segmenter": "a segmenter's step",
-    "filter": "a filtered one",
+    "filter": "an image in the filter",
 }
 
 
@@ -189,7 +189,8 @@ def seconds_of(cell: Cell, variants: dict[str, Variant], sizes: Sizes, rates: di
     wanted = protocol.involved(cell.variants, variants)
     kinds = protocol.amounts(wanted, variants, sizes.seen, sizes.others)
     sampled = sum(number for kind, number in kinds.items() if kind in ("samples", "made", "layouts"))
-    filtered = {variant.choice: sum(kinds[kind] for kind in variant.kinds) for variant in wanted if variant.choice}
+    # A filter looks at all real images, too.
+    filtered = {v.choice: sum(kinds[kind] for kind in v.kinds) + sizes.seen + sizes.others for v in wanted if v.choice}
     steps = number_in(os.environ["SDM_SEGMENTER_FLAGS"], "--max_steps", 4000)
     amounts = {
         "model": diffusion_steps(sizes.masks) if sampled else 0,
