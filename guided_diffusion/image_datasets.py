@@ -215,10 +215,8 @@ def load_dataset(
     part: str = "",
 ) -> NucleiDataset:
     """
-    Make a data set. Collective.
-
-    Some files are read, shared out over the ranks, so that what is wrong with all shows now; the others are checked
-    when they are read. Where images are matched, every file is.
+    Make a data set. Collective. Some files are read, shared out over the ranks, so that what is wrong with all shows
+    now; where images are matched, every file is. The others are checked when their turn comes.
 
     :param data_dir: see list_items; so are dataset_mode and is_train. Where the spec has no mpp, it is the folder's.
     :param subsample: use only this share of the items; shuffle_masks: give each the image of another, by a permutation.
@@ -233,24 +231,23 @@ def load_dataset(
     :param seed: of the choices above and of all samples; other parameters as NucleiDataset's.
     :param val_share: see split_slides; part: what to load: "train", "held_out", which may be none, or "" for all.
     """
-    choice = dict(
-        shuffle_masks=shuffle_masks, match_struct=match_struct, match_app=match_app, match_other_slide=match_other_slide
-    )
+    choice = dict(shuffle_masks=shuffle_masks, match_struct=match_struct, match_app=match_app)
+    choice["match_other_slide"] = match_other_slide
     check_pairing(**choice, appearance_dir=appearance_dir, structure_dir=structure_dir)
     needed, classes = data_dir or not (structure_dir and appearance_dir), spec.class_cond
-    listed = list_items(data_dir, dataset_mode, is_train, classes) if needed else []
-    items, others = _split(listed, subsample, part, val_share, seed)
+    items = list_items(data_dir, dataset_mode, is_train, classes) if needed else []
+    items, others = _split(items, subsample, part, val_share, seed)
     spec = spec if spec.mpp else replace(spec, mpp=magnification.of_data(data_dir) or magnification.REFERENCE_MPP)
     hidden = [*others, *(list_test_images(data_dir, dataset_mode) if unlabelled_dir and is_train else [])]
     unlabelled, copies = dist_util.from_rank_0(lambda: list_unlabelled(unlabelled_dir, items, hidden))
     items, appearances = _lenders(items, appearance_dir, structure_dir, classes, spec.cell_classes and match_struct)
     looks = dict(augment=augment, stain_jitter=stain_jitter, preserve_nuclei_col=preserve_nuclei_col, ids=ids)
-    looks |= dict(unmasked=appearances or unlabelled, min_nucleus=min_nucleus, field=field)
-    dataset = NucleiDataset(items, spec, image_size, **looks, seed=seed)
-    dataset.weights = _weights(dataset) if balance_classes else None
-    dataset.copies, vectors = copies, features and features([item.image for item in items])
-    number = spec.num_classes if spec.cell_classes else 0
-    return _paired(dataset, Pairing(items, appearances, **choice, vectors=vectors, classes=number, seed=seed))
+    looks |= dict(unmasked=appearances or unlabelled, min_nucleus=min_nucleus, field=field, seed=seed)
+    dataset = NucleiDataset(items, spec, image_size, **looks)
+    dataset.copies, dataset.weights = copies, _weights(dataset) if balance_classes else None
+    choice["vectors"] = features and features([item.image for item in items])
+    choice["classes"] = spec.num_classes if spec.cell_classes else 0
+    return _paired(dataset, Pairing(items, appearances, **choice, seed=seed))
 
 
 def _lenders(
