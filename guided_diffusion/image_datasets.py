@@ -245,9 +245,8 @@ def load_dataset(
     looks |= dict(unmasked=appearances or unlabelled, min_nucleus=min_nucleus, field=field, seed=seed)
     dataset = NucleiDataset(items, spec, image_size, **looks)
     dataset.copies, dataset.weights = copies, _weights(dataset) if balance_classes else None
-    choice["vectors"] = features and features([item.image for item in items])
-    choice["classes"] = spec.num_classes if spec.cell_classes else 0
-    return _paired(dataset, Pairing(items, appearances, **choice, seed=seed))
+    vectors, number = features and features([item.image for item in items]), spec.num_classes * spec.cell_classes
+    return _paired(dataset, Pairing(items, appearances, **choice, vectors=vectors, classes=number, seed=seed))
 
 
 def _lenders(
