@@ -336,7 +336,14 @@ def test_a_signal_to_a_launcher_stops_its_program_which_saves(clusters, repo, tm
     (repo / ".venv/setup.stamp").write_text(f"requirements.txt {checksum}  -\n")
     arguments = {"train.sh": ["data"], "finetune.sh": ["data", "model.pt"], "demo.sh": []}[script]
     command = ["bash", repo / "scripts" / script, *arguments]
-    process = subprocess.Popen(command, cwd=tmp_path / "here", env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path / "here",
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup would have ignored, by bash, too
+    )
     for _ in range(200):
         if saved.exists():
             break

@@ -1,6 +1,7 @@
 """A plan of sampling: sample k is the same in whatever company, and every argument acts."""
 
 import functools
+import sys
 
 import numpy as np
 import pytest
@@ -157,10 +158,11 @@ def test_fewer_steps_are_those_of_a_spaced_process(model, y):
     assert process_for("ddpm", diffusion) is diffusion
 
 
-def test_progress_shows_steps(diffusion, model, y, capsys):
+def test_progress_shows_steps(diffusion, model, y, capsys, monkeypatch):
     plan = SamplingPlan("ddim", diffusion)
     quiet = plan.sample(model, y[:1], [0])
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert th.equal(plan.sample(model, y[:1], [0], progress=True), quiet)
     assert "/8" in capsys.readouterr().err
 

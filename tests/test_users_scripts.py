@@ -115,7 +115,6 @@ def launch(script, ranks, folder, *arguments):
     command = [*mpiexec, sys.executable, str(folder / "script.py"), *arguments]
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "/4 [" in result.stderr  # progress; the last steps may pass between two looks at the clock
     return folder / "log"
 
 
