@@ -120,7 +120,8 @@ def check_kept(folder: Path) -> None:
 def describe(patches: Sequence[Patch], synthetic: Sequence[Synthetic], folder: Path) -> dict[str, str]:
     """:return: what is in a set, as its card says it: what -> how much."""
     training = [patch for patch in patches if patch.split == TRAIN_SPLIT]
-    test, rows = len(patches) - len(training), [item.sample.row for item in synthetic]
+    test = [patch for patch in patches if patch.split != TRAIN_SPLIT]
+    rows = [item.sample.row for item in synthetic]
     scales: dict[str, set[str]] = {}
     for row in rows:
         scales.setdefault(PurePath(row.get("checkpoint") or cards.UNKNOWN).name, set()).add(row.get("s") or "?")
@@ -129,7 +130,7 @@ def describe(patches: Sequence[Patch], synthetic: Sequence[Synthetic], folder: P
     return {
         "training": f"{len(training)} real patches of {len({patch.slide for patch in training})} slides, and "
         f"{len(synthetic)} synthetic ones with the colours of {len({item.slide for item in synthetic})} slides",
-        "test": f"{test} real patches of {len({patch.slide for patch in patches if patch not in training})} slides",
+        "test": f"{len(test)} real patches of {len({patch.slide for patch in test})} slides",
         "size": f"{width} x {height} px",
         "classes": ", ".join(item.name for item in classes) or "none",
         "made by": ", ".join(f"{name} (s = {', '.join(sorted(values))})" for name, values in sorted(scales.items())),

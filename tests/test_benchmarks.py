@@ -146,6 +146,9 @@ def test_equal_minutes_are_the_more_steps_the_less_a_step_costs(data_dir, tmp_pa
     assert found["v"] == found["few"] > 0
     (tmp_path / "costs.csv").write_text("recipe,seconds\nv,0.25\nfew,0.5\n")
     assert recipes.read_costs(tmp_path) == {"v": 0.25, "few": 0.5}
+    (tmp_path / "costs.csv").write_text("recipe,seconds\nv,0.25\n")
+    with pytest.raises(ValueError, match=r"costs\.csv does not say what few costs"):
+        recipes.read_costs(tmp_path)
 
 
 def test_a_failed_program_is_named_with_its_log(tmp_path):

@@ -246,7 +246,10 @@ def read_costs(out: Path) -> dict[str, float]:
         text = "".join(f"{name},{seconds:.4f}\n" for name, seconds in found.items())
         write_text(out / "costs.csv", f"recipe,seconds\n{text}")
     with open(out / "costs.csv", newline="", encoding="utf-8") as file:
-        return {row["recipe"]: float(row["seconds"]) for row in csv.DictReader(file)}
+        costs = {row["recipe"]: float(row["seconds"]) for row in csv.DictReader(file)}
+    if missing := sorted(RECIPES.keys() - costs.keys()):
+        raise ValueError(f"{out / 'costs.csv'} does not say what {missing[0]} costs: remove it, and all are measured")
+    return costs
 
 
 def measure_costs(data: Path) -> dict[str, float]:
