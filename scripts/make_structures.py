@@ -186,12 +186,13 @@ def begin(out: Path, settings: dict[str, object], count: int, table: Sequence[Ce
             raise ValueError(f"--results_path {out} holds {made} layouts, more than --count {count}: give as many")
     elif (out / FOLDER).exists():
         raise ValueError(f"--results_path {out} holds {FOLDER} that this program did not make: give another folder")
-    for folder in (FOLDER, cell_classes.FOLDER) if classes else (FOLDER,):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    if table:
-        cell_classes.write_classes(out, table)
+    out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         write_json(path, {"settings": settings})
+    for folder in (FOLDER, cell_classes.FOLDER) if classes else (FOLDER,):
+        (out / folder).mkdir(exist_ok=True)
+    if table:
+        cell_classes.write_classes(out, table)
 
 
 def set_maker(make: Make) -> None:

@@ -142,6 +142,16 @@ def test_mistakes_give_one_line_and_write_nothing(data, tmp_path, monkeypatch, c
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_kill_before_the_first_layout_is_nothing_strange(data, tmp_path, monkeypatch):
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(make_structures, "write_json", killed)
+        make(data, tmp_path / "out", "--count", "1", "--size", "64")
+    assert len(make(data, tmp_path / "out", "--count", "1", "--size", "64")) == 1
+
+
 def test_no_whole_nucleus(tmp_path, capsys):
     folder = write_patches(tmp_path / "data" / "MoNuSegTrainingData", count=2)
     for path in (folder / "inst_masks").iterdir():

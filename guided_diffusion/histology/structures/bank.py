@@ -185,6 +185,16 @@ def gaps(inst_map: np.ndarray) -> np.ndarray:
     for region in regionprops(inst_map.astype(np.int32)):
         others = ((inst_map == 0) | (inst_map == region.label)).astype(np.uint8)
         if not others.all():
-            away = cv2.distanceTransform(others, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-            found.append(float(away[inst_map == region.label].min()))
+            found.append(float(distances(others)[inst_map == region.label].min()))
     return np.array(found)
+
+
+def distances(mask: np.ndarray) -> np.ndarray:
+    """
+    :param mask: an [H x W] uint8 array, 0 somewhere.
+    :return: an [H x W] float32 array: pixels from the middle of each pixel to that of the nearest that is 0.
+    """
+    # OpenCV's last bits depend on where in memory the mask lies, and layouts are to depend on their seed alone. The
+    # squares are whole numbers.
+    away = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.sqrt(np.rint(np.square(away, dtype=np.float64))).astype(np.float32)

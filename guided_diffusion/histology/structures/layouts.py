@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from skimage.measure import regionprops
 
-from .bank import UNKNOWN, Bank, Layout, Nucleus, Pattern, angle_of
+from .bank import UNKNOWN, Bank, Layout, Nucleus, Pattern, angle_of, distances
 
 PLACES = 64  # that are tried for a nucleus
 PAIRED = 0.7  # share of the nuclei that are put beside one that is there; the others fall where there is room
@@ -190,7 +190,7 @@ class Ground:
         """[side x side] pixels to the nearest nucleus; far where there is none."""
         if not self.classes:
             return np.full((self.side, self.side), np.float32(2 * self.side))
-        return cv2.distanceTransform((self.inst_map == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        return distances((self.inst_map == 0).astype(np.uint8))
 
     def put(self, mask: np.ndarray, top: int, left: int, number: int = UNKNOWN) -> bool:
         """Put a nucleus at a place, what goes over the side cut off, unless it lies on another."""
@@ -244,9 +244,7 @@ def trimmed(mask: np.ndarray) -> np.ndarray:
 
 def _depth(mask: np.ndarray) -> np.ndarray:
     """Pixels to the edge of a mask, positive in it and negative outside."""
-    inside, outside = (
-        cv2.distanceTransform(part.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for part in (mask, ~mask)
-    )
+    inside, outside = (distances(part.astype(np.uint8)) for part in (mask, ~mask))
     return np.where(mask, inside - 0.5, 0.5 - outside).astype(np.float32)
 
 

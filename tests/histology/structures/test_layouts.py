@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from skimage.measure import regionprops
 
 from guided_diffusion.histology.slides import toy
@@ -100,6 +101,15 @@ def test_what_a_mask_says():
     assert gaps == pytest.approx([1, np.hypot(14, 4), 1, np.hypot(8, 9)])
     with pytest.raises(ValueError, match="no mask has a nucleus"):
         banks.Bank.of([banks.Layout(inst_map[:, 24:])])
+
+
+def test_distances_are_exact_to_the_last_bit():
+    """Else what layouts are made depends on where in memory a mask lies."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        mask = (rng.random(rng.integers(9, 140, 2)) > 0.1).astype(np.uint8)
+        expected = ndimage.distance_transform_edt(mask).astype(np.float32)
+        np.testing.assert_array_equal(banks.distances(mask), expected)
 
 
 def test_masks_without_a_whole_nucleus_count():
