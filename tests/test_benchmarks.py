@@ -115,6 +115,28 @@ def test_recipes_are_summed_up(tmp_path):
     assert Image.open(tmp_path / "recipes.png").size == (1100, 770)
 
 
+def marks_alone(run):
+    figures = dict(kid=0.1, colour_od=0.1, f1=0.5, auroc=0.9, f1_real=0.6)
+    return [dict(recipe=run.recipe, seed=run.seed, minutes=at, steps=n, **figures) for at, n in run.marks.items()]
+
+
+def test_only_the_marks_that_are_missing_are_measured(tmp_path, monkeypatch):
+    stand_ins = dict(find_slides=str, prepare=lambda *_: None, train_and_measure=marks_alone)
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(recipes, name, stand_in)
+    (tmp_path / "costs.csv").write_text("recipe,seconds\n" + "".join(f"{name},2\n" for name in recipes.RECIPES))
+    recipes.write_out(tmp_path, [row for row in recipe_rows() if row["recipe"] == "x"])
+    recipes.main([str(tmp_path), str(tmp_path), "--recipes", "x,v", "--seeds", "0", "--minutes", "5,10"])
+    rows = recipes.read_rows(tmp_path)
+    assert [(row["recipe"], float(row["minutes"]), row["steps"]) for row in rows[4:]] == [
+        ("x", 10, "300"),
+        ("v", 5, "150"),
+        ("v", 10, "300"),
+    ]
+    (of_v,) = [line for line in recipes.as_markdown(rows).splitlines() if line.startswith("| v")]
+    assert of_v.split(" | ")[3] == "0.100 / 0.100 / -"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -13,8 +13,8 @@ real patches that they are compared with. The agreement is by a segmenter traine
 measured on.
 
 Writes OUT/recipes.csv, a row a run and mark, OUT/recipes.md, means over the seeds, and OUT/recipes.png. What stands in
-the first is not done again, and what was broken off goes on. With recipes.csv and costs.csv of docs/results/ in it, a
-new OUT goes on with these.
+the first is not measured again, and what was broken off goes on. With recipes.csv and costs.csv of docs/results/ in it,
+a new OUT goes on with these.
 """
 
 import csv
@@ -139,14 +139,15 @@ def main(argv: list[str] | None = None) -> None:
     find_slides(args.raw)  # which raises where there are none
     args.out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(args.out)
-    done = {(row["recipe"], int(row["seed"])) for row in rows}
+    done = {(row["recipe"], int(row["seed"]), float(row["minutes"])) for row in rows}
     # Seed by seed, so that what there is after each compares.
-    wanted = [(name, seed) for seed in seeds for name in names if (name, seed) not in done]
-    prepare(args.raw, args.out, wanted)
+    pairs = [(name, seed) for seed in seeds for name in names]
+    wanted = {pair: marks for pair in pairs if (marks := [mark for mark in minutes if (*pair, mark) not in done])}
+    prepare(args.raw, args.out, list(wanted))
     costs = read_costs(args.out) if wanted else {}
     runs = [
-        Run(name, seed, {mark: round(60 * mark / costs[name]) for mark in minutes}, args.samples, args.out)
-        for name, seed in wanted
+        Run(name, seed, {mark: round(60 * mark / costs[name]) for mark in marks}, args.samples, args.out)
+        for (name, seed), marks in wanted.items()
     ]
     # The with block's end ends what still runs.
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
@@ -360,14 +361,20 @@ def reached(rows: list[dict[str, object]], recipe: str) -> str:
 
 def as_markdown(rows: list[dict[str, object]]) -> str:
     """A table: a line a recipe; a cell holds the means over the seeds at the marks, in order."""
-    marks = " / ".join(f"{mark:g}" for mark in sorted({float(row["minutes"]) for row in rows}))
+    marks = sorted({float(row["minutes"]) for row in rows})
     titles = ["recipe", "seeds", "steps", *(title for title, _ in FIGURES.values()), f"minutes to what {TODAY} has"]
-    lines = [f"After {marks} minutes:", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = [
+        f"After {' / '.join(f'{mark:g}' for mark in marks)} minutes:",
+        "",
+        f"| {' | '.join(titles)} |",
+        "|---" * len(titles) + "|",
+    ]
     for recipe in RECIPES:
         seeds = len({row["seed"] for row in rows if row["recipe"] == recipe})
         if seeds:
             steps = f"{max(means(rows, recipe, 'steps').values()):.0f}"
-            cells = [" / ".join(f"{value:.3f}" for value in means(rows, recipe, name).values()) for name in FIGURES]
+            values = [means(rows, recipe, name) for name in FIGURES]
+            cells = [" / ".join(f"{own[mark]:.3f}" if mark in own else "-" for mark in marks) for own in values]
             goal = "" if RECIPES[recipe].few else reached(rows, recipe)
             lines.append(f"| {' | '.join([recipe, str(seeds), steps, *cells, goal])} |")
     return "\n".join(lines) + "\n"
