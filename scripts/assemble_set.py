@@ -36,6 +36,7 @@ from guided_diffusion.histology.assembly import (
     is_kept,
     name_synthetic,
     triple,
+    without_classes,
     write_set,
 )
 from guided_diffusion.histology.evaluation.runs import Sample, add_run_flags, find_runs
@@ -87,6 +88,9 @@ def main(argv: list[str] | None = None) -> None:
         replace_folder(args.out, fill, "--results_path")
     print(f"{args.out}: {len(real)} real and {len(synthetic)} synthetic training patches")
     print("of " + ", ".join(f"{number} {what}" for what, number in distinct.items()))
+    unclassed, total = without_classes(real, synthetic), len(real) + len(synthetic)
+    if 0 < unclassed < total:
+        print(f"classes of cells are left out: {unclassed} of {total} patches have no {cell_classes.FOLDER}")
     if count is not None and len(chosen) < count:
         others = "" if len(chosen) == len(samples) else f"; the others of {len(samples)} repeat one, or weigh 0"
         print(f"--ratio {args.ratio} asks for {count} synthetic patches; there are {len(chosen)}{others}")

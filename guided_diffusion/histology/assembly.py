@@ -218,6 +218,12 @@ def check_sizes(real: Patch, samples: Sequence[Synthetic]) -> None:
             )
 
 
+def without_classes(training: Sequence[Patch], synthetic: Sequence[Synthetic]) -> int:
+    """:return: how many of real training patches and of synthetic ones have no mask of their cells' classes."""
+    of_real = sum(cell_classes.FOLDER not in patch.files for patch in training)
+    return of_real + sum(not item.class_mask.exists() for item in synthetic)
+
+
 def write_set(
     folder: Path,
     data: Path,
@@ -238,8 +244,7 @@ def write_set(
     for name in SUFFIXES:
         (train / name).mkdir(parents=True)
     rows, training = [], [patch for patch in real if patch.split == TRAIN_SPLIT]
-    classes = all(cell_classes.FOLDER in patch.files for patch in training)
-    classes = classes and all(item.class_mask.exists() for item in synthetic)
+    classes = not without_classes(training, synthetic)
     if classes:
         table = cell_classes.shared([data, *dict.fromkeys(item.class_mask.parents[1] for item in synthetic)])
         cell_classes.write_classes(folder, table)

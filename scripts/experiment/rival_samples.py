@@ -10,8 +10,10 @@ SPLIT is a folder of subset_slides.py. KIND is one of
     transfer   its seen patches, with the colours of unlabelled images' slides (Reinhard's statistics of a slide)
     unseen     the others, which its segmenters do not see, with their true masks: what perfect samples would be worth
 
-The images of pseudo and unseen are spread evenly over slides and patches; there are no more of them than there are. The
-same command goes on where it was killed.
+The images of pseudo and unseen are spread evenly over slides and patches; there are no more of them than there are.
+Where SPLIT has classes of cells, so have transfer and unseen; where SEGMENTER tells classes apart, pseudo leaves out
+those nuclei, too, whose class it is not sure of. DIR has class_masks and classes.json then. The same command goes on
+where it was killed.
 """
 
 import argparse
@@ -27,19 +29,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from PIL import Image
 
-from guided_diffusion import cli, progress, streams
+from guided_diffusion import cell_classes, cli, progress, streams
+from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.devices import find_device
 from guided_diffusion.files import csv_text, write_link, write_text, writing
 from guided_diffusion.histology.evaluation.runs import MANIFEST
-from guided_diffusion.histology.segmenter.decoding import Segmenter, instances, load_segmenter
+from guided_diffusion.histology.segmenter.decoding import Segmenter, instances, load_segmenter, voted
 from guided_diffusion.histology.segmenter.pseudo import confident
 from guided_diffusion.histology.slides.patches import IGNORE_MASKS
-from guided_diffusion.image_files import read_image
+from guided_diffusion.image_files import read_image, read_inst_mask, read_mask
 from guided_diffusion.images import REAL, Item, list_images, list_items
+from guided_diffusion.results import count_classes
 from guided_diffusion.stains import colour_statistics, transfer_colours
 
 KINDS = ("pseudo", "transfer", "unseen")
-FIELDS = ("stem", "structure", "structure_slide", "structure_kind", "appearance", "appearance_slide", "seed", "noise")
+FIELDS = (
+    *("stem", "structure", "structure_slide", "structure_kind", "appearance", "appearance_slide", "seed", "noise"),
+    "classes",
+)
 
 
 class Row(NamedTuple):
@@ -57,26 +64,32 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check(args)
     if args.kind == "unseen":
-        others = list_items(str(args.split / "others"), "monuseg")
+        others = list_items(str(args.split / "others"), "monuseg", classes=True)
     else:
         others = list_images(str(args.split / "unlabelled"), "SPLIT")
-    if args.kind == "pseudo":
-        write = labeller(load_segmenter(args.model_path, find_device(args.device)))
+    segmenter = load_segmenter(args.model_path, find_device(args.device)) if args.kind == "pseudo" else None
+    rows = list(plan(args, others))
+    classes = classes_of(args, rows, segmenter)
+    if segmenter:
+        write = labeller(segmenter)
     elif args.kind == "transfer":
         write = recolourer([*list_items(str(args.split / "seen"), "monuseg"), *others])
     else:
         write = link
-    rows = list(plan(args, others))
-    for name in ("samples", "inst_masks", *([IGNORE_MASKS] if args.kind == "pseudo" else [])):
+    last = ["inst_masks/{}.tif", *([] if classes is None else [f"{cell_classes.FOLDER}/{{}}.png"])]
+    for name in ("samples", *([IGNORE_MASKS] if segmenter else []), *(path.partition("/")[0] for path in last)):
         (args.out / name).mkdir(parents=True, exist_ok=True)
+    if classes:
+        cell_classes.write_classes(args.out, classes)
     for row in progress.bar(rows, args.kind, unit="patch"):
-        if not (args.out / "inst_masks" / f"{row.stem}.tif").exists():  # which is written last
+        if not all((args.out / path.format(row.stem)).exists() for path in last):
             write(row, args.out)
     table = [
         {
             **{"stem": row.stem, "structure_kind": REAL, "seed": args.seed, "noise": row.stem},
             **{"structure": Path(row.structure.image).name, "structure_slide": row.structure.slide},
             **{"appearance": Path(row.appearance.image).name, "appearance_slide": row.appearance.slide},
+            "classes": "" if classes is None else counted(args.out, row.stem),
         }
         for row in rows
     ]
@@ -115,13 +128,37 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--results_path {args.out} lies in SPLIT {args.split}: give a folder outside")
 
 
+def classes_of(args: argparse.Namespace, rows: Sequence[Row], segmenter: Segmenter | None) -> list[CellClass] | None:
+    """
+    :return: the classes of the nuclei that are written, none where these have no names; None: they have no classes.
+    :raises ValueError: where the segmenter's are not SPLIT's, or those of what is there are others.
+    """
+    known = cell_classes.read_classes(args.split)
+    if segmenter:
+        if segmenter.classes and known:
+            segmenter.check_classes(known, f"SPLIT {args.split}")
+        classes = (known or segmenter.classes) if segmenter.classes else None
+    else:
+        classes = known if all(row.structure.cell_classes for row in rows) else None
+    table, masks = (args.out / name for name in (cell_classes.TABLE, cell_classes.FOLDER))
+    if (masks.exists() and classes is None) or (table.exists() and cell_classes.read_classes(args.out) != classes):
+        raise ValueError(f"--results_path {args.out} has nuclei of other classes than {args.kind}: give another folder")
+    return classes
+
+
+def counted(out: Path, stem: str) -> str:
+    """:return: how many nuclei of a patch that is written are of which class, see count_classes."""
+    class_map = read_mask(out / cell_classes.FOLDER / f"{stem}.png")
+    return count_classes(class_map, read_inst_mask(out / "inst_masks" / f"{stem}.tif"))
+
+
 def plan(args: argparse.Namespace, others: Sequence[Item]) -> Iterator[Row]:
     """:param others: the images, or patches, of unseen slides. :return: what to make, in order."""
     if args.kind != "transfer":
         for item in spread(others, args.count):
             yield Row(Path(item.image).stem, item, item)
         return
-    seen = list_items(str(args.split / "seen"), "monuseg")
+    seen = list_items(str(args.split / "seen"), "monuseg", classes=True)
     first = {item.slide: item for item in reversed(others)}
     for number in range(args.count):
         turn, place = divmod(number, len(seen))
@@ -139,8 +176,15 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def link(row: Row, out: Path) -> None:
-    """A real patch and its mask."""
+    """A real patch and its masks."""
     lead(out / "samples" / f"{row.stem}.png", row.structure.image)
+    link_masks(row, out)
+
+
+def link_masks(row: Row, out: Path) -> None:
+    """The masks of the patch whose nuclei a row shows."""
+    if row.structure.cell_classes:
+        lead(out / cell_classes.FOLDER / f"{row.stem}.png", row.structure.class_mask)
     lead(out / "inst_masks" / f"{row.stem}.tif", row.structure.inst_mask)
 
 
@@ -154,9 +198,13 @@ def labeller(segmenter: Segmenter) -> Write:
 
     def write(row: Row, out: Path) -> None:
         maps = segmenter.predict(read_image(row.structure.image))
-        kept, ignored = confident(maps.probability, instances(maps.probability, maps.position, segmenter.mpp))
+        found = instances(maps.probability, maps.position, segmenter.mpp)
+        kept, ignored = confident(maps.probability, found, maps.of_class)
         lead(out / "samples" / f"{row.stem}.png", row.structure.image)
         save(out / IGNORE_MASKS / f"{row.stem}.png", np.where(ignored, 255, 0).astype(np.uint8))
+        if segmenter.classes:
+            class_map = cell_classes.painted(kept, voted(found, maps.of_class, segmenter.classes))
+            save(out / cell_classes.FOLDER / f"{row.stem}.png", class_map)
         save(out / "inst_masks" / f"{row.stem}.tif", kept.astype(np.uint16))
 
     return write
@@ -175,7 +223,7 @@ def recolourer(items: Iterable[Item]) -> Write:
     def write(row: Row, out: Path) -> None:
         own, target = colours(row.structure.slide), colours(row.appearance.slide)
         save(out / "samples" / f"{row.stem}.png", transfer_colours(read_image(row.structure.image), own, target))
-        lead(out / "inst_masks" / f"{row.stem}.tif", row.structure.inst_mask)
+        link_masks(row, out)
 
     return write
 

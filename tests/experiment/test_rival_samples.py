@@ -2,16 +2,18 @@
 
 import csv
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
-from conftest import write_patches
+from conftest import write_class_masks, write_patches
 from PIL import Image
 
-from guided_diffusion import cli
-from guided_diffusion.histology.segmenter.data import training_pairs
+from guided_diffusion import cell_classes, cli
+from guided_diffusion.histology.segmenter.data import classes_of as classes_in
+from guided_diffusion.histology.segmenter.data import read_pair, training_pairs
 from guided_diffusion.histology.segmenter.decoding import as_content, instances, load_segmenter
 from guided_diffusion.histology.segmenter.net import seeded_net
 from guided_diffusion.histology.segmenter.pseudo import confident
@@ -19,6 +21,8 @@ from guided_diffusion.images import list_items
 from guided_diffusion.stains import colour_statistics
 from scripts import assemble_set
 from scripts.experiment import rival_samples, subset_slides
+
+CLASSES = cell_classes.named(["small", "large"])
 
 
 @pytest.fixture
@@ -75,18 +79,14 @@ def test_transferred_patches_have_other_slides_colours(split):
 
 
 def test_pseudo_labels_are_what_a_segmenter_is_sure_of(split, tmp_path):
-    net = seeded_net()
-    with th.no_grad():
-        net.head.weight[:4] *= 30  # of chance weights, it says nucleus in many places
-    th.save(as_content(net, ["slide-0"]), tmp_path / "segmenter.pt")
-    flags = ("--model_path", tmp_path / "segmenter.pt", "--device", "cpu")
+    flags = save_segmenter(tmp_path / "segmenter.pt", [])
     out, rows = make("pseudo", split, 5, *flags)
     segmenter = load_segmenter(tmp_path / "segmenter.pt", th.device("cpu"))
     for row in rows:
         maps = segmenter.predict(read(split / "unlabelled" / row["structure"]))
         kept, ignored = confident(maps.probability, instances(maps.probability, maps.position, segmenter.mpp))
         assert np.array_equal(read(out / f"inst_masks/{row['stem']}.tif"), kept)
-        assert np.array_equal(read(out / f"ignore_masks/{row['stem']}.png") > 0, ignored)
+        assert np.array_equal(read(out / f"ignore_masks/{row['stem']}.png") > 0, ignored) and kept.any()
         assert os.path.samefile(out / f"samples/{row['stem']}.png", split / "unlabelled" / row["structure"])
     before = {path: path.lstat().st_mtime_ns for path in out.rglob("*.*") if path.name != "manifest.csv"}
     (out / "inst_masks" / f"{rows[0]['stem']}.tif").unlink()  # as a kill leaves it
@@ -99,6 +99,107 @@ def test_pseudo_labels_are_what_a_segmenter_is_sure_of(split, tmp_path):
     )
     pairs = training_pairs(tmp_path / "set")
     assert [pair.synthetic for pair in pairs].count(True) == 5 == sum(pair.ignored is not None for pair in pairs)
+
+
+@pytest.fixture
+def classed(tmp_path):
+    """Like split, with nuclei of two classes."""
+    folder = write_patches(tmp_path / "data" / "MoNuSegTrainingData", count=20)
+    write_class_masks(folder, rare=2)
+    cell_classes.write_classes(tmp_path / "data", CLASSES)
+    subset_slides.main([str(tmp_path / "data"), str(tmp_path / "split"), "--subsample", "0.4", "--val_share", "0"])
+    return tmp_path / "split"
+
+
+def save_segmenter(path, classes):
+    """Of chance weights, that is sure of some nuclei, and of the classes of some of these; :return: flags."""
+    net = seeded_net(classes=len(classes))
+    with th.no_grad():
+        net.head.weight[:4] *= 2000
+        if classes:  # alike for the four pixels of which each stands for one
+            net.class_head.weight[:] = 200 * net.class_head.weight[::4].repeat_interleave(4, dim=0)
+    th.save(as_content(net, ["slide-0"], classes=classes), path)
+    return "--model_path", path, "--device", "cpu"
+
+
+def of_nuclei(folder, stem):
+    """What a results folder's, or a split's, class mask says of the nuclei of its instance mask."""
+    class_map = read(folder / f"class_masks/{stem}.png")
+    return cell_classes.of_nuclei(read(folder / f"inst_masks/{stem}.tif"), class_map, {1, 2}, stem)
+
+
+def assemble(split, out, name):
+    assemble_set.main(["--data_dir", str(split), "--synthetic", str(out), "--results_path", name, "--ratio", "all"])
+    return Path(name) / "MoNuSegTrainingData"
+
+
+def test_pseudo_labels_have_the_classes_that_a_segmenter_is_sure_of(classed, tmp_path, capsys):
+    flags = save_segmenter(tmp_path / "segmenter.pt", CLASSES)
+    out, rows = make("pseudo", classed, 5, *flags)
+    segmenter, left_out, known = load_segmenter(tmp_path / "segmenter.pt", th.device("cpu")), 0, set()
+    for row in rows:
+        image = read(classed / "unlabelled" / row["structure"])
+        maps, (_, of_nucleus) = segmenter.predict(image), segmenter.find(image)
+        found = instances(maps.probability, maps.position, segmenter.mpp)
+        kept, ignored = confident(maps.probability, found, maps.of_class)
+        left_out += np.count_nonzero(confident(maps.probability, found)[0]) - np.count_nonzero(kept)
+        assert np.array_equal(read(out / f"inst_masks/{row['stem']}.tif"), kept)
+        assert np.array_equal(read(out / f"ignore_masks/{row['stem']}.png") > 0, ignored)
+        wanted = {nucleus: of_nucleus[nucleus] for nucleus in np.unique(kept[kept > 0]).tolist()}
+        assert of_nuclei(out, row["stem"]) == wanted
+        counts = Counter(wanted.values())
+        assert row["classes"] == " ".join(f"{number}:{counts[number]}" for number in sorted(counts))
+        known |= set(counts)
+    assert left_out > 0 and known and cell_classes.read_classes(out) == CLASSES
+    some = next(row["stem"] for row in rows if row["classes"])
+    (out / "class_masks" / f"{some}.png").unlink()  # as where it was made without classes
+    assert make("pseudo", classed, 5, *flags)[1] == rows and of_nuclei(out, some)
+    made = assemble(classed, out, str(tmp_path / "set"))
+    pairs = training_pairs(tmp_path / "set")
+    examples = {pair.stem: read_pair(pair, classes_in(pairs)) for pair in pairs}
+    with open(tmp_path / "set" / "manifest.csv", newline="") as file:
+        taken = {row["stem"]: row for row in csv.DictReader(file) if row["source"] == "synthetic"}
+    assert len(taken) == 5 and {row["classes"] for row in taken.values()} == {row["classes"] for row in rows}
+    for stem, row in taken.items():
+        assert examples[stem].of_nucleus == of_nuclei(out, Path(row["sample"]).stem) == of_nuclei(made, stem)
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_a_segmenter_without_classes_leaves_them_out_of_the_set(classed, tmp_path, capsys):
+    out, rows = make("pseudo", classed, 5, *save_segmenter(tmp_path / "segmenter.pt", []))
+    assert not (out / "class_masks").exists() and not (out / "classes.json").exists() and not rows[0]["classes"]
+    made = assemble(classed, out, str(tmp_path / "set"))
+    assert not (made / "class_masks").exists() and not (tmp_path / "set" / "classes.json").exists()
+    assert "classes of cells are left out: 5 of 13 patches have no class_masks\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["transfer", "unseen"])
+def test_rivals_with_true_masks_have_their_classes(classed, tmp_path, kind):
+    out, rows = make(kind, classed, 9)
+    source = classed / ("seen" if kind == "transfer" else "others") / "MoNuSegTrainingData"
+    for row in rows:
+        own = of_nuclei(out, row["stem"])
+        assert own == of_nuclei(source, Path(row["structure"]).stem)
+        assert sum(int(part.partition(":")[2]) for part in row["classes"].split()) == len(own)
+    made = assemble(classed, out, str(tmp_path / "set"))
+    assert len(list((made / "class_masks").iterdir())) == 8 + 9
+
+
+def test_tables_of_classes_that_differ_are_refused(classed, tmp_path):
+    others = cell_classes.named(["small", "other"])
+    flags = save_segmenter(tmp_path / "segmenter.pt", others)
+    with pytest.raises(ValueError, match=r"SPLIT .*split has other classes of nuclei \(1 small, 2 large\) than"):
+        make("pseudo", classed, 2, *flags)
+    assert not (tmp_path / "pseudo").exists()
+    out, _ = make("unseen", classed, 2)
+    cell_classes.write_classes(out, others)
+    with pytest.raises(ValueError, match="--results_path .*unseen has nuclei of other classes than unseen: give"):
+        make("unseen", classed, 3)
+    with pytest.raises(ValueError, match="split and .*unseen have not the same classes of cells by their classes.json"):
+        assemble(classed, out, str(tmp_path / "set"))
+    assert not (tmp_path / "set").exists() and len(list((out / "samples").iterdir())) == 2
+    with pytest.raises(ValueError, match="--results_path .*unseen has nuclei of other classes than pseudo: give"):
+        make("pseudo", classed, 3, *save_segmenter(tmp_path / "plain.pt", []), name="unseen")
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,7 @@ def test_a_set_of_classes(tmp_path, whole):
     assert made == (["slide-0_000", "slide-0_100000", "slide-0_100001"] if whole else [])
     assert (tmp_path / "out/classes.json").exists() == whole
     assert len(list_items(str(tmp_path / "out"), "monuseg")) == 3
+    assert assembly.without_classes([patch], assembly.name_synthetic(samples, [patch])) == 1 - whole
     if whole:
         cell_classes.write_classes(tmp_path / "run", cell_classes.named(["other"]))
         (tmp_path / "again").mkdir()
