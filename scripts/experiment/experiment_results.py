@@ -1,13 +1,16 @@
 """
-Sum up scripts/experiment.sh: python scripts/experiment/experiment_results.py OUT
+Sum up scripts/experiment.sh: python scripts/experiment/experiment_results.py OUT [RESULTS ...]
 
-Reads OUT/grid.json and OUT/CELL/segmenters/VARIANT/test/metrics.json, as far as they are there. Writes OUT/results.csv,
-a row a segmenter and test slide, and one of all slides pooled, whose slide is empty; OUT/results.md, a table a track
-and share: means over slides and seeds, and gains in F1, paired by seed and slide, over real patches with jitter and
-without, with 95 % intervals by a hierarchical bootstrap, and p-values of the former, corrected for the rows of the
-table; and OUT/results.png, the gains over real patches with jitter.
+RESULTS are results.csv of the same experiment in other folders, as of machines that share no disk; of segmenters that
+several have, the first counts. Reads OUT/grid.json and OUT/CELL/segmenters/VARIANT/test/metrics.json, as far as they
+are there. Writes OUT/results.csv, a row a segmenter and test slide, and one of all slides pooled, whose slide is empty;
+OUT/results.md, a table a track and share: means over slides and seeds, and gains in F1, paired by seed and slide, over
+real patches with jitter and without, with 95 % intervals by a hierarchical bootstrap, and p-values of the former,
+corrected for the rows of the table; and OUT/results.png, the gains over real patches with jitter.
 """
 
+import argparse
+import csv
 import io
 import json
 import re
@@ -50,14 +53,18 @@ class Grid(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.FlagParser(description=__doc__)
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the experiment")
-    args = parser.parse_args(argv)
+    args = create_argparser().parse_args(argv)
     if not (args.out / "grid.json").exists():
         raise FileNotFoundError(f"{args.out} has no grid.json: run experiment.sh first")
     facts = json.loads((args.out / "grid.json").read_text(encoding="utf-8"))
     grid = Grid(facts["variants"], facts["baselines"])
-    rows = read_rows(args.out, grid)
+    found = {row[:4]: row for path in reversed(args.results) for row in read_csv(path)}
+    found |= {row[:4]: row for row in read_rows(args.out)}
+    order = list(grid.variants)
+    rows = sorted(
+        (row for row in found.values() if row.variant in grid.variants),
+        key=lambda row: (*row[:3], order.index(row.variant)),
+    )
     if not rows:
         raise FileNotFoundError(
             f"{args.out} holds no CELL/segmenters/VARIANT/test/metrics.json: run experiment.sh first"
@@ -69,17 +76,40 @@ def main(argv: list[str] | None = None) -> None:
     print(text, end="")
 
 
-def read_rows(out: Path, grid: Grid) -> list[Row]:
-    """:return: the segmenters that have been tested, by track, share, seed, and variants in their order."""
-    rows, order = [], list(grid.variants)
+def create_argparser() -> argparse.ArgumentParser:
+    parser = cli.FlagParser(description=__doc__)
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the experiment")
+    parser.add_argument("results", metavar="RESULTS", nargs="*", type=Path, help="results.csv of other folders")
+    return parser
+
+
+def read_rows(out: Path) -> list[Row]:
+    """:return: the segmenters that have been tested."""
+    rows = []
     for path in out.glob("*/segmenters/*/test/metrics.json"):
         variant, match = path.parents[1].name, CELL.fullmatch(path.parents[3].name)
-        if match and variant in grid.variants:
+        if match:
             found = json.loads(path.read_text(encoding="utf-8"))
             slides = {POOLED: found["pooled"], **found["slides"]}
             own = {slide: {name: figures[name] for name in FIGURES} for slide, figures in slides.items()}
             rows.append(Row(match[1], float(match[2]), int(match[3]), variant, own))
-    return sorted(rows, key=lambda row: (row.track, row.share, row.seed, order.index(row.variant)))
+    return rows
+
+
+def read_csv(path: Path) -> list[Row]:
+    """:return: the segmenters of a results.csv, see as_csv. :raises ValueError: where it is none."""
+    found: dict[tuple, Row] = {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                key = line["track"], float(line["share"]), int(line["seed"]), line["variant"]
+                figures = {name: float(line[name]) for name in FIGURES}
+                found.setdefault(key, Row(*key, {})).slides[line["slide"]] = figures
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is no results.csv of an experiment") from None
+    if not found or not all(POOLED in row.slides for row in found.values()):
+        raise ValueError(f"{path} lacks lines of an experiment's results.csv")
+    return list(found.values())
 
 
 def parts_of(rows: Sequence[Row]) -> list[tuple[str, float, list[Row]]]:

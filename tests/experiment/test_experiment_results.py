@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -73,6 +74,31 @@ def test_a_picture_of_what_is_there(out):
     with Image.open(out / "results.png") as image:
         assert 500 < image.width < 1100 and len(np.unique(np.asarray(image.convert("L")))) > 20
     assert not list(out.glob(".*.part"))
+
+
+def test_results_of_other_folders_fill_what_is_missing(out, tmp_path_factory):
+    results.main([str(out)])
+    whole = (out / "results.md").read_text()
+    other = tmp_path_factory.mktemp("other")
+    shutil.copy(out / "results.csv", other)
+    shutil.rmtree(out / "masks-f10-s1")
+    results.main([str(out)])
+    assert (out / "results.md").read_text() != whole
+    put(out, "masks-f10-s1", "real", (0.55, 0.65))  # as it was; of what both have, the folder's own counts
+    earlier = (other / "results.csv").read_text()
+    (other / "results.csv").write_text(earlier.replace("masks,10,1,real,a,0.550000", "masks,10,1,real,a,0.000000"))
+    results.main([str(out), str(other / "results.csv")])
+    assert (out / "results.md").read_text() == whole
+
+
+@pytest.mark.parametrize("text", ["", "track,share\nmasks,10\n", "\0", "{header}\nmasks,10,0,real,a,1,1,1,1,1\n"])
+def test_what_is_no_table_of_results(out, tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("other") / "other.csv"
+    header = ",".join(("track", "share", "seed", "variant", "slide", *results.FIGURES))
+    path.write_text(text.format(header=header))
+    with pytest.raises(ValueError, match=r"other\.csv (is no results\.csv|lacks lines)"):
+        results.main([str(out), str(path)])
+    assert not (out / "results.csv").exists()
 
 
 def test_nothing_there(tmp_path):
