@@ -208,7 +208,8 @@ def classes_in(
     masks: Sequence[str | Path], inst_maps: Sequence[np.ndarray], segmenter: Segmenter | None
 ) -> list[Mapping[int, int]] | None:
     """
-    :param masks: of classes, whether they are there or not, all in one folder; inst_maps: theirs.
+    :param masks: paths of those of classes, with a folder above theirs, whether they are there or not, all in one
+        folder; inst_maps: theirs.
     :return: the class of each nucleus by its id; None where there is no such folder, or no segmenter that knows any.
     :raises ValueError: where the segmenter knows other classes.
     """
@@ -258,7 +259,7 @@ def synthetic_set(
     coloured = None
     if all(sample.appearance for sample in samples):
         coloured = [(image, read_image(sample.appearance)) for sample, (image, _) in zip(samples, pairs)]
-    class_masks = [run.path / cell_classes.FOLDER / f"{sample.stem}.png" for sample in samples]
+    class_masks = [run.path.absolute() / cell_classes.FOLDER / f"{sample.stem}.png" for sample in samples]
     classes = classes_in(class_masks, [inst_map for _, inst_map in pairs], segmenter)
     cuts = spread(cut(samples, pairs, size), args.limit)
     images, inst_maps = (np.stack([pairs[number][kind][part] for number, part in cuts]) for kind in (0, 1))

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from guided_diffusion.histology.evaluation import report as evaluation_report
 from guided_diffusion.histology.evaluation.evaluator import Evaluator, PatchSet
 from guided_diffusion.histology.evaluation.runs import Run, Sample
 from guided_diffusion.histology.segmenter import decoding
+from guided_diffusion.histology.segmenter.agreement import structure_metric
 from guided_diffusion.images import Item
 from guided_diffusion.results import ResultFolder
 from scripts import evaluate
@@ -217,14 +219,19 @@ def test_structure_of_the_real_patches_with_the_same_masks(real, tmp_path):
     assert row["f1_originals"] == row["f1"] and row["aji_originals"] == row["aji"]
 
 
+def take_apart(both, kinds):
+    """Beside a run whose structures are of two kinds by turns, make one of each kind alone."""
+    for number, kind in enumerate(kinds):
+        apart = shutil.copytree(both, both.parent / kind)
+        for sample in apart.glob("samples/s*_000.png"):
+            if int(sample.stem[1:-4]) % 2 != number:
+                sample.unlink()
+
+
 def test_structure_of_each_kind_apart(real, tmp_path):
     """As in runs of one kind each, where a made structure counts for the slide of its appearance."""
     model = save_segmenter(tmp_path / "segmenter.pt", ["slide-0"])
-    write_run(tmp_path / "runs/both", kinds=("real", "recombine"))
-    for number, kind in enumerate(("real", "recombine")):
-        apart = shutil.copytree(tmp_path / "runs/both", tmp_path / "runs" / kind)
-        for k in range(1 - number, 8, 2):
-            (apart / f"samples/s{k}_000.png").unlink()
+    take_apart(write_run(tmp_path / "runs/both", kinds=("real", "recombine")), ("real", "recombine"))
     rows = run(real, tmp_path / "runs", tmp_path / "out", "--metrics", "structure", "--model_path", model)["runs"]
     assert list(rows["real"]) == list(rows["recombine"]) == ["f1", "aji"]
     assert list(rows["both"]) == ["f1", "aji", "f1_real", "aji_real", "f1_recombine", "aji_recombine"]
@@ -235,24 +242,39 @@ def test_structure_of_each_kind_apart(real, tmp_path):
     assert [evaluate.pooled_with(sample, kind, known) for kind in ("real", "recombine")] == ["made", "slide-1"]
 
 
-def test_classes_by_a_segmenter_that_knows_them(real, tmp_path, monkeypatch):
-    """Of test patches, samples, and their originals, which are the samples here. It calls all nuclei odd."""
-    net, classes = decoding.seeded_net(classes=2), named(["odd", "even"])
-    th.save(decoding.as_content(net, ["slide-0"], classes=classes), tmp_path / "segmenter.pt")
+CLASSES = named(["odd", "even"])
+
+
+def classed_segmenter(folder, monkeypatch):
+    """One that calls all nuclei odd."""
+    net = decoding.seeded_net(classes=2)
+    th.save(decoding.as_content(net, ["slide-0"], classes=CLASSES), folder / "segmenter.pt")
 
     def find(self, image):
         found = label(image[..., 0] < 155)
         return found, dict.fromkeys(range(1, found.max() + 1), 1)
 
     monkeypatch.setattr(decoding.Segmenter, "find", find)
-    results, training = write_run(tmp_path / "results", count=3), "MoNuSegTrainingData"
+    return folder / "segmenter.pt"
+
+
+def real_samples(real, results, kinds=("real",)):
+    """Three samples that are their structures' real patches; these, the test patches and the samples have classes."""
+    write_run(results, count=3, kinds=kinds)
+    training = real / "MoNuSegTrainingData"
     for k in range(3):
-        shutil.copy(real / training / f"images/slide-{k}_000.png", results / f"samples/s{k}_000.png")
-        shutil.copy(real / training / f"inst_masks/slide-{k}_000.tif", results / f"inst_masks/s{k}_000.tif")
-    for folder, owner in ((real / "MoNuSegTestData", real), (real / training, real), (results, results)):
+        shutil.copy(training / f"images/slide-{k}_000.png", results / f"samples/s{k}_000.png")
+        shutil.copy(training / f"inst_masks/slide-{k}_000.tif", results / f"inst_masks/s{k}_000.tif")
+    for folder, owner in ((real / "MoNuSegTestData", real), (training, real), (results, results)):
         write_class_masks(folder, rare=2)
-        write_classes(owner, classes)
-    flags = "--metrics", "structure", "--model_path", tmp_path / "segmenter.pt"
+        write_classes(owner, CLASSES)
+    return results
+
+
+def test_classes_by_a_segmenter_that_knows_them(real, tmp_path, monkeypatch):
+    """Of test patches, samples, and their originals, which are the samples here."""
+    model, results = classed_segmenter(tmp_path, monkeypatch), real_samples(real, tmp_path / "results")
+    flags = "--metrics", "structure", "--model_path", model
     found = run(real, results, tmp_path / "out", *flags)
     row, other = found["runs"]["results"], found["other_slides"]
     names = ["f1", "aji", "class_accuracy", "class_f1_odd", "class_f1_even"]
@@ -268,6 +290,40 @@ def test_classes_by_a_segmenter_that_knows_them(real, tmp_path, monkeypatch):
         ValueError, match=r"MoNuSegTestData has other classes of nuclei \(1 a, 2 b\) than the segmenter"
     ):
         run(real, results, tmp_path / "other", *flags)
+
+
+def test_classes_of_each_kind_apart(real, tmp_path, monkeypatch):
+    """As in runs of one kind each; a kind has no figure of a class that none of its nuclei has."""
+    model = classed_segmenter(tmp_path, monkeypatch)
+    both = real_samples(real, tmp_path / "runs/both", ("real", "given"))
+    ids = np.asarray(Image.open(both / "inst_masks/s1_000.tif"))
+    Image.fromarray((ids > 0).astype(np.uint8)).save(both / "class_masks/s1_000.png")  # all are odd
+    take_apart(both, ("real", "given"))
+    rows = run(real, both.parent, tmp_path / "out", "--metrics", "structure", "--model_path", model)["runs"]
+    names = ["f1", "aji", "class_accuracy", "class_f1_odd", "class_f1_even"]
+    kinds = [f"{name}{kind}" for kind in ("", "_given", "_real") for name in names]
+    assert list(rows["both"]) == [*kinds, *(f"{name}_originals" for name in kinds)]
+    for kind in ("given", "real"):
+        assert list(rows[kind]) == [*names, *(f"{name}_originals" for name in names)]
+        for name in names:
+            for end in ("", "_originals"):
+                assert rows["both"][f"{name}_{kind}{end}"] == rows[kind][f"{name}{end}"]
+    assert rows["both"]["class_f1_even_given"] is None and rows["both"]["class_f1_even_real"]["value"] == 0
+    assert rows["both"]["class_accuracy_given"]["value"] == 1 > rows["both"]["class_accuracy_real"]["value"]
+    monkeypatch.chdir(both)  # a folder may be named by a dot
+    again = run(real, ".", tmp_path / "again", "--metrics", "structure", "--model_path", model)["runs"]
+    assert again == {"both": rows["both"]}
+
+
+def test_figures_of_originals_are_of_each_runs_slides_and_kinds(tmp_path):
+    """Also where the same real patches are the originals of several runs."""
+    images, inst_maps = map(np.stack, zip(*map(draw_patch, range(2))))
+    first = PatchSet("first", images, inst_maps, np.empty((2, 0)), ["a", "b"], originals=images)
+    others = replace(first, slides=["a", "a"]), replace(first, kinds=["real", "given"])
+    segmenter = decoding.Segmenter(decoding.seeded_net(), th.device("cpu"))
+    shared = structure_metric(segmenter)
+    for patches in (first, *others):
+        assert shared(patches) == structure_metric(segmenter)(patches)
 
 
 def test_a_sweeps_originals_are_segmented_once(real, tmp_path, monkeypatch):

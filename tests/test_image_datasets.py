@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -278,6 +279,28 @@ def test_patches_are_weighed_by_their_classes(data_dir):
     (data_dir / TRAIN / "class_masks").rename(data_dir / "elsewhere")
     spec = ConditionSpec(class_cond=True, num_classes=300)
     with pytest.raises(ValueError, match=r"--balance_classes True: .*_00\d.png has no classes in class_masks beside"):
+        dataset(data_dir, spec=spec, balance_classes=True)
+
+
+def test_classes_in_sub_folders(data_dir):
+    """Whatever these are called: the folder beside images decides."""
+    write_class_masks(data_dir / TRAIN)
+    spec = ConditionSpec(use_hv_map=True, class_cond=True, num_classes=3)
+    flat = dataset(data_dir, spec=spec, balance_classes=True)
+    labels = [flat[0, index][1]["label"] for index in range(8)]
+    order = [*range(1, 8, 2), *range(0, 8, 2)]
+    for name in ("images", "inst_masks", "bin_masks", "class_masks"):
+        for number, path in enumerate(sorted((data_dir / TRAIN / name).iterdir())):
+            place = data_dir / TRAIN / name / ("class_masks" if number % 2 else "other/bin_masks") / path.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+    deep = dataset(data_dir, spec=spec, balance_classes=True)
+    assert [Path(item.image).name for item in deep.items] == [Path(flat.items[i].image).name for i in order]
+    np.testing.assert_array_equal(deep.weights, flat.weights[order])
+    for number, index in enumerate(order):
+        np.testing.assert_array_equal(deep[0, number][1]["label"], labels[index])
+    (data_dir / TRAIN / "class_masks").rename(data_dir / "elsewhere")
+    with pytest.raises(ValueError, match=r"--balance_classes True: .*class_masks/slide-0_001.png has no classes in"):
         dataset(data_dir, spec=spec, balance_classes=True)
 
 

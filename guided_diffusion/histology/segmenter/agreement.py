@@ -51,8 +51,8 @@ def structure_metric(segmenter: Segmenter) -> StructureMetric:
     def measure(patches: PatchSet) -> Figures:
         figures = agreement(patches.name, patches.images, patches)
         if patches.originals is not None:
-            content = patches.originals.tobytes() + patches.inst_maps.tobytes() + json.dumps(patches.classes).encode()
-            key = hashlib.sha256(content).digest()
+            facts = json.dumps([patches.classes, patches.slides, patches.kinds]).encode()
+            key = hashlib.sha256(patches.originals.tobytes() + patches.inst_maps.tobytes() + facts).digest()
             if key not in known:
                 known[key] = agreement(f"{patches.name}, originals", patches.originals, patches)
             figures |= {f"{name}_originals": value for name, value in known[key].items()}
