@@ -1,7 +1,8 @@
 """
 An interpreter for the programs of this repository that needs no seconds to start, where a test is about how they work
 together and starts dozens: given as PYTHON, it has them run in processes that are forked from one that has imported all
-that they need, and has done nothing yet.
+that they need, and has done nothing yet. Given as ENGINE, it does so for the engine, too, and for all that this starts;
+but what is sent to the engine's process group does not reach these.
 
 A program gets the command line, folder, environment, input and outputs of its caller, and the signals that are sent to
 that. Where the caller is killed, it is killed, too.
@@ -13,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import shlex
 import signal
 import socket
@@ -29,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("prepare_monuseg", "extract_features", "cluster_patches", "filter_ood", "assemble_set", "train_segmenter")
 PROGRAMS += ("segment", "summarise_runs", "make_structures")
 PROGRAMS += tuple(f"experiment.{name}" for name in ("subset_slides", "rival_samples", "experiment_results", "plan"))
+PROGRAMS += tuple(f"workflow.{name}" for name in ("run", "stage", "choose_clusters"))
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -77,6 +80,9 @@ def serve(place: str) -> NoReturn:
     sys.path.insert(0, str(ROOT))
     for name in ("torch._dynamo", "image_train", "image_sample", *(f"scripts.{name}" for name in PROGRAMS)):
         importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("snakemake.cli").get_argument_parser()  # which imports the executors
+    sys.executable = str(Path(place).with_name("python"))
     gc.freeze()  # so that no collection copies the memory that processes share
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)
@@ -133,6 +139,14 @@ def run(argv: list[str], folder: str, environment: dict[str, str], descriptors: 
     sys.path[0] = os.path.dirname(os.path.abspath(argv[0]))
     code: object = 0
     try:
+        if argv[0] == "-m":
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+            sys.exit()
+        if argv[0] == "-c":
+            sys.argv = ["-c", *argv[2:]]
+            exec(argv[1], {"__name__": "__main__"})
+            sys.exit()
         # As the main module by both names, so that processes that the program spawns can send it objects of its own.
         module = types.ModuleType("__main__")
         module.__file__ = os.path.abspath(argv[0])

@@ -33,6 +33,7 @@ PIPELINE = ROOT / "scripts" / "pipeline.sh"
 STAND_IN = Path(__file__).with_name("stand_in.py")
 ALL = ["patches", "features", "clusters", "pretrain", "finetune", "samples", "filter", "set"]
 HARDER = ("SIGINT", "SIGKILL", "TIME_LIMIT")
+OF_A_USER = {"ENGINE": sys.executable}  # where signals go to all processes of the engine
 PROGRAMS = {
     "prepare_monuseg": "patches",
     "extract_features": "features",
@@ -51,16 +52,20 @@ def raw(tmp_path) -> Path:
 
 
 class Toy:
-    """The toy pipeline with stand-ins, in a folder of its own."""
+    """
+    The toy pipeline with stand-ins, in a folder of its own.
 
-    def __init__(self, folder: Path) -> None:
+    :param engine: the interpreter of the engine and of what starts programs.
+    """
+
+    def __init__(self, folder: Path, engine: Path) -> None:
         self.folder, self.record = folder, folder / "record"
         program = folder / "a python"
         program.write_text(f'#!/bin/sh\nexec {sys.executable} {STAND_IN} "$@"\n')
         program.chmod(0o755)
         # Nothing of the caller's.
         self.environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        self.environment |= {"PYTHON": str(program), "ENGINE": sys.executable, "RECORD": str(self.record), "NPROC": "1"}
+        self.environment |= {"PYTHON": str(program), "ENGINE": str(engine), "RECORD": str(self.record), "NPROC": "1"}
 
     def start(self, *arguments: object, **environment: str) -> subprocess.Popen:
         self.record.unlink(missing_ok=True)
@@ -98,8 +103,8 @@ class Toy:
 
 
 @pytest.fixture
-def toy(tmp_path) -> Toy:
-    return Toy(tmp_path)
+def toy(tmp_path, quick) -> Toy:
+    return Toy(tmp_path, quick)
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -212,12 +217,15 @@ def test_unknown_clusters_are_refused_before_the_pretraining(toy, raw):
 @pytest.mark.parametrize("how", ["SIGTERM", *(pytest.param(how, marks=pytest.mark.slow) for how in HARDER)])
 def test_what_stops_the_pipeline_stops_its_training_which_saves_and_goes_on(toy, raw, tmp_path, how):
     out = tmp_path / "out"
-    limit = {"TIME_LIMIT": "8"} if how == "TIME_LIMIT" else {}
-    if limit:  # which has to do for a start of the engine and of the training
-        toy.done(raw, "out", "--until", "labels")
-    process = toy.start(raw, "out", "--toy", STEP_SECONDS="1" if limit else "0.5", **limit)
+    slow = {"STEP_SECONDS": "0.5"}
+    if how == "TIME_LIMIT":  # which has to do for a start of the engine and of the training, however busy the machine
+        begun = time.monotonic()
+        toy.done(raw, "out", "--until", "labels", **OF_A_USER)
+        limit = 3 + int(time.monotonic() - begun)
+        slow = {"STEP_SECONDS": str(limit / 10), "TIME_LIMIT": str(limit)}
+    process = toy.start(raw, "out", "--toy", **slow, **OF_A_USER)
     wait_for(lambda: (out / "pretrain/steps").exists(), process)
-    if not limit:
+    if how != "TIME_LIMIT":
         process.send_signal(getattr(signal, how))
     text = process.communicate(timeout=60)[0]  # the end of all that it started, which hold its output
     assert process.returncode == (-signal.SIGKILL if how == "SIGKILL" else cli.NOT_FINISHED), text
@@ -238,7 +246,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen | None, se
 
 @pytest.mark.slow
 def test_one_run_at_a_time(toy, raw, tmp_path):
-    first = toy.start(raw, "out", "--toy", STEP_SECONDS="1")
+    first = toy.start(raw, "out", "--toy", STEP_SECONDS="1", **OF_A_USER)
     wait_for((tmp_path / "out/pretrain/steps").exists, first)
     code, text = toy.run(raw, "out")
     line = text.splitlines()[-1]
@@ -324,14 +332,14 @@ def real(quick, tmp_path_factory) -> tuple[Path, Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(path.with_suffix(".tif" if name == "inst_masks" else ".png"))
     cell_classes.write_classes(folder / "raw", CLASSES)
-    run = start_real(quick, folder / "raw", folder / "out")
+    run = start_real(quick, folder / "raw", folder / "out", ENGINE=str(quick))
     assert run.wait(timeout=1500) == 0, (folder / "out.log").read_text()[-3000:]
     return folder / "raw", folder / "out"
 
 
-def start_real(python: Path, raw: Path, out: Path) -> subprocess.Popen:
+def start_real(python: Path, raw: Path, out: Path, **environment: str) -> subprocess.Popen:
     settings = {"PYTHON": str(python), "ENGINE": sys.executable, "NPROC": "1", "STRUCTURES": "both", "CLASSES": "3"}
-    env = {**os.environ, **settings}
+    env = {**os.environ, **settings, **environment}
     with open(f"{out}.log", "a") as log:
         return subprocess.Popen(["bash", PIPELINE, raw, out, "--toy"], env=env, stdout=log, stderr=log)
 
@@ -369,7 +377,9 @@ def test_killed_at_random_until_done_equals_an_uninterrupted_run(real, quick, tm
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill() if kill else victim.terminate()
         assert process.wait(timeout=300) == (-signal.SIGKILL if kill else cli.NOT_FINISHED)
-    assert start_real(quick, raw, out).wait(timeout=1500) == 0, Path(f"{out}.log").read_text()[-3000:]
+    assert start_real(quick, raw, out, ENGINE=str(quick)).wait(timeout=1500) == 0, Path(f"{out}.log").read_text()[
+        -3000:
+    ]
     assert not (out / "replaced").exists()
     made, expected = (comparable(folder) for folder in (out, whole))
     differ = sorted(name for name in made.keys() | expected.keys() if made.get(name) != expected.get(name))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_pipeline import ALL, Toy, raw, steps, toy, wait_for  # noqa: F401
+from test_pipeline import ALL, OF_A_USER, Toy, raw, steps, toy, wait_for  # noqa: F401
 
 from guided_diffusion import cli
 
@@ -77,7 +77,7 @@ def queue(tmp_path) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_stages_go_through_the_queue_and_a_cancelled_training_saves(queue, toy, raw, tmp_path):  # noqa: F811
-    out, quiet = tmp_path / "out", {"CUDA_VISIBLE_DEVICES": "", "STEP_SECONDS": "1"}
+    out, quiet = tmp_path / "out", {"CUDA_VISIBLE_DEVICES": "", "STEP_SECONDS": "1", **OF_A_USER}
     process = toy.start(raw, "out", "--toy", *QUEUE, **quiet)
     wait_for((out / "pretrain/steps").exists, process, seconds=300)
     assert "R" in subprocess.run(["squeue", "-h", "-o", "%t"], capture_output=True, text=True).stdout.split()
