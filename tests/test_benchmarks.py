@@ -1,7 +1,6 @@
 """The benchmarks run, and their ways compute the same."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,9 @@ FOLDER = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
 TINY = ["--config", "tiny", "--batch_size", "2", "--repeats", "1"]
 
 
-def rows(script, *flags):
+def rows(quick, script, *flags):
     """The cells of a benchmark's first table, by their row's name."""
-    command = [sys.executable, FOLDER / script, *flags]
+    command = [quick, FOLDER / script, *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [line.strip("| ").split(" | ") for line in done.stdout.split("\n\n")[0].splitlines() if line[:1] == "|"]
@@ -31,8 +30,8 @@ def rows(script, *flags):
 
 
 @pytest.mark.slow
-def test_sampling():
-    table, output = rows("benchmark_sampling.py", *TINY, "--rounds", "1", "--end_to_end", "2")
+def test_sampling(quick):
+    table, output = rows(quick, "benchmark_sampling.py", *TINY, "--rounds", "1", "--end_to_end", "2")
     first, *fp32 = [name for name in table if not name.startswith("bfloat16")]
     assert first == "plain float32" and len(fp32) == 4
     assert all(float(table[name]["largest deviation"]) < 1e-5 for name in fp32)
@@ -40,8 +39,8 @@ def test_sampling():
 
 
 @pytest.mark.slow
-def test_training():
-    table, _ = rows("benchmark_training.py", *TINY, "--max_steps", "1")
+def test_training(quick):
+    table, _ = rows(quick, "benchmark_training.py", *TINY, "--batch_size", "1", "--max_steps", "1")
     assert len(table) >= 5 and all(float(row["s a step"]) > 0 for row in table.values())
 
 
@@ -63,17 +62,17 @@ def paths(data_dir, tmp_path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_samplers(paths):
+def test_samplers(paths, quick):
     flags = [*TINY_MODEL, "--num_samples", "3", "--timestep_respacing", "4", "--num_steps", "3"]
-    table, _ = rows("compare_samplers.py", *paths, *flags)
+    table, _ = rows(quick, "compare_samplers.py", *paths, *flags)
     assert len(table) == 6 and table["ddpm, 4 steps, again"]["over the chain's own"] == "1.00"
 
 
 @pytest.mark.slow
-def test_fields(paths, tmp_path):
+def test_fields(paths, quick, tmp_path):
     flags = [*TINY_MODEL, "--num_samples", "2", "--timestep_respacing", "2", "--field", "True"]
     image_sample.main([*paths, *flags, "--results_path", str(tmp_path / "out")])
-    table, output = rows("measure_fields.py", str(tmp_path / "out"), "--side", "24", "--memory", "48,64")
+    table, output = rows(quick, "measure_fields.py", str(tmp_path / "out"), "--side", "24", "--memory", "48,64")
     assert len(table) == 2 and all(row["px"] == "32 x 32" for row in table.values())
     assert output.count("largest difference") == 2 and "| 64 | 49 |" in output
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -165,10 +164,10 @@ def trained(open_folder, step=4, wanted="", **flags) -> Checkpointer:
     return run
 
 
-def test_another_process_is_kept_out(open_folder, tmp_path):
+def test_another_process_is_kept_out(open_folder, quick, tmp_path):
     open_folder()
     script = "import sys\nfrom guided_diffusion.checkpointer import Checkpointer\nwith Checkpointer(sys.argv[1]): pass"
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    command = [quick, "-c", script, str(tmp_path / "run")]
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert second.returncode and "OPENAI_LOGDIR" in second.stderr and "in use by process" in second.stderr
 

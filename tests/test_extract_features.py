@@ -1,7 +1,6 @@
 """The command: images -> FEATURES.npz, resumed after a kill, and one line for every mistake."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +106,7 @@ def test_a_folder_that_was_not_prepared_to_the_end_is_refused(data_dir, tmp_path
 
 
 @pytest.mark.slow
-def test_runs_as_a_program(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "extract_features.py"), str(tmp_path), "--results_path", "x.npz"]
+def test_runs_as_a_program(quick, tmp_path):
+    command = [quick, str(ROOT / "scripts" / "extract_features.py"), str(tmp_path), "--results_path", "x.npz"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 2 and ended.stderr.startswith("error: DIR:") and ended.stderr.count("\n") == 1

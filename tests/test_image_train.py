@@ -471,10 +471,10 @@ image_train.main(sys.argv[1:])
 """
 
 
-def test_a_failure_leaves_no_worker_behind(data_dir, tmp_path):
+def test_a_failure_leaves_no_worker_behind(data_dir, quick, tmp_path):
     """The end of the process would wait for one, and the launcher would never hear that this rank is gone."""
     flags = ["--data_dir", str(data_dir), *TINY, *TRAIN, "--num_workers", "1", "--max_steps", "1"]
-    command = [sys.executable, "-c", OUT_OF_MEMORY, *flags]
+    command = [quick, "-c", OUT_OF_MEMORY, *flags]
     env = {**os.environ, "OPENAI_LOGDIR": str(tmp_path / "out")}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("RuntimeError: out of memory"), run.stderr

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -42,7 +41,7 @@ def test_strictly_what_is_not_finite_counts_as_infinite():
     assert meter.read() == {"mse": math.inf, "mse_q2": math.inf}
 
 
-def test_a_rank_without_losses_reads_the_same_means(tmp_path):
+def test_a_rank_without_losses_reads_the_same_means(quick, tmp_path):
     script = textwrap.dedent(f"""
         import json, sys, torch as th, torch.distributed as dist
         from guided_diffusion.meters import LossMeter
@@ -55,7 +54,7 @@ def test_a_rank_without_losses_reads_the_same_means(tmp_path):
         dist.destroy_process_group()
     """)
     root = Path(__file__).parents[1]
-    ranks = [Popen([sys.executable, "-c", script, str(rank)], stdout=PIPE, text=True, cwd=root) for rank in range(2)]
+    ranks = [Popen([quick, "-c", script, str(rank)], stdout=PIPE, text=True, cwd=root) for rank in range(2)]
     answers = [json.loads(process.communicate(timeout=60)[0].splitlines()[-1]) for process in ranks]
     assert answers[0] == answers[1] == {"mse": 3.5, "mse_q1": 2.0, "mse_q3": 4.0}
 

@@ -420,9 +420,9 @@ def test_sets_of_patches_are_not_mixed(raw, tmp_path, capsys):
     assert "not by this command" in refusal(capsys, raw, out, *SIZE)
 
 
-def test_the_command_line(raw, tmp_path):
+def test_the_command_line(raw, quick, tmp_path):
     def run(*arguments):
-        command = [sys.executable, SCRIPT, *map(str, arguments)]
+        command = [quick, SCRIPT, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
     (raw / MASK).rename(tmp_path / "mask")

@@ -1,7 +1,6 @@
 """Timestep samplers: exact expectations, the learned distribution's formula, and one sampler on all ranks."""
 
 import json
-import sys
 import textwrap
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -142,7 +141,7 @@ def test_local_losses_without_a_process_group():
     assert local.weights().tolist() == everywhere.weights().tolist()
 
 
-def test_ranks_share_their_losses_in_turns(tmp_path):
+def test_ranks_share_their_losses_in_turns(quick, tmp_path):
     """Two processes with unequal numbers of losses end with the weights of one that saw the whole batch in order."""
     script = textwrap.dedent(f"""
         import sys, torch as th, torch.distributed as dist
@@ -156,7 +155,7 @@ def test_ranks_share_their_losses_in_turns(tmp_path):
         dist.destroy_process_group()
     """)
     root = Path(__file__).parents[1]
-    ranks = [Popen([sys.executable, "-c", script, str(rank)], stdout=PIPE, text=True, cwd=root) for rank in range(2)]
+    ranks = [Popen([quick, "-c", script, str(rank)], stdout=PIPE, text=True, cwd=root) for rank in range(2)]
     answers = [process.communicate(timeout=60)[0].strip().splitlines()[-1] for process in ranks]
     # Timestep 0 has two slots, and sees 1, 5, 2, 7.
     expected = second_moment_formula(np.array([[2.0, 7.0], [3.0, 4.0]]))
