@@ -1,5 +1,6 @@
 """Clusters of planted blobs, labels of new points, and the seeded cascade of subsets."""
 
+import functools
 import sys
 from collections import Counter
 
@@ -35,15 +36,29 @@ def test_finds_planted_blobs(reduce, cluster):
     assert found.train.shape == (180, 8 if reduce == "none" else 3)
 
 
-@pytest.mark.slow
-def test_umap_is_seeded_and_assigns_test_points():
-    pytest.importorskip("umap")
-    train, of = blobs(30, dimensions=8)
-    options = Options("umap", "hdbscan", 2, min_samples=3, min_cluster_size=10)
-    one, two = (fit(train, train[::10], options, seed=5) for _ in range(2))
+@pytest.fixture
+def short_umap(monkeypatch) -> None:
+    """UMAP as Python interprets it, for few rounds: to compile it takes a minute, and changes no number that counts."""
+    numba = pytest.importorskip("numba")
+    with monkeypatch.context() as while_it_is_imported:
+        while_it_is_imported.setattr(numba.config, "DISABLE_JIT", 1)
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("umap", "pynndescent")]:
+            while_it_is_imported.delitem(sys.modules, name)
+        pytest.importorskip("umap")
+        umap = clustering.import_umap()
+        monkeypatch.setattr(clustering, "import_umap", lambda: functools.partial(umap, n_epochs=20))
+        yield
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("umap", "pynndescent")]:
+            del sys.modules[name]
+
+
+def test_umap_is_seeded_and_assigns_test_points(short_umap):
+    train, of = blobs(15, dimensions=8)
+    options = Options("umap", "hdbscan", 2, min_samples=3, min_cluster_size=6)
+    one, two = (fit(train, train[::5], options, seed=5) for _ in range(2))
     assert np.array_equal(one.train, two.train) and np.array_equal(one.test, two.test)
     assert one.train_labels == two.train_labels and one.test_labels == two.test_labels
-    assert same_partition(one.train_labels, of) and one.test_labels == one.train_labels[::10]
+    assert same_partition(one.train_labels, of) and one.test_labels == one.train_labels[::5]
 
 
 @pytest.mark.parametrize(
