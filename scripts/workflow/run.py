@@ -5,7 +5,8 @@ Run a workflow of Snakemake in OUT, for pipeline.sh and experiment.sh.
 
 Settings come from the environment, see the callers. What is known here before anything is written: whether RAW holds
 slides, and whether they have changed, by their content; which files of finished stages have gone, so that those are
-made again. TIME_LIMIT ends the run after these seconds. A limit, SIGTERM or Ctrl-C reaches all running stages, which
+made again. With --keep-going, a stage that fails then is left out with what builds on it, and the others go on.
+TIME_LIMIT ends the run after these seconds. A limit, SIGTERM or Ctrl-C reaches all running stages, which
 save what they can; then the exit code is 75, and the same command goes on. Where a stage refuses what a user gave, its
 line comes last, and the exit code is 2.
 """
@@ -42,6 +43,7 @@ LOOKS = {"--report", "--dag", "--rulegraph", "--filegraph", "--d3dag", "--summar
 LOOKS |= {"--list-rules", "-l", "--list-target-rules", "--lt", "--touch", "-t", "--unlock", "--help", "-h", "--version"}
 REMOTE = {"--executor", "-e", "--profile"}
 PLACES = {"--cores", "-c", "--jobs", "-j"}
+KEEP_GOING = {"--keep-going", "-k"}
 GRACE = 60  # seconds from a limit to the end of what does not stop
 
 
@@ -73,14 +75,29 @@ def main(argv: list[str] | None = None) -> None:
         command += ["--resources", f"gpu={len(environment['SDM_GPUS'].split(','))}"]
     runner = Runner(args.out, {**os.environ, **environment}, int(limit) if limit else None, bool(names & REMOTE))
     gone = [] if names & LOOKS else stages_without_files(args.out)
-    needed = runner.outputs([*command, *flags]) if gone else set()
+    left_out = make_again(gone, runner, [*command, *flags], bool(names & KEEP_GOING)) if gone else []
+    runner.run([*command, *flags, *left_out])
+    runner.finish()
+
+
+def make_again(gone: list[str], runner: "Runner", command: list[str], keep_going: bool) -> list[str]:
+    """
+    Run finished stages whose files have gone, in their order.
+
+    :param command: the engine's, of the run; keep_going: whether a failure does not end it.
+    :return: flags of the engine that leave out the stages that failed, with what builds on them.
+    """
+    needed, left_out = runner.outputs(command), []
     for name in gone:
         seal = f"stages/{name}.json"
         if seal in needed:
             # By itself: what builds on it is done anew only where something else is made this time.
             print(f"files of {name} have gone: they are made again", flush=True)
-            runner.run([*command, *flags, "--forcerun", seal, "--until", seal])
-    runner.run([*command, *flags])
+            if not runner.run([*command, *left_out, "--forcerun", seal, "--until", seal]):
+                if not keep_going:
+                    runner.finish()
+                left_out += [seal] if left_out else ["--omit-from", seal]
+    return left_out
 
 
 def settings(parallel: int, remote: bool) -> dict[str, str]:
@@ -175,12 +192,13 @@ class Runner:
         self.environment = {**environment, failures.RUN: self.name}
         self.end = time.monotonic() + limit if limit else float("inf")
         self.stopped = ""
+        self._code = 0  # of the last command that failed
         self._child: subprocess.Popen | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._signalled)
 
-    def run(self, command: list[str]) -> None:
-        """:raises SystemExit: unless the command ends well."""
+    def run(self, command: list[str]) -> bool:
+        """:return: whether the command ends well. :raises SystemExit: where it was stopped."""
         if not self.stopped:
             # A session of its own, so that the terminal's Ctrl-C reaches it once, from here.
             self._child = subprocess.Popen(
@@ -194,8 +212,13 @@ class Runner:
         if code and self.stopped:
             print(f"{self.stopped}: not finished, the same command goes on", flush=True)
             sys.exit(cli.NOT_FINISHED)
-        if code:
-            code, text = failures.report(self.out, self.name, code if code > 0 else 128 - code)
+        self._code = (code if code >= 0 else 128 - code) or self._code
+        return not code
+
+    def finish(self) -> None:
+        """Say what failed, if anything did. :raises SystemExit: then."""
+        if self._code:
+            code, text = failures.report(self.out, self.name, self._code)
             sys.stderr.write(text)
             sys.exit(code)
 

@@ -3,7 +3,8 @@ Stands in for the programs of the pipeline where a test is about how they are wi
 files, no content but checksums of what went in. Given as PYTHON, so called as `stand_in PROGRAM arguments`.
 
 It adds a line to $RECORD for each call. A training takes $STEP_SECONDS a step, adds a line to `steps` in its folder for
-each, saves at SIGTERM and ends well, as image_train.py does, and goes on from what it saved.
+each, saves at SIGTERM and ends well, as image_train.py does, and goes on from what it saved. $FAIL names a program that
+fails, and perhaps words of the calls that do.
 """
 
 import hashlib
@@ -21,7 +22,8 @@ def main() -> None:
     program, arguments = Path(sys.argv[1]).stem, sys.argv[2:]
     with open(os.environ["RECORD"], "a") as record:
         record.write(f"{program} {' '.join(arguments)}\n")
-    if program == os.environ.get("FAIL"):
+    failing, _, words = os.environ.get("FAIL", "").partition(" ")
+    if program == failing and words in f"{arguments} {os.environ.get('OPENAI_LOGDIR')}":
         sys.exit("it was told to fail")
     globals()[program](*[word for word in arguments if not word.startswith("--")], flags=flags_of(arguments))
 

@@ -271,6 +271,21 @@ def test_a_stage_that_fails_shows_its_log(toy, raw):
     assert toy.done(raw, "out") == ALL[2:]
 
 
+@pytest.mark.slow
+def test_others_go_on_where_a_stage_whose_files_have_gone_fails(toy, raw, tmp_path):
+    out, two, fail = tmp_path / "out", {"CLUSTERS": "0 1"}, {"FAIL": "image_train finetune-clus0"}
+    toy.done(raw, "out", **two)
+    shutil.rmtree(out / "finetune-clus0")
+    code, text = toy.run(raw, "out", "--keep-going", S_VALUES="2", **two, **fail)
+    last = "finetune-0 failed with exit code 1, see out/logs/finetune-0.log"
+    assert code == 1 and text.splitlines()[-1] == last and toy.stages() == ["finetune", "samples"], text
+    assert {path.name[-3:] for path in (out / "samples/1").glob("ema*")} == {"_s2"}
+    assert toy.done(raw, "out", S_VALUES="2", **two) == ["finetune", "samples", "filter", "set"]
+    shutil.rmtree(out / "finetune-clus0")
+    code, text = toy.run(raw, "out", S_VALUES="3", **two, **fail)
+    assert code == 1 and text.splitlines()[-1] == last and toy.stages() == ["finetune"], text
+
+
 def test_slides_that_were_not_drawn_to_the_end_are_drawn_again(toy, tmp_path):
     assert toy.run("raw", "out", FAIL="make_toy_monuseg")[0] == 1 and not (tmp_path / "raw").exists()
 
