@@ -1,11 +1,12 @@
 """How the engine runs the experiment: whole, on toy slides, a cell of each track at once."""
 
 import csv
+import functools
 import json
 import os
 import re
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,13 @@ def slides(tmp_path_factory) -> Path:
     return folder
 
 
-def experiment(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHON": sys.executable, "ENGINE": sys.executable, "NPROC": "1", **environment}
+@pytest.fixture
+def experiment(quick) -> Callable[..., subprocess.CompletedProcess]:
+    return functools.partial(run_experiment, quick)
+
+
+def run_experiment(python: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHON": str(python), "ENGINE": str(python), "NPROC": "1", **environment}
     command = ["bash", SCRIPTS / "experiment.sh", *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1500)
 
@@ -44,12 +50,12 @@ def spans_of(stages: Path, cell: str) -> list[tuple[float, float]]:
 
 
 @pytest.mark.slow
-def test_all_tracks_at_once(slides, quick, tmp_path):
+def test_all_tracks_at_once(slides, experiment, tmp_path):
     config, out = tmp_path / "toy.conf", tmp_path / "out"
     config.write_text(CONFIG.read_text())
-    first = experiment(slides, out, config, CELLS="none", PYTHON=str(quick))
+    first = experiment(slides, out, config, CELLS="none")
     assert first.returncode == 0 and sorted(rules(first)) == ["all", "patches", "test"], first.stderr[-3000:]
-    run = experiment(slides, out, config, "--cores", "2", PYTHON=str(quick))
+    run = experiment(slides, out, config, "--cores", "2")
     assert run.returncode == 0 and not {"patches", "test"} & set(rules(run)), run.stderr[-3000:]
     assert "masks | 50 % | 1 | 3 | 1 | 32 | 32 | 48" in run.stdout and "about" in run.stdout
     # Some stage of the one began and ended while one of the other ran.
@@ -91,7 +97,7 @@ def test_all_tracks_at_once(slides, quick, tmp_path):
         (out / f"{cell}/segmenters/{variant}/result.json").unlink()
     (out / "results.csv").unlink()
     (out / "slides-f50-s0/segmenters/made2/checkpoint.pt").write_text("broken")
-    failed = experiment(slides, out, config, PYTHON=str(quick))
+    failed = experiment(slides, out, config)
     assert failed.returncode == 2, failed.stderr[-3000:]
     assert (out / "stages/patches-f30-s0").exists() and not (out / "stages/slides-f50-s0").exists()
     assert re.match(r"error: slides-f50-s0-made2-train: .*checkpoint.pt is broken", failed.stderr.splitlines()[-1])
@@ -150,7 +156,7 @@ def check_cell(cell: Path, variants: list[str]) -> None:
     assert [own["synthetic_first"] for own in configs if own["synthetic_first"]] == [0.5]
 
 
-def test_mistakes(slides, tmp_path):
+def test_mistakes(slides, experiment, tmp_path):
     (tmp_path / "file").touch()
     make_toy_monuseg.main([str(tmp_path / "train"), "--train", "1", "--test", "0", "--size", "256"])
     for arguments, cells, message in (
