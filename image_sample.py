@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 
-from guided_diffusion import checkpoint, cli, dist_util, logger, magnification, signals
+from guided_diffusion import checkpoint, cli, dist_util, logger, magnification, signals, trained_flags
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.histology.features.embeddings import load_features
@@ -61,14 +61,14 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if args.dry_run and not args.model_path:
         return args, []
     paths = dist_util.from_rank_0(lambda: find_checkpoints(args.model_path))
-    config = dist_util.from_rank_0(lambda: checkpoint.load_config(paths[0])) or {"mpp": magnification.REFERENCE_MPP}
+    config = dist_util.from_rank_0(lambda: trained_flags.load_config(paths[0])) or {"mpp": magnification.REFERENCE_MPP}
     # What areas went by, and how colours were shuffled, is part of what the condition means to the model.
-    fields = (*checkpoint.MODEL_FIELDS, "preserve_nuclei_col", "mpp")
+    fields = (*trained_flags.MODEL_FIELDS, "preserve_nuclei_col", "mpp")
     known = {name: config[name] for name in fields if name in config and name in vars(args)}
     for name, value in known.items():
         if type(value) is not type(parser.get_default(name)):
             raise ValueError(f"config.json beside {args.model_path} has --{name} {value!r}: restore it or remove it")
-    parser.set_defaults(**known, null_condition=checkpoint.trained_null_condition(config))
+    parser.set_defaults(**known, null_condition=trained_flags.trained_null_condition(config))
     return parser.parse_args(argv), paths
 
 
@@ -97,7 +97,7 @@ def check_files(args: argparse.Namespace, model: UNetModel, weights: list[str], 
         if not args.overwrite:
             check_same_run(args.results_path, run)
         for path in weights:
-            checkpoint.check_config(path, vars(args))
+            trained_flags.check_config(path, vars(args))
 
     dist_util.from_rank_0(check)
     for path in weights:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch as th
 
-from guided_diffusion import cards, checkpoint, cli, dist_util, logger, magnification
+from guided_diffusion import cards, checkpoint, cli, dist_util, logger, magnification, trained_flags
 from guided_diffusion.checkpointer import Checkpointer
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
@@ -72,10 +72,10 @@ def check_last_step(options: TrainOptions, resume_checkpoint: str) -> None:
 def check_begun_with(args: argparse.Namespace) -> None:
     """:raises ValueError: where a checkpoint to begin with is of another model; but the mark can be taught to one."""
     if args.resume_checkpoint:
-        checkpoint.check_config(args.resume_checkpoint, vars(args))
+        trained_flags.check_config(args.resume_checkpoint, vars(args))
     if args.init_checkpoint:
         taught = {"mark_unknown"} if args.mark_unknown else set()
-        checkpoint.check_config(args.init_checkpoint, args_to_dict(args, vars(args).keys() - taught))
+        trained_flags.check_config(args.init_checkpoint, args_to_dict(args, vars(args).keys() - taught))
 
 
 def load_parts(args: argparse.Namespace, spec: ConditionSpec) -> tuple[NucleiDataset, NucleiDataset | None]:
@@ -105,7 +105,7 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, str]:
     begun_with, folder = args.resume_checkpoint or args.init_checkpoint, logger.environment_dir()
     # Where the checkpoint has gone since, the run in the folder, which began with it, says so.
     places = [begun_with, f"{folder}/" if folder else ""] if begun_with else []
-    configs = filter(None, map(checkpoint.load_config, filter(None, places)))
+    configs = filter(None, map(trained_flags.load_config, filter(None, places)))
     if args.unlabelled_dir or next(configs, {}).get("mark_unknown"):
         parser.set_defaults(mark_unknown=True)
         args = parser.parse_args(argv)

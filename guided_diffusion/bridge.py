@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch as th
 
-from . import checkpoint
+from . import checkpoint, trained_flags
 from .conditioning import ConditionSpec
 from .histology.features import backbones
 from .histology.features.backbones import as_batch, hash_weights, resized
@@ -38,7 +38,7 @@ def load_sdm(name: str, device: th.device, dtype: th.dtype) -> "DiffusionBackbon
         path, number = name.partition(":")[2], ""
     if not Path(path).is_file():
         raise FileNotFoundError(f"--backbone {name}: {path} is not a file: give a checkpoint of image_train.py")
-    config = checkpoint.load_config(path)
+    config = trained_flags.load_config(path)
     if config is None:
         raise FileNotFoundError(f"--backbone {name}: there is no config.json beside {path}, which says how it was made")
     return DiffusionBackbone(name, path, config, int(number) if number else TIMESTEP, device, dtype)
@@ -62,7 +62,7 @@ class DiffusionBackbone:
         self, name: str, path: str, config: dict, t: int, device: th.device, dtype: th.dtype = th.float32
     ) -> None:
         flags = {**ConditionSpec.flags(), **model_and_diffusion_defaults()}
-        for field in checkpoint.MODEL_FIELDS:
+        for field in trained_flags.MODEL_FIELDS:
             if field in config and type(config[field]) is not type(flags[field]):
                 raise ValueError(f"config.json beside {path} has --{field} {config[field]!r}: restore it or remove it")
             flags[field] = config.get(field, flags[field])

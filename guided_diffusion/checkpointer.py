@@ -14,7 +14,7 @@ from typing import Any
 
 import torch as th
 
-from . import cards, checkpoint, dist_util, files, logger
+from . import cards, checkpoint, dist_util, files, logger, trained_flags
 from .checkpoint_sets import check_one_run, find_newest, prune, steps
 
 
@@ -101,7 +101,7 @@ class Checkpointer:
         found = steps(self.folder) if self.folder else []
         if not found:
             return wanted
-        before = checkpoint.load_config(os.path.join(self.folder, checkpoint.model_name(found[-1]))) or {}
+        before = trained_flags.load_config(os.path.join(self.folder, checkpoint.model_name(found[-1]))) or {}
         self._compare({**defaults, **before} if before else {}, flags, changeable)
         if wanted and wanted != before.get("resume_checkpoint"):
             return wanted  # a run of its own from here on
@@ -127,7 +127,7 @@ class Checkpointer:
         allowed |= {"unlabelled_dir"}
         for name, value in flags.items():
             old = before.get(name, value)
-            if name == "resume_checkpoint" or checkpoint.meaning(old) == checkpoint.meaning(value):
+            if name == "resume_checkpoint" or trained_flags.meaning(old) == trained_flags.meaning(value):
                 continue
             if name not in allowed:
                 raise ValueError(
@@ -168,7 +168,7 @@ class Checkpointer:
         self.run_id = self.run_id or secrets.token_hex(8)
         if config is not None:
             self._config = {**config, "run": {"id": self.run_id, **self.facts}}
-            files.write_json(os.path.join(self.folder, checkpoint.CONFIG_NAME), self._config)
+            files.write_json(os.path.join(self.folder, trained_flags.CONFIG_NAME), self._config)
         self.best = self._read_best()
 
     def _read_best(self) -> dict[str, float]:
@@ -178,7 +178,7 @@ class Checkpointer:
             path = os.path.join(folder, checkpoint.state_name(step))
             with contextlib.suppress(ValueError):
                 check_one_run(os.path.join(folder, checkpoint.model_name(step)))
-                best = checkpoint.parse(path, path).get("best", {}) if checkpoint.is_file(path) else {}
+                best = checkpoint.parse(path, path).get("best", {}) if files.is_file(path) else {}
                 if best and best.pop("held_out", None) == self.facts.get("held_out", ""):
                     return best
         return {}
@@ -238,7 +238,7 @@ class Checkpointer:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, model))
         if self._config is not None and folder != self.folder:
-            files.write_json(os.path.join(folder, checkpoint.CONFIG_NAME), self._config)
+            files.write_json(os.path.join(folder, trained_flags.CONFIG_NAME), self._config)
         if card:  # before the model, with which all is there: a run that goes on from it need not write it again
             files.write_text(os.path.join(folder, cards.NAME), card)
         for name in (*parts, model):
@@ -259,7 +259,7 @@ class Checkpointer:
 def _content_id(path: str) -> str:
     """What tells the weights to begin with from others; "" where that is not known."""
     known = path and not files.is_remote(path)
-    return _on_rank_0(lambda: checkpoint.content_id(path) if known and checkpoint.is_file(path) else "")
+    return _on_rank_0(lambda: checkpoint.content_id(path) if known and files.is_file(path) else "")
 
 
 def _on_rank_0(function: Callable[[], Any]) -> Any:

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,19 @@ _FORMULA = re.compile(r"(?:^|/)[=+\-@]")  # names go into manifests
 def is_remote(path: str | Path) -> bool:
     """:return: whether a path is a URL, which blobfile reads and writes."""
     return "://" in str(path)
+
+
+def is_file(path: str) -> bool:
+    """
+    :return: whether there is such a file.
+    :raises OSError: where that cannot be found out.
+    """
+    if is_remote(path):
+        return bf.exists(path) and not bf.isdir(path)
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 # ---- which files there are ----

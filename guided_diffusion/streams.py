@@ -1,15 +1,19 @@
 """
 Random streams: each draw of a run has a purpose and a place, and its numbers follow from these and the seed alone.
 
-No stream is part of another, and none depends on what was drawn before. Knows nothing of what is drawn.
+No stream is part of another, and none depends on what was drawn before. Knows nothing of what is drawn. torch is
+imported where its generators are asked for: half of the programs draw without it, and start seconds earlier for it.
 """
 
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch as th
+
+if TYPE_CHECKING:
+    import torch as th
 
 
 def _entropy(purpose: str, key: tuple[int, ...]) -> int:
@@ -33,14 +37,18 @@ def seed(purpose: str, *key: int) -> int:
     return _entropy(purpose, key) >> 193
 
 
-def generator(purpose: str, *key: int, device: th.device | str = "cpu") -> th.Generator:
+def generator(purpose: str, *key: int, device: "th.device | str" = "cpu") -> "th.Generator":
     """:return: the torch generator of one stream on a device, see rng. Kinds of device draw different numbers."""
+    import torch as th
+
     return th.Generator(device).manual_seed(seed(purpose, *key))
 
 
 @contextlib.contextmanager
-def global_generator(purpose: str, *key: int, device: th.device | str = "cpu") -> Iterator[None]:
+def global_generator(purpose: str, *key: int, device: "th.device | str" = "cpu") -> Iterator[None]:
     """Give what draws from torch's global generator, such as dropout, one stream for a with block, see rng."""
+    import torch as th
+
     with th.random.fork_rng([device] if th.device(device).type == "cuda" else []):
         th.manual_seed(seed(purpose, *key))
         yield

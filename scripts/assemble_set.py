@@ -27,7 +27,7 @@ from pathlib import Path, PurePath
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from guided_diffusion import cards, cell_classes, checkpoint, cli, progress
+from guided_diffusion import cards, cell_classes, cli, progress, trained_flags
 from guided_diffusion.files import check_apart, is_remote, list_files, replace_folder, write_text
 from guided_diffusion.histology.assembly import (
     Synthetic,
@@ -43,7 +43,7 @@ from guided_diffusion.histology.evaluation.runs import Sample, add_run_flags, fi
 from guided_diffusion.histology.features.cluster_folders import Patch, list_patches
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 from guided_diffusion.image_files import check_image
-from guided_diffusion.script_util import str2bool
+from guided_diffusion.options import str2bool
 
 RECORD = "assemble.json"
 
@@ -177,7 +177,7 @@ def licences(samples: Sequence[Sample]) -> list[str]:
     def each() -> Iterator[str]:
         for path in sorted({sample.row.get("checkpoint") or "" for sample in samples}):
             with contextlib.suppress(OSError, ValueError):
-                config = (checkpoint.load_config(path) if path and not is_remote(path) else None) or {}
+                config = (trained_flags.load_config(path) if path and not is_remote(path) else None) or {}
                 yield str(config.get("data_licence") or cards.UNKNOWN)
 
     return list(dict.fromkeys(each()))

@@ -48,7 +48,7 @@ from guided_diffusion.histology.features.clustering import (
 from guided_diffusion.histology.features.embeddings import Features, load_features
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from guided_diffusion.image_files import read_image
-from guided_diffusion.script_util import str2bool
+from guided_diffusion.options import str2bool
 
 LARGE = 0.4  # of the training patches
 OWN_FILES = ("clusters.csv", "scores.json", "clusters.png")

@@ -52,7 +52,7 @@ from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmen
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 from guided_diffusion.image_files import EXTENSIONS, check_image, read_image, read_inst_mask
 from guided_diffusion.images import check_complete
-from guided_diffusion.script_util import str2bool
+from guided_diffusion.options import str2bool
 from guided_diffusion.slides import slides_of
 from guided_diffusion.windows import tiles
 

@@ -34,7 +34,7 @@ from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter, outlined
 from guided_diffusion.histology.segmenter.net import ADAPT
 from guided_diffusion.image_files import EXTENSIONS, read_image
-from guided_diffusion.script_util import str2bool
+from guided_diffusion.options import str2bool
 from guided_diffusion.slides import slides_of
 
 METRICS = "metrics.json"

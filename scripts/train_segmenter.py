@@ -32,7 +32,7 @@ from guided_diffusion.histology.segmenter.decoding import FILE
 from guided_diffusion.histology.segmenter.net import ADAPT, STRIDE
 from guided_diffusion.histology.segmenter.training import CHECKPOINT, Settings, Training
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT
-from guided_diffusion.script_util import str2bool
+from guided_diffusion.options import str2bool
 from guided_diffusion.slides import slides_of
 
 CONFIG, RESULT = "config.json", "result.json"

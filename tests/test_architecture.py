@@ -59,6 +59,7 @@ RANKS = {
     "windows": 2,
     "diffusion_process": 2,
     "checkpoint": 1,
+    "trained_flags": 1,
     "pairing": 1,
     "reading": 2,
     "image_datasets": 3,

@@ -1,4 +1,4 @@
-"""Checkpoints: names, safe reading, and the configuration beside them."""
+"""Checkpoints: names, safe reading, and which run wrote them."""
 
 import os
 import pickle
@@ -8,8 +8,7 @@ import pytest
 import torch as th
 from torch import nn
 
-from guided_diffusion import checkpoint
-from guided_diffusion.files import write_json
+from guided_diffusion import checkpoint, trained_flags
 
 
 @pytest.mark.parametrize(
@@ -95,35 +94,6 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         checkpoint.load_weights(target, path)
 
 
-def test_config_names_the_first_field_that_differs(tmp_path):
-    path = str(tmp_path / "model000001.pt")
-    flags = {"image_size": 64, "num_channels": 32, "lr": 1e-4}
-    checkpoint.check_config(path, flags)  # nothing is known: nothing is refused
-    write_json(tmp_path / "config.json", flags)
-    checkpoint.check_config(path, {**flags, "lr": 5e-4})
-    with pytest.raises(ValueError, match="--num_channels 32, this run has --num_channels 64"):
-        checkpoint.check_config(path, {**flags, "num_channels": 64})
-    before = {"spade_channels": 128, "predict_v": False, "loss_weights": "none"}  # in what is older than these flags
-    checkpoint.check_config(path, {**flags, **before})
-    assert checkpoint.load_config(path).items() >= before.items()
-    with pytest.raises(ValueError, match="--spade_channels 128, this run has --spade_channels 32"):
-        checkpoint.check_config(path, {**flags, "spade_channels": 32})
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json does not parse"):
-        checkpoint.check_config(path, flags)
-
-
-def test_data_of_another_magnification_than_the_model_knows_is_said(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(checkpoint.logger, "warn", said.append)
-    write_json(tmp_path / "config.json", {"mpp": 0.5})
-    for mpp in (0.5, 0.25):
-        write_json(tmp_path / "prepare.json", {"mpp": mpp})
-        checkpoint.check_config(str(tmp_path / "model000001.pt"), {"data_dir": str(tmp_path)})
-    checkpoint.check_config(str(tmp_path / "model000001.pt"), {"structure_dir": str(tmp_path)})
-    assert len(said) == 2 and all("was trained at 0.5 um a pixel" in line and "has 0.25" in line for line in said)
-
-
 def test_a_file_says_which_run_wrote_it_and_loads_as_any_other(tmp_path):
     state = {"b": th.rand(300), "a": th.arange(4)}
     for name, run_id in (("one.pt", "ab12"), ("two.pt", "cd34"), ("none.pt", "")):
@@ -159,7 +129,7 @@ def test_what_cannot_be_read_is_not_taken_for_spoilt_or_missing(tmp_path):
         checkpoint.is_whole(str(folder))
     (tmp_path / "config.json").symlink_to("/proc/self/mem")
     with pytest.raises(OSError, match="Input/output error"):
-        checkpoint.load_config(str(path))
+        trained_flags.load_config(str(path))
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     with pytest.raises(OSError, match="symbolic links"):

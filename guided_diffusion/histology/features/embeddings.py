@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,7 +29,9 @@ from ...files import list_files, nfc, writing
 from ...image_files import EXTENSIONS, check_image, read_image
 from ...images import check_complete
 from ..slides.annotations import TEST_SPLIT, TRAIN_SPLIT
-from .backbones import Backbone
+
+if TYPE_CHECKING:  # which needs torch: features that are there are read without
+    from .backbones import Backbone
 
 SPLITS = (TRAIN_SPLIT, TEST_SPLIT)
 CHUNK = 256  # images whose vectors are kept together until all are there
@@ -159,7 +162,7 @@ def digest(file: Path) -> str:
 def extract(
     files: Sequence[Path],
     digests: Sequence[str],
-    backbone: Backbone,
+    backbone: "Backbone",
     parts: Path,
     *,
     key: str = "",
@@ -202,7 +205,7 @@ def extract(
     return np.concatenate(vectors)
 
 
-def _embed(files: Sequence[Path], backbone: Backbone, batch_size: int, num_workers: int) -> Iterator[np.ndarray]:
+def _embed(files: Sequence[Path], backbone: "Backbone", batch_size: int, num_workers: int) -> Iterator[np.ndarray]:
     """Vectors of images, in order, by batches of one size."""
     for start_of_size in _batches(_read_ahead(files, num_workers, 2 * batch_size), batch_size):
         yield np.asarray(backbone.embed(np.stack(start_of_size)), np.float32)
