@@ -1,6 +1,7 @@
 """How a user's mistake or a request to stop ends a program: in one line. Knows nothing of what the programs do."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -59,6 +60,7 @@ def run(
 
     By the project's rule these are what a user's mistake or a missing optional package raises. A request to stop, see
     signals, ends the program in the same way, with 128 and the signal's number, unless it handles it.
+    What modules warn of by Python's logging is printed as logger prints it, with "WARNING: " in front.
     SDM_TRACEBACK=1 in the environment lets them through, for whoever hunts a bug.
 
     :param main: the program.
@@ -66,6 +68,7 @@ def run(
     :param leave: called before the program ends so, to leave the other ranks; says whether all of them do the same. If
         they do not, this rank prints its own line.
     """
+    logging.lastResort.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     try:
         with signals.raised():
             main()

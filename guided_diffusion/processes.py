@@ -4,7 +4,6 @@ Processes that a program starts: they end with it, and get the signals that were
 Knows nothing of what they do.
 """
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -21,13 +20,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _WAITING = 8  # results of each worker that may wait until they are asked for: memory does not grow with the items
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
-
-def end_with_parent(number: int) -> None:
-    """Have the kernel send this process a signal when its parent ends, by SIGKILL even."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def run(command: list[str], output: IO[str], environment: dict[str, str]) -> tuple[int, bool]:
@@ -55,7 +48,7 @@ def run(command: list[str], output: IO[str], environment: dict[str, str]) -> tup
         stderr=subprocess.STDOUT,
         env={**os.environ, **environment},
         process_group=0,  # what is sent to this one's whole group reaches it once, from here
-        preexec_fn=lambda: end_with_parent(signal.SIGTERM),
+        preexec_fn=lambda: signals.end_with_parent(signal.SIGTERM),
     )
     if received:  # before there was a child
         child.send_signal(received[-1])

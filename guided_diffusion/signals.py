@@ -152,9 +152,14 @@ def leave_to_parent(worker: int = 0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def end_with_parent(number: int) -> None:
+    """Have the kernel send this process a signal when its parent ends, by SIGKILL even."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
 def stop_with_parent() -> None:
     """Have this process asked to stop, by SIGTERM, when the one that started it ends, however that comes."""
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    end_with_parent(signal.SIGTERM)
     if os.getppid() != parent:  # it ended before the line above
         os.kill(os.getpid(), signal.SIGTERM)

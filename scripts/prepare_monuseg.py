@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     check_recorded_slides(args.out, counts, bool(classes))
 
     for line in in_words(findings):
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"WARNING: {line}", file=sys.stderr)
     make_folders(args.out, counts, bool(classes))
     # The manifest goes first, so that what an interrupted run leaves is not taken for a finished set of other settings.
     zoom = args.patch_size / (args.resize or args.patch_size)

@@ -1,5 +1,6 @@
 """A mistake is one line and exit code 2, a request to stop one line and its own; a bug keeps its traceback."""
 
+import logging
 import os
 import signal
 import time
@@ -24,6 +25,12 @@ def test_one_line_and_exit_code(capsys, error):
     assert stop.value.code == 2 and left == [True]
     out, err = capsys.readouterr()
     assert out == "" and err == f"error: {' '.join(str(error).split())}\n"
+
+
+def test_what_modules_warn_of_is_said_as_logger_says_it(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's
+    cli.run(lambda: logging.getLogger("guided_diffusion.slides").warning("slides are guessed"))
+    assert capsys.readouterr() == ("", "WARNING: slides are guessed\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

@@ -257,7 +257,7 @@ def test_patches_are_named_after_the_patient(classed, tmp_path):
 
 def test_nuclei_that_resampling_loses_are_counted(classed, tmp_path, capsys):
     prepare(classed, tmp_path / "out", *SIZE, "--mpp", 0.5)
-    assert "warning: --mpp loses 4 of 12 nuclei, which are too small at that size" in capsys.readouterr().err
+    assert "WARNING: --mpp loses 4 of 12 nuclei, which are too small at that size" in capsys.readouterr().err
     prepare(classed, tmp_path / "same", *SIZE, "--mpp", 0.25)
     assert "warning" not in capsys.readouterr().err
 

@@ -39,7 +39,7 @@ import numpy as np
 import torch as th
 
 import image_train
-from guided_diffusion import cli, logger, magnification, processes
+from guided_diffusion import cli, logger, magnification, signals
 from guided_diffusion.data_stream import stream
 from guided_diffusion.devices import keep_memory
 from guided_diffusion.figures import save_png
@@ -219,7 +219,7 @@ def call(log: Path, script: str, *words: object, **more: str) -> None:
             stdout=file,
             stderr=file,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more},
-            preexec_fn=lambda: processes.end_with_parent(signal.SIGTERM),  # at which trainings save
+            preexec_fn=lambda: signals.end_with_parent(signal.SIGTERM),  # at which trainings save
         )
     if done.returncode:
         raise RuntimeError(f"{script} failed: see {log}")

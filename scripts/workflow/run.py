@@ -27,7 +27,7 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from guided_diffusion import cell_classes, cli, failures, files, processes
+from guided_diffusion import cell_classes, cli, failures, files, signals
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, Slide, find_slides
 from guided_diffusion.image_files import EXTENSIONS
 from guided_diffusion.slides import TABLE
@@ -205,7 +205,7 @@ class Runner:
                 command,
                 env=self.environment,
                 start_new_session=True,
-                preexec_fn=lambda: processes.end_with_parent(signal.SIGKILL),
+                preexec_fn=lambda: signals.end_with_parent(signal.SIGKILL),
             )
         code = self._wait() if self._child else 1
         self._child = None
