@@ -11,7 +11,7 @@ from PIL import Image
 
 import image_sample
 import image_train
-from guided_diffusion import checkpoint, logger
+from guided_diffusion import checkpoint, cli, logger
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
 from scripts.benchmarks import benchmark_startup, measure_filter, recipes
 
@@ -173,8 +173,28 @@ def test_equal_minutes_are_the_more_steps_the_less_a_step_costs(data_dir, tmp_pa
 
 
 def test_a_failed_program_is_named_with_its_log(tmp_path):
-    with pytest.raises(RuntimeError, match=r"scripts/summarise_runs\.py failed: see .*log"):
+    with pytest.raises(recipes.ProgramFailed, match=r"scripts/summarise_runs\.py failed with exit code 2, see .*log"):
         recipes.call(tmp_path / "log", "scripts/summarise_runs.py")
+
+
+@pytest.mark.parametrize(("word", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 15)", 143)])
+def test_a_run_of_recipes_whose_program_fails_ends_in_one_line(tmp_path, monkeypatch, capfd, word, code):
+    """Also where one of the processes that measure has called it."""
+    (tmp_path / "fails.py").write_text(f"import os, sys\n{word}\n")
+    monkeypatch.setattr(recipes, "ROOT", tmp_path)
+    monkeypatch.setattr(recipes, "find_slides", lambda raw: [])
+    monkeypatch.setattr(recipes, "prepare", lambda raw, out, wanted: None)
+    monkeypatch.setattr(recipes, "train_and_measure", fail)
+    (tmp_path / "costs.csv").write_text("recipe,seconds\n" + "".join(f"{name},2\n" for name in recipes.RECIPES))
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: recipes.main([str(tmp_path), str(tmp_path), "--recipes", "x", "--seeds", "0"]))
+    said = capfd.readouterr()
+    assert stop.value.code == code
+    assert said == ("", f"error: fails.py failed with exit code {code}, see {tmp_path / 'train.log'}\n")
+
+
+def fail(run):
+    recipes.call(run.out / "train.log", "fails.py")
 
 
 def test_recipes_are_the_experiments_but_for_their_flags():

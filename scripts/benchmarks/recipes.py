@@ -17,6 +17,7 @@ the first is not measured again, and what was broken off goes on. With recipes.c
 a new OUT goes on with these.
 """
 
+import argparse
 import csv
 import io
 import json
@@ -137,6 +138,16 @@ def main(argv: list[str] | None = None) -> None:
     if min(*minutes, args.samples, args.jobs) <= 0:
         raise ValueError("--minutes, --samples and --jobs must be above 0")
     find_slides(args.raw)  # which raises where there are none
+    try:
+        work(args, names, seeds, minutes)
+    except ProgramFailed as failed:
+        line, code = failed.args
+        sys.stderr.write(f"error: {line}\n")
+        sys.exit(code)
+
+
+def work(args: argparse.Namespace, names: list[str], seeds: list[int], minutes: tuple[float, ...]) -> None:
+    """Train and measure what OUT lacks, and write it. :raises ProgramFailed: where a program that it runs fails."""
     args.out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(args.out)
     done = {(row["recipe"], int(row["seed"]), float(row["minutes"])) for row in rows}
@@ -211,8 +222,12 @@ def link_tests(patches: Path, folder: Path) -> None:
     (folder / TRAIN_SPLIT).symlink_to((patches / TEST_SPLIT).resolve())
 
 
+class ProgramFailed(RuntimeError):
+    """A program ended otherwise than well: one line that names it and its log; its exit code, as a shell gives it."""
+
+
 def call(log: Path, script: str, *words: object, **more: str) -> None:
-    """Run one of the project's programs on one thread. :raises RuntimeError: where it fails."""
+    """Run one of the project's programs on one thread. :raises ProgramFailed: where it fails."""
     with open(log, "a", encoding="utf-8") as file:
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *map(str, words)],
@@ -221,8 +236,8 @@ def call(log: Path, script: str, *words: object, **more: str) -> None:
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more},
             preexec_fn=lambda: signals.end_with_parent(signal.SIGTERM),  # at which trainings save
         )
-    if done.returncode:
-        raise RuntimeError(f"{script} failed: see {log}")
+    if code := done.returncode if done.returncode >= 0 else 128 - done.returncode:
+        raise ProgramFailed(f"{script} failed with exit code {code}, see {log}", code)
 
 
 def training_words(recipe: Recipe, data: Path, seed: int) -> list[str]:
