@@ -243,6 +243,18 @@ class ConditionSpec(Options):
             return self.drop(y, cond["unknown"].view(-1), drop_hvb_only=True)
         return y
 
+    def parts(self, cond: dict[str, th.Tensor]) -> list[str]:
+        """:return: the names of those parts of a batch that assemble looks at."""
+        edge = "edge" if "edge" in cond else "instance"
+        asked = {
+            "label": True,
+            "classes": self.cell_classes,
+            "col_map": self.use_col_map,
+            edge: not self.no_instance,
+            "unknown": self.mark_unknown and "unknown" in cond,
+        }
+        return [name for name, needed in asked.items() if needed]
+
     def _one_hot(self, classes: th.Tensor) -> th.Tensor:
         """:param classes: [N x 1 x H x W] ids. :return: [N x num_classes x H x W] of 0 and 1."""
         return F.one_hot(classes[:, 0].long(), self.num_classes).permute(0, 3, 1, 2)

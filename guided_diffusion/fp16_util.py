@@ -1,5 +1,5 @@
 """Mixed precision: which dtype to compute in, and fp16's dynamic loss scale. The parameters themselves are the fp32
-master weights; layers cast them at use (see nn.Conv2d), so checkpoints are always fp32."""
+master weights; layers compute with casts of them (see casting), so checkpoints are always fp32."""
 
 import math
 from collections.abc import Sequence

@@ -42,7 +42,8 @@ class LossMeter:
         self.num_timesteps = num_timesteps
         self.device = device
         self.strict = strict
-        self._sums: dict[str, th.Tensor] = {}  # name -> [2 x QUARTERS]: sums of weighted losses, and of weights
+        # Names -> [2 x names x QUARTERS]: sums of weighted losses, and of weights.
+        self._sums: dict[tuple[str, ...], th.Tensor] = {}
 
     def add(self, t: th.Tensor, losses: dict[str, th.Tensor], weights: th.Tensor | None = None) -> None:
         """
@@ -52,17 +53,17 @@ class LossMeter:
         :param losses: name -> [N] losses.
         :param weights: [N] positive weights, as importance sampling gives; all 1 if None.
         """
-        quarters = QUARTERS * t // self.num_timesteps
-        for name, values in losses.items():
-            values = values.detach().double()
-            w = th.ones_like(values) if weights is None else weights.double()
-            finite = values.isfinite()
-            if self.strict:
-                values = th.where(finite, values, th.inf)
-            else:
-                values, w = values.nan_to_num(0, 0, 0), w * finite
-            sums = self._sums.setdefault(name, th.zeros(2, QUARTERS, dtype=th.float64, device=self.device))
-            sums.index_add_(1, quarters, th.stack([w * values, w]))
+        names, quarters = tuple(losses), QUARTERS * t // self.num_timesteps
+        values = th.stack([values.detach() for values in losses.values()]).double()
+        w = th.ones_like(values) if weights is None else weights.double().expand_as(values)
+        finite = values.isfinite()
+        if self.strict:
+            values = th.where(finite, values, th.inf)
+        else:
+            values, w = values.nan_to_num(0, 0, 0), w * finite
+        if names not in self._sums:
+            self._sums[names] = th.zeros(2, len(names), QUARTERS, dtype=th.float64, device=self.device)
+        self._sums[names].index_add_(2, quarters, th.stack([w * values, w]))
 
     def read(self) -> dict[str, float]:
         """
@@ -71,11 +72,12 @@ class LossMeter:
         :return: name -> mean, and name_q0 to name_q3 for the quarters that had losses; alike on all ranks, also on one
             that had none.
         """
-        everyones = dist_util.all_gather({name: sums.tolist() for name, sums in self._sums.items()})
+        own = [row for names, both in self._sums.items() for row in zip(names, *both.tolist())]
+        everyones = [row for rows in dist_util.all_gather(own) for row in rows]
         self._sums = {}
         means = {}
-        for name in dict.fromkeys(name for own in everyones for name in own):
-            parts = [own[name] for own in everyones if name in own]
+        for name in dict.fromkeys(name for name, *_ in everyones):
+            parts = [sums for of, *sums in everyones if of == name]
             sums, weights = ([sum(values) for values in zip(*(part[i] for part in parts))] for i in (0, 1))
             if sum(weights):
                 means[name] = sum(sums) / sum(weights)

@@ -36,8 +36,9 @@ def _fits(model: UNetModel, size: int, spare: int) -> bool:
     ballast = []
     try:
         ballast = [th.empty_like(p) for p in model.parameters() for _ in range(spare)]
-        out = model(th.zeros(x, device=device), th.zeros(size, device=device), y=th.zeros(y, device=device))
-        out.float().square().mean().backward()
+        with model.parameters_cast():
+            out = model(th.zeros(x, device=device), th.zeros(size, device=device), y=th.zeros(y, device=device))
+            out.float().square().mean().backward()
         ballast += [th.empty_like(p) for p in model.parameters()]  # copies during updates
         return True
     except RuntimeError as error:

@@ -6,11 +6,13 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from .nn import GROUPS, Conv2d
+from .casting import Casting, Parts
+from .nn import GROUPS, Conv2d, modulate
 
 HIDDEN_CHANNELS = 128  # the reference's
 
 Modulation = tuple[th.Tensor, th.Tensor]
+Sizes = dict[tuple[int, int], th.Tensor]  # (height, width) -> a condition
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,7 @@ class Modulations:
 Condition = th.Tensor | Modulations
 
 
-class SPADEGroupNorm(nn.Module):
+class SPADEGroupNorm(Casting):
     """
     Spatially-adaptive normalisation (Park et al. 2019) over a group norm without affine parameters.
 
@@ -61,20 +63,22 @@ class SPADEGroupNorm(nn.Module):
         super().__init__()
         self.channels = channels
         self.mlp_shared = nn.Sequential(Conv2d(cond_channels, hidden_channels, 3, padding=1), nn.ReLU())
-        self.mlp_gamma = Conv2d(hidden_channels, channels, 3, padding=1)
-        self.mlp_beta = Conv2d(hidden_channels, channels, 3, padding=1)
+        # Never called: their parameters are those of one convolution, see sources.
+        self.mlp_gamma = nn.Conv2d(hidden_channels, channels, 3, padding=1)
+        self.mlp_beta = nn.Conv2d(hidden_channels, channels, 3, padding=1)
 
-    def forward(self, x: th.Tensor, y: "th.Tensor | dict[SPADEGroupNorm, Modulation]") -> th.Tensor:
+    def forward(self, x: th.Tensor, y: "th.Tensor | Sizes | dict[SPADEGroupNorm, Modulation]") -> th.Tensor:
         """
         :param x: an [N x channels x H x W] tensor.
-        :param y: an [N or 1 x cond_channels x H' x W'] condition, brought to x's size by nearest neighbour; or what
-            Modulations holds.
+        :param y: an [N or 1 x cond_channels x H' x W'] condition, brought to x's size by nearest neighbour; that at
+            several sizes, x's among them; or what Modulations holds.
         """
-        scale, shift = self.modulation(y, tuple(x.shape[2:])) if th.is_tensor(y) else y[self]
-        h = F.group_norm(x, GROUPS)
-        # A compiler finds a place for the result by itself, and cannot take one that is channels_last.
-        fresh = th.is_grad_enabled() or th.compiler.is_compiling()
-        return th.addcmul(shift, h, scale, out=None if fresh else h)
+        size = tuple(x.shape[2:])
+        if th.is_tensor(y):
+            made = self.modulation(y, size)
+        else:
+            made = y[self] if self in y else self.modulation(y[size], size)
+        return modulate(F.group_norm(x, GROUPS), *made)
 
     def modulation(self, y: th.Tensor, size: tuple[int, int]) -> Modulation:
         """
@@ -82,8 +86,15 @@ class SPADEGroupNorm(nn.Module):
 
         :return: (1 + gamma, beta), each [N x channels x *size].
         """
-        hidden = self.mlp_shared(F.interpolate(y, size=size, mode="nearest"))
+        hidden = self.mlp_shared(resized(y, size))
         # One convolution for both: the hidden layer is read once.
-        weight = th.cat([self.mlp_gamma.weight, self.mlp_beta.weight]).to(hidden.dtype)
-        bias = th.cat([self.mlp_gamma.bias + 1, self.mlp_beta.bias]).to(hidden.dtype)
-        return F.conv2d(hidden, weight, bias, padding=1).chunk(2, dim=1)
+        return F.conv2d(hidden, *self.operands(hidden.dtype), padding=1).chunk(2, dim=1)
+
+    def sources(self) -> tuple[Parts, ...]:
+        gamma, beta = self.mlp_gamma, self.mlp_beta
+        return (gamma.weight, beta.weight), (gamma.bias + 1, beta.bias)
+
+
+def resized(y: th.Tensor, size: tuple[int, int]) -> th.Tensor:
+    """:return: a condition of this height and width, by nearest neighbour."""
+    return y if y.shape[2:] == size else F.interpolate(y, size=size, mode="nearest")

@@ -257,16 +257,17 @@ class TrainLoop:
     def _forward_backward(self, batch: th.Tensor, cond: dict) -> None:
         draws = self._draw(batch.shape)
         parts = [slice(start, start + self.microbatch) for start in range(0, len(batch), self.microbatch)]
-        for part in parts:
-            t, weights, noise, dropped = (draw[part] for draw in draws)
-            y = self._condition(cond, part, dropped)
-            with self._gradients_shared(last=part is parts[-1]):
-                losses = self.diffusion.training_losses(
-                    self.ddp_model, as_signed(self._moved(batch[part])), t, model_kwargs={"y": y}, noise=noise
-                )
-                self.mp_trainer.backward((losses["loss"] * weights).sum() / len(batch))
-            self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
-            self.meter.add(t, losses, weights)
+        with self.model.parameters_cast():
+            for part in parts:
+                t, weights, noise, dropped = (draw[part] for draw in draws)
+                y = self._condition(cond, part, dropped)
+                with self._gradients_shared(last=part is parts[-1]):
+                    losses = self.diffusion.training_losses(
+                        self.ddp_model, as_signed(self._moved(batch[part])), t, model_kwargs={"y": y}, noise=noise
+                    )
+                    self.mp_trainer.backward((losses["loss"] * weights).sum() / len(batch))
+                self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
+                self.meter.add(t, losses, weights)
 
     def _gradients_shared(self, last: bool) -> contextlib.AbstractContextManager:
         """A context in which ranks average their gradients with the last microbatch, once for the whole batch."""
@@ -274,12 +275,11 @@ class TrainLoop:
         return contextlib.nullcontext() if last or one_rank else self.ddp_model.no_sync()
 
     def _condition(self, cond: dict, part: slice, dropped: th.Tensor) -> th.Tensor:
-        tensors = {name: self._moved(value[part]) for name, value in cond.items() if th.is_tensor(value)}
-        if "y" in tensors:
-            y = tensors["y"]
+        if "y" in cond:
+            y = self._moved(cond["y"][part])
         else:
-            self.spec = self.spec or ConditionSpec.of(tensors, self.model.num_classes, self.model.in_channels)
-            y = self.spec.assemble(tensors)
+            self.spec = self.spec or ConditionSpec.of(cond, self.model.num_classes, self.model.in_channels)
+            y = self.spec.assemble({name: self._moved(cond[name][part]) for name in self.spec.parts(cond)})
         if not self.options.drop_rate:
             return y
         return self.spec.drop(y, dropped, self.options.drop_hvb_only) if self.spec else y * ~dropped.view(-1, 1, 1, 1)
@@ -292,17 +292,20 @@ class TrainLoop:
         """
         Draw timesteps, their loss weights, noise and drops for this rank's batch.
 
-        They are drawn for all ranks together, from (seed, step), and shared out as the data are; so a step is the same
-        however many ranks take it, and a resumed run needs no generator's state.
+        They are drawn for all ranks together, from (seed, step), and shared out as the data are; the noise of each
+        sample, which is large, on its own rank alone. So a step is the same however many ranks take it, and a resumed
+        run needs no generator's state.
         """
         rank, world_size = dist_util.rank(), dist_util.world_size()
         place = self.options.seed, self.step
-        rng, generator = streams.rng("training", *place), streams.generator("noise", *place, device=self.device)
+        rng = streams.rng("training", *place)
         total = shape[0] * world_size
         t, weights = self.schedule_sampler.sample(total, self.device, rng)
-        noise = th.randn((total, *shape[1:]), generator=generator, device=self.device)
         dropped = self._moved(th.from_numpy(rng.random(total) < self.options.drop_rate))
-        return tuple(draw[rank::world_size] for draw in (t, weights, noise, dropped))
+        noise = th.empty(shape, device=self.device)
+        for own, k in zip(noise, range(rank, total, world_size)):
+            own.normal_(generator=streams.generator("noise", *place, k, device=self.device))
+        return *(draw[rank::world_size] for draw in (t, weights)), noise, dropped[rank::world_size]
 
     def _anneal_lr(self) -> None:
         if self.options.lr_anneal_steps:

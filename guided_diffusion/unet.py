@@ -1,15 +1,17 @@
 """The U-Net: a plain encoder, a middle block and a decoder that sees the condition through SPADE. Knows no channel's
 meaning; the layout of its state_dict is the reference's."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 
 import torch as th
 from torch import nn
 
+from .casting import casts_kept
 from .fp16_util import cast_convolutions
 from .nn import GROUPS, Conv2d, normalization, timestep_embedding, zero_module
-from .spade import HIDDEN_CHANNELS, Condition, Modulation, Modulations, SPADEGroupNorm
+from .spade import HIDDEN_CHANNELS, Condition, Modulation, Modulations, SPADEGroupNorm, resized
 from .unet_blocks import AttentionBlock as AttentionBlock
 from .unet_blocks import BlockMaker, SDMResBlock, TimestepEmbedSequential, Upsample, upsample
 from .unet_blocks import Downsample as Downsample
@@ -209,6 +211,14 @@ class UNetModel(nn.Module):
             raise ValueError("these modulations are another model's: make them by this one's method")
         return self._decode(h, skips, emb, y.layers)
 
+    def parameters_cast(self) -> contextlib.AbstractContextManager[None]:
+        """
+        A context in which the parameters are cast to the dtype of the computation once, not at every use: for a
+        training step. It takes as much memory as they do in that dtype.
+        """
+        blocks = [*self.input_blocks, self.middle_block, *self.output_blocks]
+        return casts_kept(blocks if self.dtype != th.float32 else [], self.dtype)
+
     def _check_channels(self, y: th.Tensor) -> None:
         if y.shape[1] != self.num_classes:
             raise ValueError(
@@ -218,6 +228,10 @@ class UNetModel(nn.Module):
     def _decode(
         self, h: th.Tensor, skips: list[th.Tensor], emb: th.Tensor, y: th.Tensor | dict[SPADEGroupNorm, Modulation]
     ) -> th.Tensor:
+        if th.is_tensor(y):
+            deepest = h.shape[2:]
+            sizes = [tuple(2**level * side for side in deepest) for level in range(self.levels)]
+            y = {size: resized(y, size) for size in sizes}  # once, for all layers and all that is computed again
         h = self.middle_block(h, emb, y)
         for block, skip in zip(self.output_blocks, reversed(skips)):
             h = block(th.cat([h, skip], dim=1), emb, y)

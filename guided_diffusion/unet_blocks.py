@@ -8,7 +8,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from .nn import Conv1d, Conv2d, checkpoint, normalization, silu, zero_module
+from .nn import Conv1d, Conv2d, checkpoint, modulate, normalization, silu, zero_module
 from .spade import HIDDEN_CHANNELS, SPADEGroupNorm
 
 
@@ -76,17 +76,23 @@ class ResidualBlock(nn.Module):
         :param emb: an [N x emb_channels] fp32 timestep embedding.
         :param y: an [N x cond_channels x H' x W'] condition; the encoder's blocks do not look at it.
         """
-        return checkpoint(self._forward, self.use_checkpoint, x, emb, y)
+        # Of few numbers, which are not worth computing again.
+        shift = self.emb_layers(emb).to(x.dtype)[..., None, None]
+        scale = None
+        if self.use_scale_shift_norm:
+            scale, shift = shift.chunk(2, dim=1)
+            scale = 1 + scale
+        return checkpoint(self._forward, self.use_checkpoint, x, scale, shift, y)
 
-    def _forward(self, x: th.Tensor, emb: th.Tensor, y: th.Tensor) -> th.Tensor:
+    def _forward(self, x: th.Tensor, scale: th.Tensor | None, shift: th.Tensor, y: th.Tensor) -> th.Tensor:
         h = self.resample(silu(self.first_norm(x, y)))
         h = self.in_layers[-1](h)
-        emb_out = self.emb_layers(emb).to(h.dtype)[..., None, None]
-        if self.use_scale_shift_norm:
-            scale, shift = emb_out.chunk(2, dim=1)
-            h = self.second_norm(h, y) * (1 + scale) + shift
+        if scale is None:
+            h = self.second_norm(h.add_(shift), y)
+        elif h.device.type == "cpu":
+            h = self.second_norm(h, y) * scale + shift  # addcmul would round once, and change results by a bit
         else:
-            h = self.second_norm(h.add_(emb_out), y)
+            h = modulate(self.second_norm(h, y), scale, shift)
         dropout, conv = self.out_layers[-2:]
         return conv(dropout(silu(h))).add_(self.skip_connection(self.resample(x)))
 
@@ -199,11 +205,11 @@ class AttentionBlock(nn.Module):
         n, channels = x.shape[:2]
         qkv = self.qkv(self.norm(x).flatten(2))
         if self.use_new_attention_order:
-            q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+            qkv = qkv.unflatten(1, (3, self.num_heads, -1)).transpose(1, 2)
         else:
-            q, k, v = qkv.unflatten(1, (self.num_heads, 3, -1)).unbind(2)
-        # [N x heads x T x d], contiguous: torch takes its slow path for any other layout.
-        q, k, v = (part.transpose(2, 3).contiguous() for part in (q, k, v))
+            qkv = qkv.unflatten(1, (self.num_heads, 3, -1))
+        # [N x heads x T x d] each, contiguous: torch takes its slow path for any other layout.
+        q, k, v = qkv.permute(2, 0, 1, 4, 3).contiguous()
         attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, channels, -1)
         return x + self.proj_out(attended).view(x.shape)
 

@@ -35,6 +35,7 @@ RANKS = {
     "processes": 0,
     "failures": 1,
     "logger": 0,
+    "casting": -1,
     "nn": 0,
     "losses": 0,
     "resample": 0,
@@ -215,7 +216,7 @@ def test_every_room_says_what_it_owns():
 
 
 def test_the_check_sees_imports():
-    assert imports(PACKAGE / "unet.py", "unet") == {"nn", "fp16_util", "spade", "unet_blocks"}
+    assert imports(PACKAGE / "unet.py", "unet") == {"casting", "nn", "fp16_util", "spade", "unet_blocks"}
     assert "logger" in imports(PACKAGE / "train_util.py", "train_util")
 
 

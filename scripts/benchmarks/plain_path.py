@@ -26,9 +26,14 @@ def make_plain(model: UNetModel) -> UNetModel:
 
 
 def _spade(layer: SPADEGroupNorm, x: th.Tensor, y: th.Tensor) -> th.Tensor:
+    y = y if th.is_tensor(y) else max(y.values(), key=th.numel)
     hidden = layer.mlp_shared(F.interpolate(y, size=x.shape[2:], mode="nearest"))
     normed = F.group_norm(x.float(), GROUPS).to(x.dtype)
-    return normed * (1 + layer.mlp_gamma(hidden)) + layer.mlp_beta(hidden)
+    gamma, beta = (
+        F.conv2d(hidden, head.weight.to(x.dtype), head.bias.to(x.dtype), padding=1)
+        for head in (layer.mlp_gamma, layer.mlp_beta)
+    )
+    return normed * (1 + gamma) + beta
 
 
 def _attention(layer: AttentionBlock, x: th.Tensor) -> th.Tensor:
