@@ -62,10 +62,9 @@ def modulate(h: th.Tensor, scale: th.Tensor, shift: th.Tensor) -> th.Tensor:
 
     :param h: an [N x C x H x W] tensor; scale and shift broadcast to it.
     """
-    if th.is_grad_enabled():
-        return _Modulate.apply(h, scale, shift)
-    # A compiler finds a place for the result by itself, and cannot take one that is channels_last.
-    return th.addcmul(shift, h, scale, out=None if th.compiler.is_compiling() else h)
+    if th.compiler.is_compiling():  # which finds a place by itself, and cannot take one that is channels_last
+        return th.addcmul(shift, h, scale)
+    return _Modulate.apply(h, scale, shift) if th.is_grad_enabled() else th.addcmul(shift, h, scale, out=h)
 
 
 def normalization(channels: int) -> GroupNorm32:
