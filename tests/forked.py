@@ -46,7 +46,7 @@ class Child:
 
     def wait(self) -> int | None:
         """:return: its exit code; None where it takes too long."""
-        self.process.join(120)
+        self.process.join(600)
         return self.process.exitcode
 
     def kill(self, number: int = signal.SIGKILL) -> None:
