@@ -169,6 +169,15 @@ def writing(path: str | Path, mode: str = "wb", durable: bool = True) -> Iterato
         raise
 
 
+def leading(target: Path, place: Path, real: Callable[[str | Path], str] = os.path.realpath) -> str:
+    """
+    :param target: a file, and place, that of a link to it.
+    :param real: resolves the links in a folder's path; one that remembers is faster where links are many.
+    :return: what the link has to say: relative, from where its folder really is, from which links are followed.
+    """
+    return os.path.relpath(os.path.join(real(target.parent), target.name), real(place.parent))
+
+
 def write_bytes(path: str | Path, data: bytes, durable: bool = True) -> None:
     """Write a file whole or not at all, see writing."""
     with writing(path, "wb", durable) as file:

@@ -20,6 +20,7 @@ slides.
 """
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 from guided_diffusion import cell_classes, cli
-from guided_diffusion.files import LOCK, csv_text, replace_folder, write_text
+from guided_diffusion.files import LOCK, csv_text, leading, replace_folder, write_text
 from guided_diffusion.histology.experiment.protocol import TRACKS
 from guided_diffusion.histology.features.cluster_folders import Patch, largest_cluster, list_patches
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
@@ -102,10 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     check_out(args, wanted, {*tables, *texts})
 
     def fill(folder: Path) -> None:
+        real = functools.cache(os.path.realpath)
         for name, target in wanted.items():
             place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(os.path.relpath(target.resolve(), place.parent.resolve()))
+            place.symlink_to(leading(target, place, real))
         pass_on(args.data, folder)
         cell_classes.pass_on(args.data, folder)
         for name, rows in tables.items():

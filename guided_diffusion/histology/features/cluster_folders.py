@@ -5,6 +5,7 @@ Owns their layout, and the record of what it wrote, by which it replaces nothing
 about.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...cell_classes import FOLDER as CLASS_FOLDER
-from ...files import LOCK, by_stem, replace_folder, write_bytes, write_json
+from ...files import LOCK, by_stem, leading, replace_folder, write_bytes, write_json
 from ...image_files import EXTENSIONS
 from ...images import check_complete
 from ...slides import slides_of
@@ -184,14 +185,14 @@ def write_clusters(
     """
 
     def fill(aside: Path) -> None:
-        marks = {}
+        marks, real = {}, functools.cache(os.path.realpath)
         for name, target in entries.items():
             place = aside / name
             place.parent.mkdir(parents=True, exist_ok=True)
             if copy:
                 shutil.copyfile(target, place)
             else:
-                place.symlink_to(_leading(aside / target, place))
+                place.symlink_to(leading(aside / target, place, real))
             marks[name] = _mark(place)
             progress()
         for name, content in files.items():
@@ -199,11 +200,6 @@ def write_clusters(
         write_json(aside / RECORD, {"links": marks})
 
     replace_folder(folder, fill, "--out_name")
-
-
-def _leading(target: Path, place: Path) -> str:
-    """A relative link to a target, both with links resolved, for a link is followed from where it really lies."""
-    return os.path.relpath(os.path.join(os.path.realpath(target.parent), target.name), os.path.realpath(place.parent))
 
 
 def _mark(place: Path) -> str:
