@@ -6,6 +6,7 @@
 #   IMAGE_SIZE 128, BATCH_SIZE 8 a GPU (sampling: 16), TOTAL_BATCH_SIZE: in place of it, on all GPUs of a training,
 #   UNLABELLED: folders of images without masks that trainings learn from as well (DIR or DIR,DIR; none),
 #   DATA_LICENCE: under which licence the data are, for the cards of models and sets (unknown),
+#   RECIPE reference: README's; v: learns more in the same time (docs/training.md); of training and sampling alike,
 #   LR 1e-4, SAVE_INTERVAL 5000, MAX_STEPS 0: no end (finetune.sh: 50000),
 #   NUM_SAMPLES 1000, S 1.5 (sample_single.sh), SAMPLER dpmpp_2m_sde, NUM_STEPS 25,
 #   ITERATIONS, S_VALUES, KIND, EMA_RATE (see sample.sh);
@@ -95,6 +96,12 @@ MODEL_FLAGS=(
     --attention_resolutions 32,16,8 --resblock_updown True --use_scale_shift_norm True --use_fp16 True
     --diffusion_steps 1000 --noise_schedule cosine --learn_sigma True
 )
+case ${RECIPE:=reference} in
+    reference) RECIPE_FLAGS=() ;;
+    v) RECIPE_FLAGS=(--learn_sigma False --predict_v True) ;;
+    *) die "RECIPE=$RECIPE is neither reference nor v" ;;
+esac
+MODEL_FLAGS+=("${RECIPE_FLAGS[@]}")
 # HV map, colour map and instance edges: 2 + 3 + 1 channels.
 CONDITION_FLAGS=(--num_classes 6 --class_cond False --use_hv_map True --use_col_map True --no_instance False)
 DATA_FLAGS=(--dataset_mode monuseg)

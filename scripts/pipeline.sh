@@ -18,6 +18,7 @@
 #   them (docs/data.md); no classes if empty;
 #   UNLABELLED: folders of images without masks that the trainings learn from as well, none if empty (docs/training.md);
 #   DATA_LICENCE: of RAW, in words, for the cards of models and set (docs/pipeline.md);
+#   RECIPE v, where the other launchers have reference;
 #   BACKBONE efficientnet_lite0; TIME_LIMIT: seconds, after which all is stopped with exit code 75, to go on with the
 #   same command. flags.sh lists what else the environment sets.
 set -euo pipefail
@@ -35,6 +36,7 @@ if [[ -n $toy ]]; then
     : "${IMAGE_SIZE:=16}"
     export NUM_SAMPLES BATCH_SIZE SAVE_INTERVAL NUM_STEPS IMAGE_SIZE
 fi
+RECIPE=${RECIPE:-v}
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 
 need 2 "bash scripts/pipeline.sh RAW OUT [--toy] [flags of snakemake ...]" "$@"
@@ -68,14 +70,14 @@ case $STRUCTURES in real) least=0 ;; recombine) least=1 ;; both) least=2 ;; esac
 
 export CLUSTERS=${CLUSTERS:-} BACKBONE=${BACKBONE:-efficientnet_lite0} RATIO=${RATIO:-1} EMA_RATE=${EMA_RATE:-0.9999}
 export SDM_PATCH_FLAGS="--patch_size 128 --stride 128" SDM_CLUSTER_FLAGS="--reduce pca --cluster kmeans"
-export SDM_FILTER_FLAGS='' SDM_MODEL_FLAGS='' SDM_TRAIN_FLAGS=''
+export SDM_FILTER_FLAGS='' SDM_MODEL_FLAGS=${RECIPE_FLAGS[*]} SDM_TRAIN_FLAGS=''
 if [[ -n $toy ]]; then
     EMA_RATE=0.9
     SDM_PATCH_FLAGS="--patch_size 64 --stride 64 --resize 16"
     SDM_CLUSTER_FLAGS="--reduce pca --cluster kmeans --n_clusters 2"
     SDM_FILTER_FLAGS="--mode top_n --top_n 12" # nothing that such a model makes would pass
-    SDM_MODEL_FLAGS="--num_channels 32 --channel_mult 1,1 --num_res_blocks 1 --num_head_channels 16"
-    SDM_MODEL_FLAGS+=" --attention_resolutions 8 --learn_sigma False --predict_xstart True --num_workers 0"
+    SDM_MODEL_FLAGS+=" --num_channels 32 --channel_mult 1,1 --num_res_blocks 1 --num_head_channels 16"
+    SDM_MODEL_FLAGS+=" --attention_resolutions 8 --num_workers 0"
     SDM_TRAIN_FLAGS="--lr 5e-4 --val_interval 10 --use_checkpoint False --preview_samples 1 "
 fi
 SDM_TRAIN_FLAGS+="--ema_rate $EMA_RATE"

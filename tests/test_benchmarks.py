@@ -159,15 +159,15 @@ def test_equal_minutes_are_the_more_steps_the_less_a_step_costs(data_dir, tmp_pa
     (tmp_path / "many-s0/seen").symlink_to(data_dir)
     flags = {"MODEL_FLAGS": TINY_MODEL, "DIFFUSION_FLAGS": [], "DIFFUSION_BATCH": ["2"], "EMA_RATE": ["0.9"]}
     monkeypatch.setattr(recipes, "flags_of", flags.get)
-    monkeypatch.setattr(recipes, "RECIPES", {"v": recipes.RECIPES["v"], "few": recipes.RECIPES["few"]})
+    monkeypatch.setattr(recipes, "RECIPES", {"v+spade32": recipes.RECIPES["v+spade32"], "few": recipes.RECIPES["few"]})
     for place, name in ((logger, "set_level"), (th, "set_num_threads"), (recipes, "keep_memory")):
         monkeypatch.setattr(place, name, lambda *_: None)  # of the process that costs are measured in
     monkeypatch.setattr(recipes, "ROUNDS", 1)
     found = recipes.measure_costs(tmp_path / "many-s0")
-    assert found["v"] == found["few"] > 0
-    (tmp_path / "costs.csv").write_text("recipe,seconds\nv,0.25\nfew,0.5\n")
-    assert recipes.read_costs(tmp_path) == {"v": 0.25, "few": 0.5}
-    (tmp_path / "costs.csv").write_text("recipe,seconds\nv,0.25\n")
+    assert found["v+spade32"] == found["few"] > 0
+    (tmp_path / "costs.csv").write_text("recipe,seconds\nv+spade32,0.25\nfew,0.5\n")
+    assert recipes.read_costs(tmp_path) == {"v+spade32": 0.25, "few": 0.5}
+    (tmp_path / "costs.csv").write_text("recipe,seconds\nv+spade32,0.25\n")
     with pytest.raises(ValueError, match=r"costs\.csv does not say what few costs"):
         recipes.read_costs(tmp_path)
 

@@ -178,6 +178,18 @@ def test_the_environment_overrides_flags(launch):
     assert [value(sample.argv, f"--{flag}") for flag in flags] == ["64", "4", "3", "1.3"]
 
 
+@pytest.mark.parametrize(
+    ("words", "program"), [("train.sh data", image_train), ("sample_single.sh data m.pt out", image_sample)]
+)
+def test_a_recipe_is_of_training_and_sampling_alike(launch, words, program):
+    plain, reference, v = (
+        vars(program.create_argparser().parse_args(launch(*words.split(), **env).calls[0].argv[1:]))
+        for env in ({}, {"RECIPE": "reference"}, {"RECIPE": "v"})
+    )
+    assert plain == reference
+    assert {name: now for name, now in v.items() if now != plain[name]} == {"learn_sigma": False, "predict_v": True}
+
+
 # ---- how the programs are started ----
 
 
@@ -254,6 +266,7 @@ def test_missing_arguments(launch, script, least):
 def test_mistaken_environment(launch):
     assert_stopped(launch("train.sh", "data", NPROC="two"), "NPROC=two")
     assert_stopped(launch("train.sh", "data", NPROC="0"), "NPROC=0")
+    assert_stopped(launch("train.sh", "data", RECIPE="x"), "RECIPE=x is neither reference nor v")
     assert_stopped(launch("train.sh", "data", NPROC="2", MPIEXEC="no-such-launcher"), "no-such-launcher")
 
 
@@ -573,7 +586,7 @@ def test_demo_walks_the_whole_road(launch, repo):
 
     flags = image_train.create_argparser().parse_args(trained.argv[1:])
     condition_spec(vars(flags))
-    assert (flags.data_dir, flags.max_steps, flags.predict_xstart) == (f"{toy}/patches", 30, True)
+    assert (flags.data_dir, flags.max_steps, flags.predict_v) == (f"{toy}/patches", 30, True)
     flags = image_sample.create_argparser().parse_args(sampled.argv[1:])
     assert (flags.model_path, flags.results_path) == (f"{toy}/model/ema_0.99_000030.pt", f"{toy}/samples")
     assert (flags.num_samples, flags.s, flags.sampler, flags.num_steps) == (12, "1.5", "dpmpp_2m_sde", 25)

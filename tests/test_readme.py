@@ -48,7 +48,7 @@ def test_every_flag_written_out_is_known():
     )
     known |= set(re.findall(r"\"--(\w+)\"", sources))
     others = {"gpus", "rm", "name", "nproc_per_node", "shm", "toy", "user", "init", "time"}
-    others |= {"dry", "cores", "retries", "report", "profile"}  # of snakemake
+    others |= {"dry", "cores", "retries", "report", "profile", "keep"}  # of snakemake
     others |= {"mem", "signal", "mpi"}  # of Slurm
     others |= {"gpu", "train", "dir", "test_dir", "min_train_masks", "config"}  # of the tools that export.md names
     for flag in set(re.findall(r"--([a-z]\w+)", TEXT)) - others:

@@ -204,13 +204,13 @@ def test_the_references_files_are_gone_on_from(make_loop, tmp_path, count):
 CONFIG = Path(__file__).resolve().parents[1] / "scripts" / "experiment" / "experiment_cpu.conf"
 # Flags over those of the CPU experiment -> floating-point operations of a step, forward and backward, an image.
 RECIPES = {
-    "": 8_407_957_504,
+    "": 3_459_186_688,
     "--spade_channels 64": 5_108_776_960,
-    "--spade_channels 32": 3_459_186_688,
-    "--predict_xstart False": 8_407_957_504,
-    "--predict_xstart False --predict_v True": 8_407_957_504,
-    "--loss_weights min_snr": 8_407_957_504,
-    "--dropout 0.1": 8_407_957_504,
+    "--spade_channels 128": 8_407_957_504,
+    "--predict_v False": 3_459_186_688,
+    "--predict_v False --predict_xstart True": 3_459_186_688,
+    "--loss_weights min_snr": 3_459_186_688,
+    "--dropout 0.1": 3_459_186_688,
 }
 
 

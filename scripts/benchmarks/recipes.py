@@ -44,7 +44,7 @@ from guided_diffusion import cli, logger, magnification, signals
 from guided_diffusion.data_stream import stream
 from guided_diffusion.devices import keep_memory
 from guided_diffusion.figures import save_png
-from guided_diffusion.files import write_json, write_text, writing
+from guided_diffusion.files import leading, replace_folder, write_json, write_text, writing
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.histology.features.cluster_folders import list_patches
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, find_slides
@@ -62,8 +62,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "scripts/experiment/experiment_cpu.conf"
 HELD = 0.2  # share of the slides that is measured on
 FEW = 0.1  # share of the slides that has masks, where only a few have
-EPS = "--predict_xstart False --learn_sigma True"  # the reference's
-V = "--predict_xstart False --predict_v True"
+WIDE = "--spade_channels 128"  # as wide as the reference's; the configuration's has 32
+EPS = "--predict_v False --learn_sigma True"  # the reference's
+X = "--predict_v False --predict_xstart True"
 MIN_SNR = "--loss_weights min_snr"
 
 
@@ -82,21 +83,20 @@ class Recipe:
     unlabelled: bool = False
 
 
-BEST = V  # what has few masks is tried with it: the best of the others, once their table says which that is
-TODAY = "x"  # whose figures at the last mark are what others are to reach
+OLD = "x"  # what the configuration had before; its figures at the last mark are what others are to reach
 RECIPES = {
-    "eps": Recipe(EPS),
-    "eps+min_snr": Recipe(f"{EPS} {MIN_SNR}"),
-    TODAY: Recipe(),
-    "x+min_snr": Recipe(MIN_SNR),
-    "v": Recipe(V),
-    "v+min_snr": Recipe(f"{V} {MIN_SNR}"),
-    "x+spade64": Recipe("--spade_channels 64"),
-    "x+spade32": Recipe("--spade_channels 32"),
-    "v+spade32": Recipe(f"{V} --spade_channels 32"),
-    "x+dropout": Recipe("--dropout 0.1"),
-    "few": Recipe(BEST, few=True),
-    "few+unlabelled": Recipe(BEST, few=True, unlabelled=True),
+    "eps": Recipe(f"{EPS} {WIDE}"),
+    "eps+min_snr": Recipe(f"{EPS} {WIDE} {MIN_SNR}"),
+    OLD: Recipe(f"{X} {WIDE}"),
+    "x+min_snr": Recipe(f"{X} {WIDE} {MIN_SNR}"),
+    "x+dropout": Recipe(f"{X} {WIDE} --dropout 0.1"),
+    "x+spade64": Recipe(f"{X} --spade_channels 64"),
+    "x+spade32": Recipe(X),
+    "v": Recipe(WIDE),
+    "v+min_snr": Recipe(f"{WIDE} {MIN_SNR}"),
+    "v+spade32": Recipe(),
+    "few": Recipe(few=True),
+    "few+unlabelled": Recipe(few=True, unlabelled=True),
 }
 # Column of the table -> its title, and whether less is better.
 FIGURES = {
@@ -190,14 +190,17 @@ def prepare(raw: Path, out: Path, wanted: Sequence[tuple[str, int]]) -> None:
     """Make what runs, of recipes with seeds, share: patches, folders of slides, and segmenters that judge samples."""
     log = out / "prepare.log"
     patches = out / "patches"
-    call(log, "scripts/prepare_monuseg.py", raw, patches, *flags_of("PATCH_FLAGS"))
+    # Folders are there whole or not at all.
+    if not patches.exists():
+        call(log, "scripts/prepare_monuseg.py", raw, patches, *flags_of("PATCH_FLAGS"))
+    if not unseen(out, True, 0).exists():
+        link_tests(patches, unseen(out, True, 0))
     for few, seed in sorted({(RECIPES[name].few, seed) for name, seed in wanted}):
         folder = out / f"{'few' if few else 'many'}-s{seed}"
         share, held = (FEW, 0) if few else (1, HELD)
         flags = ["--subsample", share, "--seed", seed, "--val_share", held]
-        call(log, "scripts/experiment/subset_slides.py", patches, folder, *flags)
-        if few and not (folder / "unseen").exists():
-            link_tests(patches, folder / "unseen")
+        if not folder.exists():
+            call(log, "scripts/experiment/subset_slides.py", patches, folder, *flags)
         data = patches if few else folder / "seen"
         flags = [*flags_of("SEGMENTER_FLAGS"), "--val_share", 0]
         call(log, "scripts/train_segmenter.py", data, "--results_path", segmenter(out, few, seed), *flags)
@@ -205,7 +208,7 @@ def prepare(raw: Path, out: Path, wanted: Sequence[tuple[str, int]]) -> None:
 
 def unseen(out: Path, few: bool, seed: int) -> Path:
     """:return: the data folder that a run is measured on, as training patches."""
-    return out / f"few-s{seed}" / "unseen" if few else out / f"many-s{seed}" / "held"
+    return out / "tests" if few else out / f"many-s{seed}" / "held"
 
 
 def segmenter(out: Path, few: bool, seed: int) -> Path:
@@ -215,11 +218,14 @@ def segmenter(out: Path, few: bool, seed: int) -> Path:
 
 def link_tests(patches: Path, folder: Path) -> None:
     """Make a data folder whose training patches are another one's test patches."""
-    folder.mkdir(parents=True)
-    magnification.pass_on(patches, folder)
-    tests = [patch for patch in list_patches(patches) if patch.split == TEST_SPLIT]
-    write_table(folder, [(patch.file.replace(TEST_SPLIT, TRAIN_SPLIT, 1), patch.slide) for patch in tests])
-    (folder / TRAIN_SPLIT).symlink_to((patches / TEST_SPLIT).resolve())
+
+    def fill(aside: Path) -> None:
+        magnification.pass_on(patches, aside)
+        tests = [patch for patch in list_patches(patches) if patch.split == TEST_SPLIT]
+        write_table(aside, [(patch.file.replace(TEST_SPLIT, TRAIN_SPLIT, 1), patch.slide) for patch in tests])
+        (aside / TRAIN_SPLIT).symlink_to(leading(patches / TEST_SPLIT, aside / TRAIN_SPLIT))
+
+    replace_folder(folder, fill, "OUT")
 
 
 class ProgramFailed(RuntimeError):
@@ -368,8 +374,8 @@ def means(rows: list[dict[str, object]], recipe: str, figure: str) -> dict[float
 
 
 def reached(rows: list[dict[str, object]], recipe: str) -> str:
-    """:return: the first mark at which a recipe's kernel distance and colour error are today's at the last one."""
-    goals = [max(means(rows, TODAY, figure).items(), default=(0, -np.inf))[1] for figure in ("kid", "colour_od")]
+    """:return: the first mark at which a recipe's kernel distance and colour error are OLD's at the last one."""
+    goals = [max(means(rows, OLD, figure).items(), default=(0, -np.inf))[1] for figure in ("kid", "colour_od")]
     own = [means(rows, recipe, figure) for figure in ("kid", "colour_od")]
     return next((f"{mark:g}" for mark in own[0] if all(part[mark] <= goal for part, goal in zip(own, goals))), "")
 
@@ -377,7 +383,7 @@ def reached(rows: list[dict[str, object]], recipe: str) -> str:
 def as_markdown(rows: list[dict[str, object]]) -> str:
     """A table: a line a recipe; a cell holds the means over the seeds at the marks, in order."""
     marks = sorted({float(row["minutes"]) for row in rows})
-    titles = ["recipe", "seeds", "steps", *(title for title, _ in FIGURES.values()), f"minutes to what {TODAY} has"]
+    titles = ["recipe", "seeds", "steps", *(title for title, _ in FIGURES.values()), f"minutes to what {OLD} has"]
     lines = [
         f"After {' / '.join(f'{mark:g}' for mark in marks)} minutes:",
         "",
