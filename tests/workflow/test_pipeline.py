@@ -227,7 +227,7 @@ def test_what_stops_the_pipeline_stops_its_training_which_saves_and_goes_on(toy,
     wait_for(lambda: (out / "pretrain/steps").exists(), process)
     if how != "TIME_LIMIT":
         process.send_signal(getattr(signal, how))
-    text = process.communicate(timeout=60)[0]  # the end of all that it started, which hold its output
+    text = process.communicate(timeout=600)[0]  # the end of all that it started, which hold its output
     assert process.returncode == (-signal.SIGKILL if how == "SIGKILL" else cli.NOT_FINISHED), text
     before = steps(out / "pretrain")
     assert len(before) < 20 and int((out / "pretrain/state").read_text()) == before[-1]
