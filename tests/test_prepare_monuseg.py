@@ -259,7 +259,7 @@ def test_nuclei_that_resampling_loses_are_counted(classed, tmp_path, capsys):
     prepare(classed, tmp_path / "out", *SIZE, "--mpp", 0.5)
     assert "WARNING: --mpp loses 4 of 12 nuclei, which are too small at that size" in capsys.readouterr().err
     prepare(classed, tmp_path / "same", *SIZE, "--mpp", 0.25)
-    assert "warning" not in capsys.readouterr().err
+    assert "WARNING" not in capsys.readouterr().err
 
 
 CLASS_FLAWS = {
@@ -381,7 +381,7 @@ def test_bad_flags(raw, tmp_path, capsys, flags, what):
 def test_a_frame_around_the_nuclei_is_named(raw, tmp_path, capsys):
     (raw / XML).write_text(f"<B>{SQUARE}{re.sub('3', '0', SQUARE).replace('8', '39')}</B>")
     prepare(raw, tmp_path / "out", *SIZE)
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING"))
     assert "a.xml: region 2 of 2 lies around 1 of the others, and counts as a nucleus: remove it" in line
 
 
