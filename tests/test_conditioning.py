@@ -170,6 +170,36 @@ def test_without_ids_it_is_the_same_condition_in_fewer_bytes(spec):
     assert sum(part.nbytes for part in without.values()) < 0.7 * sum(part.nbytes for part in with_ids.values())
 
 
+class Watched(dict):
+    """Parts of a batch that tell which of them were taken."""
+
+    def __init__(self, parts):
+        super().__init__(parts)
+        self.taken = set()
+
+    def __getitem__(self, name):
+        self.taken.add(name)
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(use_hv_map=True, use_col_map=True, num_classes=6),
+        dict(use_hv_map=True, class_cond=True, num_classes=3, no_instance=True),
+        dict(class_cond=True, num_classes=3),
+        dict(use_hv_map=True, use_col_map=True, num_classes=6, mark_unknown=True),
+    ],
+)
+@pytest.mark.parametrize("ids", [True, False])
+def test_parts_are_those_that_assemble_takes(flags, ids):
+    spec, (image, _, inst) = ConditionSpec(**flags), example()
+    parts = encoded(spec, image, (inst > 0).astype(np.uint8), inst, generator(0), ids=ids)
+    batch = Watched(parts | {"index": th.zeros(1), "unknown": th.ones(1, dtype=th.bool)})
+    spec.assemble(batch)
+    assert sorted(batch.taken) == sorted(spec.parts(batch))
+
+
 def test_edges_by_brute_force():
     inst = np.random.default_rng(1).integers(0, 3, (9, 11))
     expected = np.zeros(inst.shape)

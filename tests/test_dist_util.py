@@ -116,7 +116,8 @@ def test_a_launcher_that_mpi_does_not_know(tmp_path, env):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "n"), [("mpiexec", 1), ("mpiexec", 3), ("torchrun", 3)])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("n", [1, 3])
 def test_collectives(tmp_path, launcher, n):
     """Of pieces of work, each goes to one rank; one that is slow holds up nobody. Every deal begins at 0."""
     run = launch(
@@ -259,7 +260,8 @@ def test_a_rank_that_dies_ends_the_job(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "rank"), [("mpiexec", 0), ("mpiexec", 1), ("torchrun", 1)])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_mistake_of_one_rank_is_told_and_ends_the_job(tmp_path, launcher, rank):
     """Rank 0 meets it while the others wait for it, or another rank while rank 0 waits."""
     run = launch(

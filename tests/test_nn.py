@@ -13,6 +13,7 @@ from guided_diffusion.nn import (
     GroupNorm32,
     checkpoint,
     mean_flat,
+    modulate,
     normalization,
     timestep_embedding,
     update_ema,
@@ -103,6 +104,19 @@ def test_normalization_has_32_groups():
     th.testing.assert_close(normalization(64)(x), F.group_norm(x, 32))
     with pytest.raises(ValueError):
         normalization(48)
+
+
+def test_modulation_is_the_formula_with_its_gradients():
+    h, scale, shift = (th.randn(shape, dtype=th.float64) for shape in ((2, 3, 4, 4), (2, 3, 1, 1), (1, 3, 4, 4)))
+    tensors = [tensor.requires_grad_() for tensor in (h, scale, shift)]
+    out = modulate(*tensors)
+    th.testing.assert_close(out, h * scale + shift)
+    upstream = th.randn_like(out)
+    expected = th.autograd.grad(h * scale + shift, tensors, upstream)
+    th.testing.assert_close(th.autograd.grad(out, tensors, upstream), expected)
+    with th.no_grad():
+        place = h.clone()
+        assert modulate(place, scale, shift) is place and th.allclose(place, out)
 
 
 def test_zero_module():

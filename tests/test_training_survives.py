@@ -97,13 +97,13 @@ def newest(out: Path) -> str:
 def test_killed_again_and_again(slides, tmp_path):
     """SIGKILL at random moments, half of them inside a save; to the last bit what an undisturbed run gives."""
     argv = command(
-        slides, *"--max_steps 18 --save_interval 1 --keep_checkpoints 2 --val_interval 7 --preview_samples 0".split()
+        slides, *"--max_steps 24 --save_interval 1 --keep_checkpoints 2 --val_interval 7 --preview_samples 0".split()
     )
     calm, out = tmp_path / "calm", tmp_path / "out"
     assert start(calm, argv).wait() == 0
     rng = np.random.default_rng(0)
     inside, at = 0, []
-    for kills in range(6):
+    for kills in range(8):
         child = start(out, argv)
         before = newest(out)
         # Some progress first, or it would take for ever; then inside a save, or at any moment of a step.
@@ -118,8 +118,8 @@ def test_killed_again_and_again(slides, tmp_path):
         at.append(newest(out))
         assert code == -signal.SIGKILL, read(out.with_suffix(".err"))
     assert start(out, argv).wait() == 0
-    assert inside, at  # at least one, however busy the machine
-    assert_same_checkpoints(calm, out, 18)
+    assert inside >= 2, (inside, at)
+    assert_same_checkpoints(calm, out, 24)
     assert len(list(out.glob("model[0-9]*.pt"))) == 2
     for card in ("card.md", "best/card.md"):
         assert (calm / card).read_bytes() == (out / card).read_bytes()

@@ -392,9 +392,8 @@ def test_killed_at_random_until_done_equals_an_uninterrupted_run(real, quick, tm
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill() if kill else victim.terminate()
         assert process.wait(timeout=300) == (-signal.SIGKILL if kill else cli.NOT_FINISHED)
-    assert start_real(quick, raw, out, ENGINE=str(quick)).wait(timeout=1500) == 0, Path(f"{out}.log").read_text()[
-        -3000:
-    ]
+    last = start_real(quick, raw, out, ENGINE=str(quick))
+    assert last.wait(timeout=1500) == 0, Path(f"{out}.log").read_text()[-3000:]
     assert not (out / "replaced").exists()
     made, expected = (comparable(folder) for folder in (out, whole))
     differ = sorted(name for name in made.keys() | expected.keys() if made.get(name) != expected.get(name))
