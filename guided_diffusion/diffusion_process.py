@@ -278,7 +278,8 @@ class DiffusionProcess:
         """:return: an attribute of this process as a tensor; float64 becomes fp32."""
         if (name, device) not in self._device_tables:
             table = th.as_tensor(getattr(self, name))
-            self._device_tables[name, device] = (table.float() if table.is_floating_point() else table).to(device)
+            table = table.float() if table.is_floating_point() else table
+            self._device_tables[name, device] = table.to(device, non_blocking=True)  # without a wait for its work
         return self._device_tables[name, device]
 
     def _at(self, table: str, t: th.Tensor, like: th.Tensor) -> th.Tensor:
