@@ -13,7 +13,7 @@ from guided_diffusion import cards, checkpoint, cli, dist_util, logger, magnific
 from guided_diffusion.checkpointer import Checkpointer
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
-from guided_diffusion.devices import keep_memory
+from guided_diffusion.devices import prepare_training
 from guided_diffusion.files import write_json
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.image_datasets import NucleiDataset, count_patches, load_dataset
@@ -130,8 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     dist_util.setup_dist(args.device)
-    if dist_util.dev().type == "cpu":
-        keep_memory()
+    prepare_training(dist_util.dev())
     if dist_util.rank():
         logger.set_level(logger.ERROR)
     options = options.shared_by(dist_util.world_size())

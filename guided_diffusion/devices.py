@@ -31,7 +31,7 @@ def has_bf16(device: th.device) -> bool:
 
 def find_device(text: str = "auto", number: int = 0) -> th.device:
     """
-    Find the device that a --device names, and make a GPU the current one.
+    Find the device that a --device names, and make a GPU the current one, with one meaning of fp32 for all programs.
 
     :param text: auto, or "", is a GPU where there is one; cuda, or cuda:1, needs one; cpu takes none.
     :param number: which of the GPUs auto and cuda take, from 0; beyond the last it begins at the first again.
@@ -56,7 +56,22 @@ def find_device(text: str = "auto", number: int = 0) -> th.device:
         raise ValueError(f"--device {text}: torch sees {count} GPU{'s' * (count > 1)}, numbered from 0")
     device = th.device("cuda", int(place) if place else number % count)
     th.cuda.set_device(device)
+    # As torch has it by default, which is how the reference computes. In TF32 numbers are rounded to fp16's digits, and
+    # some eight times as fast; matrix products, of which distances of features are made, are not worth that.
+    th.backends.cudnn.allow_tf32, th.backends.cuda.matmul.allow_tf32 = True, False
     return device
+
+
+def prepare_training(device: th.device) -> None:
+    """
+    Set up what pays off where every step has the same shapes. A CPU keeps its memory, see keep_memory. On a GPU, cuDNN
+    tries its kernels for each convolution at its first call, and goes on with the fastest: which that is may differ
+    between runs, and with it the rounding, so sampling does without.
+    """
+    if device.type == "cpu":
+        keep_memory()
+    else:
+        th.backends.cudnn.benchmark = True
 
 
 def keep_memory(keep: bool = True) -> None:

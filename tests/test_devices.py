@@ -88,3 +88,27 @@ def test_memory_is_used_again():
     devices.keep_memory()
     assert new_pages() < 100
     devices.keep_memory(False)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A GPU, as far as find_device looks; torch's settings of its kernels are the other way round, for a while."""
+    for name, value in {"is_available": True, "device_count": 1, "set_device": None}.items():
+        monkeypatch.setattr(th.cuda, name, lambda *_, value=value: value)
+    cudnn, matmul = th.backends.cudnn, th.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = False, True, False
+    yield
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
+
+
+def test_convolutions_alone_are_in_tf32(kernels):
+    assert devices.find_device() == th.device("cuda", 0)
+    assert th.backends.cudnn.allow_tf32 and not th.backends.cuda.matmul.allow_tf32
+
+
+def test_training_alone_tries_kernels(kernels):
+    devices.find_device()
+    assert not th.backends.cudnn.benchmark
+    devices.prepare_training(th.device("cuda", 0))
+    assert th.backends.cudnn.benchmark

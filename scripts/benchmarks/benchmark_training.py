@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from guided_diffusion import cli, logger
 from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
-from guided_diffusion.devices import find_device, has_bf16, keep_memory
+from guided_diffusion.devices import find_device, has_bf16, keep_memory, prepare_training
 from guided_diffusion.ema import Ema
 from guided_diffusion.histology.slides.toy import draw_slide
 from guided_diffusion.image_datasets import load_dataset
@@ -211,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     logger.set_level(logger.ERROR)
     device = find_device()
+    prepare_training(device)
     config = CONFIGS[args.config]
     with tempfile.TemporaryDirectory() as folder:
         data_dir = write_patches(Path(folder), config["image_size"], max(64, *args.batch_size))
