@@ -349,7 +349,7 @@ class TrainLoop:
 
     def _validate(self) -> None:
         """Measure the averaged weights on held-out samples; the best are kept apart. Collective."""
-        with self._clock.paused(), self.averages[0].swapped_in():
+        with self._clock.paused(), self.averages[0].swapped_in(), self.model.uncompiled():
             losses = self.validation.losses(self.model)
         logger.logkvs({"mode": "val", "step": self.step, **{f"val_{name}": value for name, value in losses.items()}})
         logger.dumpkvs()
@@ -365,7 +365,7 @@ class TrainLoop:
         path = bf.join(logger.get_dir(), checkpoint.model_name(self.step))
         self.checkpointer.save(self._states(), lambda: logger.log(f"saved {path}"))
         if self.validation and self.options.preview_samples:
-            with self._clock.paused(), self.averages[0].swapped_in():
+            with self._clock.paused(), self.averages[0].swapped_in(), self.model.uncompiled():
                 self._preview(self.validation, "sample_val", "")
                 if self.train_preview:
                     self._preview(self.train_preview, "sample_train", "_train")

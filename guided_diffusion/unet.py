@@ -130,6 +130,18 @@ class UNetModel(nn.Module):
             self.encode = th.compile(self.encode)
             self._decode = th.compile(self._decode)
 
+    @contextlib.contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """
+        In a with block a compiled model computes as it is written: for what is computed seldom, and in shapes or modes
+        of its own, each of which would be compiled for minutes.
+        """
+        compiled = {name: vars(self).pop(name) for name in ("encode", "_decode") if name in vars(self)}
+        try:
+            yield
+        finally:
+            vars(self).update(compiled)
+
     def convert_to_fp16(self) -> None:
         """Store and compute the body of the model in fp16, for inference."""
         self.convert_to(th.float16, weights=True)
