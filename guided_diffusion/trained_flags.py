@@ -68,9 +68,12 @@ def load_config(checkpoint_path: str) -> dict[str, Any] | None:
 def trained_null_condition(config: dict[str, Any]) -> str:
     """
     :param config: the flags that a model was trained with, as far as they are known.
-    :return: the null condition that it has seen. Without dropped conditions, that is images without masks.
+    :return: the null condition that it has seen more often: dropped conditions', or that of images without masks, which
+        keep their colours.
     """
-    kept = config.get("drop_hvb_only") or (config.get("unlabelled_dir") and not config.get("drop_rate"))
+    dropped = config.get("drop_rate") or 0
+    unlabelled = (config.get("unlabelled_share") or 0) * (1 - dropped) if config.get("unlabelled_dir") else 0
+    kept = config.get("drop_hvb_only") or unlabelled > dropped
     return "keep_colour" if kept and config.get("use_col_map") else "zeros"
 
 

@@ -606,9 +606,12 @@ def test_null_condition_comes_from_training(data_dir, model_path, tmp_path):
     [
         ({}, "zeros"),
         ({"drop_rate": 0.2, "drop_hvb_only": True}, "keep_colour"),
-        ({"drop_rate": 0.2, "unlabelled_dir": "images"}, "zeros"),
-        ({"drop_rate": 0.0, "unlabelled_dir": "images"}, "keep_colour"),  # all that it has seen without a structure
-        ({"drop_rate": 0.0, "unlabelled_dir": "images", "use_col_map": False}, "zeros"),
+        # 0.18 of the samples with colours alone, 0.1 with nothing; then 0.09 and 0.1; then 0.5 and 0.
+        ({"drop_rate": 0.1, "unlabelled_dir": "images", "unlabelled_share": 0.2}, "keep_colour"),
+        ({"drop_rate": 0.1, "unlabelled_dir": "images", "unlabelled_share": 0.1}, "zeros"),
+        ({"drop_rate": 0.0, "unlabelled_dir": "images", "unlabelled_share": 0.5}, "keep_colour"),
+        ({"drop_rate": 0.0, "unlabelled_dir": "images", "unlabelled_share": 0.5, "use_col_map": False}, "zeros"),
+        ({"drop_rate": 0.0, "unlabelled_share": 0.5}, "zeros"),
     ],
 )
 def test_the_null_condition_is_one_that_the_model_has_seen(tmp_path, trained, expected):
