@@ -6,7 +6,6 @@ class_masks: per pixel the class of the nucleus that it is in, 0 outside nuclei.
 of how other data sets write classes down.
 """
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import blobfile as bf
 import numpy as np
 
-from .files import check_path, write_json
+from .files import check_path, parse_json, write_json
 from .slides import owners
 
 TABLE = "classes.json"
@@ -124,8 +123,8 @@ def from_rows(rows: Any, path: str) -> list[CellClass]:
 
 def _parsed(data: bytes, path: str) -> list[CellClass]:
     try:
-        rows = json.loads(data)
-    except (ValueError, RecursionError):
+        rows = parse_json(data)
+    except ValueError:
         rows = None
     return from_rows(rows, path)
 

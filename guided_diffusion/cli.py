@@ -1,6 +1,7 @@
 """How a user's mistake or a request to stop ends a program: in one line. Knows nothing of what the programs do."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -51,14 +52,22 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """As argparse's; no number of ours has more than 64 bits, which is where NumPy and torch fail."""
+        value = super()._get_value(action, text)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise argparse.ArgumentError(action, f"{text} has more than 64 bits: give a smaller number")
+        return value
+
 
 def run(
     main: Callable[[], None], rank: Callable[[], int] = lambda: 0, leave: Callable[[], bool] = lambda: True
 ) -> None:
     """
-    Run a program; ValueError, OSError and ImportError become one line on stderr and exit code 2.
+    Run a program; ValueError, OSError, ImportError and MemoryError become one line on stderr and exit code 2.
 
-    By the project's rule these are what a user's mistake or a missing optional package raises. A request to stop, see
+    By the project's rule these are what a user's mistake or a missing optional package raises, or what the machine has
+    too little of. What was printed must arrive, too. A request to stop, see
     signals, ends the program in the same way, with 128 and the signal's number, unless it handles it.
     What modules warn of by Python's logging is printed as logger prints it, with "WARNING: " in front.
     SDM_TRACEBACK=1 in the environment lets them through, for whoever hunts a bug.
@@ -72,16 +81,30 @@ def run(
     try:
         with signals.raised():
             main()
-    except (ValueError, OSError, ImportError, signals.Stopped) as error:
+        _flush()
+    except (ValueError, OSError, ImportError, MemoryError, signals.Stopped) as error:
         if os.environ.get("SDM_TRACEBACK") == "1":
             raise
         stopped = isinstance(error, signals.Stopped)
-        line = f"stopped by {error.name}" if stopped else f"error: {' '.join(str(error).split())}"
+        message = str(error) or "there is not enough memory"  # which MemoryError may leave unsaid
+        with contextlib.suppress(OSError):
+            _flush()
+        line = f"stopped by {error.name}" if stopped else f"error: {' '.join(message.split())}"
         if rank() == 0:
             _report(line)
         if not leave() and rank() != 0:
             _report(line)
         sys.exit(error.code if stopped else MISTAKE)
+
+
+def _flush() -> None:
+    """:raises OSError: where what was printed cannot be written; it is lost then, so that nothing tries again."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, f"the standard output cannot be written: {error.strerror}") from None
 
 
 def _report(line: str) -> None:

@@ -323,6 +323,29 @@ def locked(folder: str | Path, flag: str) -> Iterator[None]:
         yield
 
 
+# ---- reading what others may have written ----
+
+
+def parse_json(text: str | bytes) -> Any:
+    """
+    :return: what a JSON file's content says.
+    :raises ValueError: where it is none, or nested so deeply that no program of ours wrote it.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+@contextlib.contextmanager
+def reading_table(path: str | Path) -> Iterator[None]:
+    """Have what Python's csv module refuses, as a field of 128 KiB, be a ValueError that names the file."""
+    try:
+        yield
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no readable table ({error}): restore it") from None
+
+
 # ---- telling files apart ----
 
 

@@ -5,7 +5,6 @@ Knows nothing of what the files hold, nor of conditions and batches.
 """
 
 import itertools
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import blobfile as bf
 
 from .cell_classes import FOLDER as CLASS_FOLDER
-from .files import by_stem, list_files
+from .files import by_stem, list_files, parse_json
 from .image_files import EXTENSIONS
 from .slides import hold_out, owners, read_manifest, slides_of
 
@@ -153,7 +152,7 @@ def _kind(folder: str) -> str:
         if bf.exists(path):
             try:
                 with bf.BlobFile(path) as file:
-                    return str(json.load(file)["settings"]["method"])
+                    return str(parse_json(file.read())["settings"]["method"])
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path} is not readable: run make_structures.py again, or remove it") from None
     return GIVEN

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from .files import writing
+from .files import parse_json, writing
 
 FORMATS = ("stdout", "log", "csv", "json", "tensorboard")
 
@@ -210,7 +210,7 @@ def _csv_line(cells: Sequence[object]) -> str:
 def _step_of(line: str) -> object:
     """The step in a line of JSON; None where it has none, as in half a line."""
     try:
-        return json.loads(line).get("step")
+        return parse_json(line).get("step")
     except (ValueError, AttributeError):
         return None
 

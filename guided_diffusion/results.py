@@ -147,7 +147,7 @@ class ResultFolder:
         for part in self._parts():
             for line in part.read_text("ascii", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):  # half a line
-                    rows.append(json.loads(line))
+                    rows.append(files.parse_json(line))
         return {int(row["index"]): row for row in rows if _is_row(row)}
 
     def _parts(self) -> list[Path]:

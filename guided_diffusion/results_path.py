@@ -2,7 +2,6 @@
 nothing of how samples are made."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +57,7 @@ def check_same_run(path: str, config: dict[str, Any]) -> None:
             raise ValueError(f"--results_path {path} holds samples of an unknown run: give another folder")
         return
     try:
-        before = dict(json.loads(file.read_text()))
+        before = dict(files.parse_json(file.read_text()))
     except (ValueError, TypeError):
         raise ValueError(f"{file} does not parse: give another --results_path, or --overwrite True") from None
     if "mpp" in config:

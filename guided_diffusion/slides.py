@@ -10,7 +10,6 @@ import csv
 import functools
 import hashlib
 import io
-import json
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from typing import Any
 
 import blobfile as bf
 
-from .files import is_remote, nfc, write_text
+from .files import is_remote, nfc, parse_json, reading_table, write_text
 
 MANIFEST = "prepare.json"  # of a data folder, which scripts/prepare_monuseg.py writes first and last
 TABLE = "slides.csv"
@@ -97,7 +96,7 @@ def read_manifest(place: str | Path) -> dict[str, Any] | None:
     if not bf.exists(path):
         return None
     try:
-        manifest = json.loads(_read(path))
+        manifest = parse_json(_read(path))
     except ValueError:
         manifest = None
     if not isinstance(manifest, dict):
@@ -128,13 +127,15 @@ def without_number(stem: str) -> str:
 def _of_table(path: str) -> dict[str, dict[str, str]]:
     """Path without suffix -> its row."""
     found: dict[str, dict[str, str]] = {}
-    rows = csv.DictReader(io.StringIO(_read(path)))
-    if not {*FIELDS} <= {*(rows.fieldnames or ())}:
-        raise ValueError(f"{path} has no columns {' and '.join(FIELDS)}: begin it with the line {','.join(FIELDS)}")
-    for row in rows:
+    table = csv.DictReader(io.StringIO(_read(path)))
+    with reading_table(path):
+        if not {*FIELDS} <= {*(table.fieldnames or ())}:
+            raise ValueError(f"{path} has no columns {' and '.join(FIELDS)}: begin it with the line {','.join(FIELDS)}")
+        rows = [(table.line_num, row) for row in table]
+    for number, row in rows:
         file, slide = ((row[name] or "").strip() for name in FIELDS)
         if not file or not slide:
-            raise ValueError(f"{path}, line {rows.line_num} lacks a file or a slide: give both")
+            raise ValueError(f"{path}, line {number} lacks a file or a slide: give both")
         if slide[0] in "=+-@":
             raise ValueError(f"{path}: slide {slide} is a formula to spreadsheets, which read manifests: rename it")
         first = found.setdefault(_stem(file), {**row, "slide": slide})["slide"]

@@ -4,13 +4,12 @@ The flags that a checkpoint was trained with: config.json beside it, and which o
 Knows no weights, so that who asks for a fact of a model need not load torch.
 """
 
-import json
 from typing import Any
 
 import blobfile as bf
 
 from . import logger
-from .files import is_file
+from .files import is_file, parse_json
 from .magnification import REFERENCE_MPP, check, mismatch
 
 CONFIG_NAME = "config.json"
@@ -57,7 +56,7 @@ def load_config(checkpoint_path: str) -> dict[str, Any] | None:
         return None
     try:
         with bf.BlobFile(path, "r") as file:
-            config = json.loads(file.read())
+            config = parse_json(file.read())
     except ValueError:
         config = None
     if not isinstance(config, dict):

@@ -13,7 +13,6 @@ replaces OUT as a whole.
 import argparse
 import csv
 import functools
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -24,7 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from guided_diffusion import cards, cli, magnification, progress
 from guided_diffusion.cell_classes import FOLDER, CellClass, shared, write_classes
-from guided_diffusion.files import by_stem, check_apart, csv_text, replace_folder, write_bytes, write_json, write_text
+from guided_diffusion.files import (
+    by_stem,
+    check_apart,
+    csv_text,
+    parse_json,
+    reading_table,
+    replace_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from guided_diffusion.histology.evaluation.runs import MANIFEST, Run, find_runs, slides_of_sample
 from guided_diffusion.histology.features.cluster_folders import list_patches
 from guided_diffusion.histology.formats.writers.hovernet import WINDOW
@@ -171,7 +180,7 @@ def read_flags(folder: Path) -> dict:
     """The flags that a results folder, or the sweep that it is part of, was made with; none where it does not say."""
     for place in (folder, folder.absolute().parent):
         try:
-            return dict(json.loads((place / RUN).read_text(encoding="utf-8")))
+            return dict(parse_json((place / RUN).read_text(encoding="utf-8")))
         except FileNotFoundError:
             continue
         except (ValueError, TypeError):
@@ -182,7 +191,7 @@ def read_flags(folder: Path) -> dict:
 def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
+    with reading_table(path), open(path, newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
 
 

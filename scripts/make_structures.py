@@ -16,7 +16,6 @@ nuclei of each class as one real mask has, of shapes of that class; with perturb
 
 import argparse
 import functools
-import json
 import logging
 import math
 import multiprocessing
@@ -32,7 +31,7 @@ from PIL import Image
 
 from guided_diffusion import cell_classes, cli, magnification, progress, streams
 from guided_diffusion.cell_classes import CellClass
-from guided_diffusion.files import fingerprint, write_json, writing
+from guided_diffusion.files import fingerprint, parse_json, write_json, writing
 from guided_diffusion.histology.structures import statistics
 from guided_diffusion.histology.structures.bank import Bank, Layout
 from guided_diffusion.histology.structures.layouts import perturb, recombine
@@ -172,7 +171,7 @@ def begin(out: Path, settings: dict[str, object], count: int, table: Sequence[Ce
     path = out / REPORT
     if path.exists():
         try:
-            before = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+            before = dict(parse_json(path.read_text(encoding="utf-8"))["settings"])
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path} is damaged, so what was begun there is not known: give another folder") from None
         for name, value in settings.items():

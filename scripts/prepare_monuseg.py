@@ -29,7 +29,7 @@ import numpy as np
 
 from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.cell_classes import CellClass
-from guided_diffusion.files import write_text
+from guided_diffusion.files import parse_json, write_text
 from guided_diffusion.histology.slides import annotations, aperio, patches, scales
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, Slide
 from guided_diffusion.processes import each
@@ -234,7 +234,7 @@ def read_manifest(out: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         return {"settings": dict(manifest["settings"]), "patches": {k: dict(v) for k, v in manifest["patches"].items()}}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not readable; choose another OUT or delete this one") from error

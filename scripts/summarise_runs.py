@@ -1,14 +1,13 @@
 """Sum training runs up in a table: python scripts/summarise_runs.py OUT.csv NAME=FOLDER [NAME=FOLDER ...]"""
 
 import csv
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from guided_diffusion import cli
-from guided_diffusion.files import writing
+from guided_diffusion.files import parse_json, writing
 
 FIELDS = ("cluster", "images", "steps", "best_val_loss", "path")
 
@@ -17,11 +16,13 @@ def row(name: str, folder: str) -> dict[str, object]:
     """:return: FIELDS of one run, from the result.json that image_train.py leaves at its end."""
     path = Path(folder) / "result.json"
     try:
-        result = json.loads(path.read_text())
+        result = parse_json(path.read_text(encoding="utf-8"))
+        values = (name, result["images"], result["step"], result["best"].get("val_loss", ""), result["checkpoint"])
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: that run has not come to its end; run it again") from None
-    best = result["best"].get("val_loss", "")
-    return dict(zip(FIELDS, (name, result["images"], result["step"], best, result["checkpoint"])))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not what image_train.py wrote: run it again") from None
+    return dict(zip(FIELDS, values))
 
 
 def parted(run: str) -> tuple[str, str]:

@@ -13,7 +13,6 @@ equal seeds give equal weights; by minutes they cannot.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.devices import UNSCALED, find_device
-from guided_diffusion.files import write_json
+from guided_diffusion.files import parse_json, write_json
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.data import Pair
 from guided_diffusion.histology.segmenter.decoding import FILE
@@ -193,7 +192,7 @@ def check_out(out: Path, config: dict[str, Any]) -> None:
     try:
         # Earlier versions knew 40x alone, always adapted, and always mixed.
         usual = {"mpp": magnification.REFERENCE_MPP, "adapt": ADAPT, "synthetic_first": 0.0}
-        before = {**usual, **json.loads(path.read_text())}
+        before = {**usual, **parse_json(path.read_text())}
     except (ValueError, TypeError):
         raise ValueError(f"{path} does not parse: give another --results_path") from None
     for name, value in config.items():

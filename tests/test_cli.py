@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -17,7 +19,10 @@ def fail(error):
     return main
 
 
-@pytest.mark.parametrize("error", [ValueError("--x 1\n is wrong"), FileNotFoundError("gone"), ImportError("pip it")])
+MISTAKES = [ValueError("--x 1\n is wrong"), FileNotFoundError("gone"), ImportError("pip it"), MemoryError("4 TiB")]
+
+
+@pytest.mark.parametrize("error", MISTAKES)
 def test_one_line_and_exit_code(capsys, error):
     left = []
     with pytest.raises(SystemExit) as stop:
@@ -64,3 +69,40 @@ def test_a_rank_that_is_alone_with_its_mistake_tells_it(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(fail(ValueError("x")), rank=lambda: 1, leave=lambda: False)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: x\n"
+
+
+def test_memory_that_is_out_is_said_where_python_does_not(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(fail(MemoryError()))
+    assert capsys.readouterr().err == "error: there is not enough memory\n"
+
+
+@pytest.mark.parametrize("text", [str(2**63), str(-(2**63) - 1), "1" + 25 * "0"])
+def test_numbers_of_more_than_64_bits_are_no_flags(text):
+    parser = cli.FlagParser()
+    parser.add_argument("--seed", type=int)
+    assert parser.parse_args([f"--seed={2**63 - 1}"]).seed == 2**63 - 1
+    with pytest.raises(ValueError, match=f"--seed: {text} has more than 64 bits"):
+        parser.parse_args([f"--seed={text}"])
+
+
+PRINTING = """
+import sys
+from guided_diffusion import cli
+cli.run(lambda: print("x" * int(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("size", [1, 100_000])  # which is written at the end, and before it
+@pytest.mark.parametrize(("place", "reason"), [("/dev/full", "No space left on device"), ("", "Broken pipe")])
+def test_what_is_printed_must_arrive(place, reason, size):
+    """In a full disk, or in a pipe whose reader has gone."""
+    reader, pipe = os.pipe()
+    os.close(reader)
+    with open(place, "w") if place else os.fdopen(pipe, "w") as out:
+        command = [sys.executable, "-c", PRINTING, str(size)]
+        env = {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, env=env)
+    said = "the standard output cannot be written:" if size == 1 else ""
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and said in done.stderr and done.stderr.endswith(f"{reason}\n")

@@ -1,20 +1,24 @@
 """Whole writes and locked folders."""
 
+import csv
 import errno
 import itertools
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 import unicodedata
+from pathlib import Path
 
 import pytest
 
 from guided_diffusion import files
 
+ROOT = Path(__file__).resolve().parents[1]
 HOLD = """
 import sys
 from guided_diffusion import files
@@ -273,3 +277,22 @@ def test_outputs_among_inputs_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         files.check_apart(tmp_path / "file", [inner], tmp_path / "file")
+
+
+def test_what_no_program_of_ours_wrote_is_a_user_s_mistake():
+    assert files.parse_json('{"a": [1]}') == {"a": [1]}
+    for text in (100_000 * "[", b"\xff", ""):
+        with pytest.raises(ValueError):
+            files.parse_json(text)
+    refusal = r"a.csv is no readable table \(field larger than field limit"
+    with pytest.raises(ValueError, match=refusal), files.reading_table("a.csv"):
+        list(csv.reader(["x" * 200_000]))
+
+
+def test_nothing_else_reads_json():
+    """Which is nested at will where it is not ours."""
+    found = [path for path in ROOT.glob("guided_diffusion/**/*.py") if re.search(r"\bjson\.loads?\(", path.read_text())]
+    assert [path.name for path in found] == [
+        "failures.py",
+        "files.py",
+    ]  # the former reads what the engine's stages wrote

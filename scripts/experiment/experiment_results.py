@@ -105,7 +105,7 @@ def read_csv(path: Path) -> list[Row]:
                 key = line["track"], float(line["share"]), int(line["seed"]), line["variant"]
                 figures = {name: float(line[name]) for name in FIGURES}
                 found.setdefault(key, Row(*key, {})).slides[line["slide"]] = figures
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, csv.Error):
         raise ValueError(f"{path} is no results.csv of an experiment") from None
     if not found or not all(POOLED in row.slides for row in found.values()):
         raise ValueError(f"{path} lacks lines of an experiment's results.csv")

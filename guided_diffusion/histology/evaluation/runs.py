@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from ...files import by_stem, nfc
+from ...files import by_stem, nfc, reading_table
 from ...slides import without_number
 
 MANIFEST = "manifest.csv"
@@ -149,5 +149,5 @@ def _rows(path: Path) -> dict[str, dict[str, str]]:
     """Stem -> row of a manifest; incomplete rows are skipped."""
     if not path.exists():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
+    with reading_table(path), open(path, newline="", encoding="utf-8") as file:
         return {nfc(row["stem"]): row for row in csv.DictReader(file) if row.get("stem") and None not in row.values()}

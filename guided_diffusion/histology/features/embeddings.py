@@ -270,9 +270,10 @@ def load_features(path: Path) -> Features:
     if not path.is_file():
         raise FileNotFoundError(f"--features {path} is not a file: make it with scripts/extract_features.py")
     try:
+        _check_unpacked(path)
         with np.load(path, allow_pickle=False) as found:
             arrays = {name: found[name] for name in ARRAYS}
-    except (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile):
+    except (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError, MemoryError, zipfile.BadZipFile):
         raise ValueError(f"--features {path} is no whole feature file: extract it again") from None
     rows, paths, stems = arrays["features"], arrays["paths"], arrays["stems"]
     if rows.ndim != 2 or rows.dtype != np.float32 or not rows.size:
@@ -288,6 +289,14 @@ def load_features(path: Path) -> Features:
     if len(bad):
         raise ValueError(f"--features {path}: the features of {paths[bad[0]]} are not finite; make the file again")
     return Features(rows, paths.tolist(), stems.tolist(), str(arrays["backbone"]), str(arrays["weight_hash"]))
+
+
+def _check_unpacked(path: Path) -> None:
+    """:raises ValueError: where an archive unpacks to far more than it takes, which features do not."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > 50 * path.stat().st_size:
+        raise ValueError
 
 
 def same_slide_share(features: np.ndarray, slides: Sequence[str]) -> float:

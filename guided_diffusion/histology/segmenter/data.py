@@ -17,7 +17,7 @@ import torch as th
 
 from ... import cell_classes, streams
 from ...cell_classes import CellClass
-from ...files import by_stem
+from ...files import by_stem, reading_table
 from ...image_files import EXTENSIONS, read_image, read_inst_mask, read_mask
 from ...images import check_complete
 from ...slides import hold_out as hold_out_slides
@@ -318,7 +318,7 @@ def _synthetic_sources(path: Path) -> dict[str, frozenset[str]]:
     """Stem -> slides of structure and appearance, of the synthetic rows of a manifest; '' stands for an unknown one."""
     if not path.exists():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
+    with reading_table(path), open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if rows and not {"stem", "source"} <= rows[0].keys():
         raise ValueError(f"{path} has no columns stem and source: give a folder of scripts/assemble_set.py")

@@ -119,8 +119,8 @@ def _patch_names(path: Path, count: int) -> list[str]:
         raise ValueError(
             f"{path} is missing: it says which patches are of one image, which a split keeps together"
         ) from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8: download it again") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise ValueError(f"{path} is no table in UTF-8: download it again") from None
     names = [row[-1].strip() for row in rows[1:] if row]
     if len(names) != count:
         raise ValueError(f"{path} has {len(names)} rows for {count} patches: download both again")

@@ -5,7 +5,6 @@ Run lengths are read here, since pycocotools takes those that are too short for 
 are drawn by pycocotools, so that they cover the pixels that COCO means.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ....cell_classes import MOST, CellClass, named
-from ....files import nfc
+from ....files import nfc, parse_json
 from ....image_files import EXTENSIONS, read_image
 from ..fields import DataSet, Field, Labelled, safe
 from .opening import Tree
@@ -39,8 +38,8 @@ def _parsed(path: Path) -> dict[str, list[dict]] | None:
     if not any(f'"{key}"'.encode() in data for key in _KEYS[1:]):
         return None
     try:
-        table = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        table = parse_json(data)
+    except ValueError as error:
         raise ValueError(f"{path} is not a whole JSON file ({error}): export it again") from None
     if not isinstance(table, dict) or not {*_KEYS} <= table.keys():
         return None

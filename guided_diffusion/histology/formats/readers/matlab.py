@@ -119,11 +119,11 @@ def _info(path: Path) -> list[tuple[str, str]]:
     """Stem and split of each row; none where the table is of something else."""
     try:
         table = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8: download it again") from None
-    if not {"Filename", "Split"} <= {*(table.fieldnames or ())}:
-        return []
-    rows = [(Path((row["Filename"] or "").strip()).stem, (row["Split"] or "").strip()) for row in table]
+        if not {"Filename", "Split"} <= {*(table.fieldnames or ())}:
+            return []
+        rows = [(Path((row["Filename"] or "").strip()).stem, (row["Split"] or "").strip()) for row in table]
+    except (UnicodeDecodeError, csv.Error):
+        raise ValueError(f"{path} is no table in UTF-8: download it again") from None
     for stem, split in rows:
         if not stem or split not in ("1", "2", "3"):
             raise ValueError(f"{path}: {stem!r} is of split {split!r}; expected 1, 2 or 3")

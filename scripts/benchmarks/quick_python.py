@@ -27,9 +27,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("prepare_monuseg", "extract_features", "cluster_patches", "filter_ood", "assemble_set", "train_segmenter")
-PROGRAMS += ("segment", "summarise_runs", "make_structures")
+PROGRAMS += ("segment", "summarise_runs", "make_structures", "evaluate", "export_set", "import_dataset")
+PROGRAMS += ("make_toy_monuseg",)
 PROGRAMS += tuple(f"experiment.{name}" for name in ("subset_slides", "rival_samples", "experiment_results", "plan"))
 PROGRAMS += tuple(f"workflow.{name}" for name in ("run", "stage", "choose_clusters"))
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -75,15 +76,21 @@ def call(place: str, argv: list[str]) -> NoReturn:
 # ---- the server's side ----
 
 
-def serve(place: str) -> NoReturn:
-    """Import all, then fork for each caller."""
+def load() -> None:
+    """Import all that programs need, and do nothing."""
     sys.path.insert(0, str(ROOT))
     for name in ("torch._dynamo", "image_train", "image_sample", *(f"scripts.{name}" for name in PROGRAMS)):
         importlib.import_module(name)
+    gc.freeze()  # so that no collection copies the memory that processes share
+
+
+def serve(place: str) -> NoReturn:
+    """Import all, then fork for each caller."""
+    load()
     with contextlib.suppress(ImportError):
         importlib.import_module("snakemake.cli").get_argument_parser()  # which imports the executors
     sys.executable = str(Path(place).with_name("python"))
-    gc.freeze()  # so that no collection copies the memory that processes share
+    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(place)
@@ -162,8 +169,11 @@ def run(argv: list[str], folder: str, environment: dict[str, str], descriptors: 
     # What an interpreter does at its end, but for taking all apart, which would take longer than most programs.
     threading._shutdown()
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except OSError:
+        os._exit(120)  # as an interpreter does
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
