@@ -2,10 +2,11 @@
 # together. mpiexec is among what requirements.txt brings.
 FROM pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 
-# Where the base's Python is Debian's, it comes without venv. tini hands on the signal of `docker stop`, which the first
-# process of a container would not get from the kernel by default, and training saves at.
+# Where the base's Python is Debian's, it comes without venv and headers; a runtime image has no C++ compiler. --compile
+# True needs both, on a CPU and, for Triton, on a GPU. tini hands on the signal of `docker stop`, which the first process
+# of a container would not get from the kernel by default, and training saves at.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3-venv tini \
+    && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv tini \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home sdm \
     && install --directory --owner=sdm --group=sdm /workspace/sdm

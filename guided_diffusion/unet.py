@@ -311,7 +311,9 @@ def check_compiler(device: th.device) -> None:
         th.compile(th.sigmoid)(th.zeros(8, device=device))
     except Exception as error:  # whatever breaks in a tool chain
         reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"--compile True needs a working C++ compiler such as g++ ({reason}): leave it out") from None
+        raise ValueError(
+            f"--compile True needs a working C++ compiler such as g++, and Python's headers ({reason}): leave it out"
+        ) from None
 
 
 def _check_values(num_res_blocks: int, dropout: float, dims: int) -> None:

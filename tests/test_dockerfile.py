@@ -102,6 +102,12 @@ def test_an_init_hands_signals_to_any_command():
     assert any("tini" in text for text in arguments("RUN"))
 
 
+def test_the_compiler_of_compile_is_brought():
+    """A runtime image has none, and the container's user may not install one."""
+    installed = re.findall(r"apt-get install (.*?)&&", " ".join(arguments("RUN")))
+    assert {"g++", "python3-dev"} <= set(" ".join(installed).split())
+
+
 def variables() -> dict[str, str]:
     return dict(word.split("=", 1) for text in arguments("ENV") for word in shlex.split(text))
 
