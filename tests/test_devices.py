@@ -37,7 +37,8 @@ def test_gpus_that_torch_cannot_use(driver, monkeypatch):
         with pytest.raises(ValueError) as error:
             devices.find_device(device)
         assert "nvidia-smi lists 3 GPUs (driver 470.82.01), but torch" in str(error.value)
-        assert f"built for {th.version.cuda or 'no CUDA'}" in str(error.value) and "--device cpu" in str(error.value)
+        built = f"CUDA {th.version.cuda}, can" if th.version.cuda else "no CUDA, for CPUs only, can"
+        assert f"built for {built}" in str(error.value) and "--device cpu" in str(error.value)
     assert devices.find_device("cpu") == th.device("cpu")
     driver(THREE.replace("*driver*", "*other*"))  # one that does not tell its version
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
