@@ -45,13 +45,15 @@ def test_training_compiles_encoder_and_decoder_once(data_dir, logdir, compiled, 
 
 
 @pytest.mark.slow
-def test_sampling_compiles_for_whole_batches_and_for_others(data_dir, tmp_path, compiled):
-    """At any scale, with any batch: the encoder twice, the decoder once more for the null condition."""
+@pytest.mark.parametrize(("samples", "graphs"), [(8, 3), (7, 5)])
+def test_sampling_compiles_for_whole_batches_and_for_others(data_dir, tmp_path, compiled, samples, graphs):
+    """At any scale: the encoder once, the decoder for the condition and the null one; once more each for the rest."""
     model, _ = create_model_and_diffusion(
         **args_to_dict(image_sample.create_argparser().parse_args(TINY), model_and_diffusion_defaults())
     )
     checkpoint.save(model.state_dict(), str(tmp_path), "model000001.pt")
     paths = ["--data_dir", str(data_dir), "--model_path", str(tmp_path / "model000001.pt"), "--use_train", "True"]
-    flags = "--compile True --timestep_respacing 3 --batch_size 4 --num_samples 7 --s 1,1.5,2"
+    flags = "--compile True --timestep_respacing 3 --batch_size 4 --s 1,1.5,2"
+    flags += f" --num_samples {samples}"
     image_sample.main([*TINY, *paths, "--results_path", str(tmp_path / "out"), *flags.split()])
-    assert len(compiled) == 5
+    assert len(compiled) == graphs
