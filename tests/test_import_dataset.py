@@ -270,6 +270,7 @@ FLAWS = [
     ("conic", npy("labels.npy", lambda array: array * [1, 0]), "has none: give it a class"),
     ("conic", npy("labels.npy", lambda array: array * 0), "has no nucleus in any image"),
     ("conic", gone("patch_info.csv"), "patch_info.csv is missing"),
+    ("conic", text("patch_info.csv", f"x\n{200_000 * 'a'}-0\n"), "patch_info.csv is no table in UTF-8"),
     ("conic", text("patch_info.csv", "x\na-0\n"), "has 1 rows for 3 patches"),
     ("conic", text("patch_info.csv", "x\na-0\na-0\na-1\n"), "'a-0' is no name such as"),
     ("consep", cut(TILE, 60), "train_1.mat is not a whole .mat"),

@@ -85,6 +85,7 @@ def test_a_table_that_was_written_is_read(tmp_path):
         ("file,slide\na.png\n", "slides.csv, line 2 lacks a file or a slide"),
         ("file,slide\na.png,S\na.tif,T\n", "slides.csv names two slides of a.tif, S and T: give one"),
         (b"file,slide\na.png,\xff\n", "slides.csv is not UTF-8"),
+        (f"file,slide\na.png,{200_000 * 'x'}\n", "slides.csv is no readable table"),
     ],
 )
 def test_tables_that_are_wrong(tmp_path, text, message):
@@ -93,7 +94,7 @@ def test_tables_that_are_wrong(tmp_path, text, message):
         slides_of(tmp_path, paths(tmp_path, "a"))
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"patches": 3}', '{"patches": {"x": {"A": "many"}}}'])
+@pytest.mark.parametrize("text", ["", "[]", 100_000 * "[", '{"patches": 3}', '{"patches": {"x": {"A": "many"}}}'])
 def test_a_prepare_json_that_is_wrong(tmp_path, text):
     (tmp_path / slides.MANIFEST).write_text(text)
     with pytest.raises(ValueError, match="prepare.json is not readable"):

@@ -1,7 +1,7 @@
 """
 Do to the programs what the worst day does, and count what they survive.
 
-    python scripts/benchmarks/soak.py OUT [--kinds bad_flags,...] [--count N | --scale 0.1] [--seed 0]
+    python scripts/benchmarks/soak.py OUT [--kinds bad_flags,...] [--count N | --scale 0.1] [--only TEXT] [--seed 0]
 
 Every trial runs a program on toy inputs, with a tiny model, in a process of its own, and does it some harm:
 
@@ -15,12 +15,13 @@ Every trial runs a program on toy inputs, with a tiny model, in a process of its
 
 Writes OUT/trials.csv, a row a trial, and OUT/trials.md, a table of how many held, which it prints. What held leaves
 nothing behind, and the folder of what did not is OUT/failed/KIND-NUMBER. Equal seeds make equal trials, but a moment is
-never quite the same. --count takes so many of each kind, evenly over all that there are, and --scale a share of them.
-A kill that came too late is no
-trial. The exit code is 1 where a trial did not hold. Linux only.
+never quite the same. --count takes so many of each kind, chosen at random, and --scale a share of them; --only takes
+those whose names hold a text, as to see one again that did not hold. A kill that came too late is no trial. The exit
+code is 1 where a trial did not hold. Linux only.
 """
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -56,6 +57,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--kinds", default=",".join(KINDS), help="some of these")
     parser.add_argument("--count", type=int, help="trials of each kind")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the trials, above 0")
+    parser.add_argument("--only", default="", metavar="TEXT", help="trials whose names hold this")
     parser.add_argument("--seed", type=int, default=0, help="of moments and choices")
     return parser
 
@@ -73,21 +75,16 @@ def main(argv: list[str] | None = None) -> None:
         quick_python.load()
         bench, rows = Bench(args.out / "toy"), []
         for kind in kinds:
-            trials = list(KINDS[kind](bench, random.Random(args.seed)))
-            for number, trial in enumerate(chosen(trials, args.count or max(1, round(args.scale * len(trials))))):
+            rng = random.Random(args.seed)
+            trials = [trial for trial in KINDS[kind](bench, rng) if args.only in trial[0]]
+            count = args.count or math.ceil(args.scale * len(trials))
+            for number, trial in enumerate(rng.sample(trials, min(count, len(trials)))):
                 rows.append(attempt(args.out, kind, number, trial))
                 write_text(args.out / "trials.csv", csv_text(FIELDS, rows))
         text = as_markdown(rows)
         write_text(args.out / "trials.md", text)
     print(text, end="")
     sys.exit(any(row["fault"] for row in rows))
-
-
-def chosen(trials: Sequence[Trial], count: int) -> list[Trial]:
-    """:return: so many of the trials, evenly over all; over and over where there are fewer."""
-    if count >= len(trials):
-        return [trials[k % len(trials)] for k in range(count)]
-    return [trials[(k * len(trials) // count + k) % len(trials)] for k in range(count)]  # of even and odd numbers
 
 
 def attempt(out: Path, kind: str, number: int, trial: Trial) -> dict[str, object]:

@@ -55,11 +55,17 @@ def dead_link(path):
     (path / "inst_masks" / "a.tif").symlink_to("gone.tif")
 
 
+def huge_field(path):
+    with open(path / "manifest.csv", "a") as file:
+        file.write(f"{200_000 * 'x'}\n")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (no_samples, r"samples holds no \.png: sample first"),
         (no_mask, r"a\.png has no mask .*a\.tif"),
+        (huge_field, r"manifest\.csv is no readable table"),
         (dead_link, r"a\.tif is a link that leads nowhere"),
     ],
 )

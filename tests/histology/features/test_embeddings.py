@@ -1,5 +1,7 @@
 """Feature files: what is found, that a killed extraction goes on, how rows are matched, and every refusal."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch as th
@@ -198,6 +200,20 @@ def test_load_refuses_bad_arrays(tmp_path, made, change, message):
     arrays = {name: np.array(getattr(made, name)) for name in embeddings.ARRAYS}
     np.savez(tmp_path / "f.npz", **{**arrays, **change})
     with pytest.raises(ValueError, match=message):
+        load_features(tmp_path / "f.npz")
+
+
+def test_load_refuses_what_would_fill_the_memory(tmp_path, made):
+    """An archive that unpacks to a thousand times its size, and one whose header asks for 4 TiB."""
+    arrays = {name: np.array(getattr(made, name)) for name in embeddings.ARRAYS}
+    np.savez_compressed(tmp_path / "f.npz", **{**arrays, "features": np.zeros((3, 2**20), np.float32)})
+    with pytest.raises(ValueError, match="no whole feature file"):
+        load_features(tmp_path / "f.npz")
+    np.savez(tmp_path / "f.npz", **arrays)
+    header = b"\x93NUMPY\1\0\x76\0{'descr': '<f4', 'fortran_order': False, 'shape': (1073741824, 1024), }"
+    with zipfile.ZipFile(tmp_path / "f.npz", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("features.npy", header.ljust(127) + b"\n")
+    with pytest.raises(ValueError, match="no whole feature file"):
         load_features(tmp_path / "f.npz")
 
 
