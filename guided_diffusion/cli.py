@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from . import signals
@@ -53,8 +54,11 @@ class FlagParser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
-        """As argparse's; no number of ours has more than 64 bits, which is where NumPy and torch fail."""
+        """As argparse's; no number of ours has more than 64 bits, which is where NumPy and torch fail, and no path is
+        empty, which Python takes for the current folder, and a shell gives for a variable that is not set."""
         value = super()._get_value(action, text)
+        if isinstance(value, Path) and not text:
+            raise argparse.ArgumentError(action, "it is empty: give a path, or leave it out")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise argparse.ArgumentError(action, f"{text} has more than 64 bits: give a smaller number")
         return value

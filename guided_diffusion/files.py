@@ -317,10 +317,27 @@ def locked(folder: str | Path, flag: str) -> Iterator[None]:
             raise ValueError(f"{flag} {folder} is in use by {who}: stop that, or give another folder") from None
         except OSError:
             pass  # no locks here: better unguarded than not at all
+        if not os.path.exists(file.name) or not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+            raise ValueError(f"{flag} {folder} was in use a moment ago: try again")  # whose lock was not left there
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+@contextlib.contextmanager
+def claimed(folder: str | Path, flag: str) -> Iterator[None]:
+    """
+    Have a folder to oneself, as by locked, with nothing in it or in its folders that a killed run had begun to write;
+    the lock's file goes at the end, for a folder that others read.
+    """
+    with locked(folder, flag):
+        for place in (Path(folder), *Path(folder).glob("*/")):
+            remove_leftovers(place)
+        try:
+            yield
+        finally:
+            (Path(folder) / LOCK).unlink(missing_ok=True)
 
 
 # ---- reading what others may have written ----

@@ -27,7 +27,7 @@ import numpy as np
 from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
-from guided_diffusion.files import nfc, write_json, writing
+from guided_diffusion.files import claimed, nfc, write_json, writing
 from guided_diffusion.histology.evaluation import image_metrics, instance_metrics, mask_folders, runs
 from guided_diffusion.histology.evaluation import report as evaluation_report
 from guided_diffusion.histology.evaluation.evaluator import (
@@ -108,9 +108,10 @@ def main(argv: list[str] | None = None) -> None:
     evaluator = Evaluator(train, metrics, structure, args.seed)
     real = {SAME: floor, **({OTHER: evaluator.figures(held_out)} if held_out else {})}
     figures = {patches.name: evaluator.figures(patches) for patches in sets}
-    report(args, metrics, real, figures, found, backbone)
-    if "copies" in metrics:
-        draw_copies(evaluator, sets, train_items, args.out / "copies.png")
+    with claimed(args.out, "--results_path"):
+        report(args, metrics, real, figures, found, backbone)
+        if "copies" in metrics:
+            draw_copies(evaluator, sets, train_items, args.out / "copies.png")
 
 
 def check(args: argparse.Namespace) -> list[str]:
@@ -352,7 +353,6 @@ def report(
     if "frechet" in metrics and any(row["frechet"] is None for row in rows.values()):
         needed = image_metrics.images_for_covariance(backbone.embed(np.zeros((1, 64, 64, 3), np.uint8)).shape[1])
         print(f"frechet: left out where either side has fewer than {needed} patches; kid takes any number")
-    args.out.mkdir(parents=True, exist_ok=True)
     write_json(
         args.out / "metrics.json",
         {
@@ -416,9 +416,9 @@ def compare_masks(args: argparse.Namespace) -> None:
     """Measure predicted instance masks against true ones of the same stems; write metrics.json and print the means."""
     tallies = mask_folders.compare(args.truth, args.predicted)
     means = instance_metrics.summarise(list(tallies.values()), slides_of(args.truth, list(tallies)), args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
     images = {nfc(Path(path).stem): own.figures() for path, own in tallies.items()}
-    write_json(args.out / "metrics.json", {"mean": means, "images": images})
+    with claimed(args.out, "--results_path"):
+        write_json(args.out / "metrics.json", {"mean": means, "images": images})
     print(evaluation_report.table({name: {"mean": estimate(mean)} for name, mean in means.items()}))
 
 

@@ -31,7 +31,7 @@ from PIL import Image
 
 from guided_diffusion import cell_classes, cli, magnification, progress, streams
 from guided_diffusion.cell_classes import CellClass
-from guided_diffusion.files import fingerprint, parse_json, write_json, writing
+from guided_diffusion.files import claimed, fingerprint, parse_json, write_json, writing
 from guided_diffusion.histology.structures import statistics
 from guided_diffusion.histology.structures.bank import Bank, Layout
 from guided_diffusion.histology.structures.layouts import perturb, recombine
@@ -62,20 +62,21 @@ def main(argv: list[str] | None = None) -> None:
     make = maker(args, layouts, names)
     masks = [item.inst_mask for item in items] + [mask for mask in own if mask]
     settings = dict(method=args.method, seed=args.seed, size=args.size, masks=fingerprint(masks))
-    begin(args.out, settings, args.count, table, bool(names))
-    magnification.pass_on(args.data, args.out)
-    paths = [args.out / FOLDER / f"made_{number:06d}.tif" for number in range(args.count)]
-    write_table(args.out, [(path.name, path.stem) for path in paths])
-    class_paths = [class_mask_of(path) if names else None for path in paths]
-    jobs = [(number, args.seed, *pair) for number, pair in enumerate(zip(paths, class_paths))]
-    missing = [job for job in jobs if not all(path.exists() for path in job[2:] if path)]
-    measure = functools.partial(measured, names)
-    with multiprocessing.get_context("fork").Pool(args.num_workers, set_maker, (make,)) as pool:
-        list(progress.bar(pool.imap_unordered(make_one, missing, 8), "making", len(missing)))
-        real = list(progress.bar(pool.imap(measure, layouts, 32), "measuring", len(layouts), leave=False))
-        made_layouts = [read(*pair) for pair in zip(paths, class_paths)]
-        made = list(pool.imap(measure, made_layouts, 32))
-    report(args, settings, items, names, (layouts, real), (made_layouts, made))
+    with claimed(args.out, "--results_path"):
+        begin(args.out, settings, args.count, table, bool(names))
+        magnification.pass_on(args.data, args.out)
+        paths = [args.out / FOLDER / f"made_{number:06d}.tif" for number in range(args.count)]
+        write_table(args.out, [(path.name, path.stem) for path in paths])
+        class_paths = [class_mask_of(path) if names else None for path in paths]
+        jobs = [(number, args.seed, *pair) for number, pair in enumerate(zip(paths, class_paths))]
+        missing = [job for job in jobs if not all(path.exists() for path in job[2:] if path)]
+        measure = functools.partial(measured, names)
+        with multiprocessing.get_context("fork").Pool(args.num_workers, set_maker, (make,)) as pool:
+            list(progress.bar(pool.imap_unordered(make_one, missing, 8), "making", len(missing)))
+            real = list(progress.bar(pool.imap(measure, layouts, 32), "measuring", len(layouts), leave=False))
+            made_layouts = [read(*pair) for pair in zip(paths, class_paths)]
+            made = list(pool.imap(measure, made_layouts, 32))
+        report(args, settings, items, names, (layouts, real), (made_layouts, made))
 
 
 def create_argparser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from PIL import Image
 from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.devices import find_device
-from guided_diffusion.files import write_json, writing
+from guided_diffusion.files import claimed, write_json, writing
 from guided_diffusion.histology.evaluation import class_metrics, instance_metrics
 from guided_diffusion.histology.evaluation.class_metrics import ClassTally
 from guided_diffusion.histology.evaluation.instance_metrics import Tally
@@ -62,21 +62,22 @@ def main(argv: list[str] | None = None) -> None:
 
     if line := magnification.mismatch(f"MODEL {args.model}", segmenter.mpp, args.images):
         print(line)
-    tallies = {}
-    for stem in progress.bar(images, "segmenting"):
-        image, truth, true_class = read(stem, *files)
-        image, truth = (array if array is None else centre(array, args.centre) for array in (image, truth))
-        found, found_class = segmenter.find(image)
-        if class_masks:
-            tallies[stem] = class_metrics.tally(truth, true_class, found, found_class, segmenter.classes)
-        elif truth is not None:
-            tallies[stem] = instance_metrics.tally(truth, found)
-        write_pictures(args.out, stem, image, found, truth, found_class, segmenter.classes)
-    if segmenter.classes:
-        cell_classes.write_classes(args.out, segmenter.classes)
-    print(f"{args.out}: {len(images)} images")
-    if masks is not None:
-        print(table(write_metrics(args, tallies, [slides[stem] for stem in tallies])))
+    with claimed(args.out, "--results_path"):
+        tallies = {}
+        for stem in progress.bar(images, "segmenting"):
+            image, truth, true_class = read(stem, *files)
+            image, truth = (array if array is None else centre(array, args.centre) for array in (image, truth))
+            found, found_class = segmenter.find(image)
+            if class_masks:
+                tallies[stem] = class_metrics.tally(truth, true_class, found, found_class, segmenter.classes)
+            elif truth is not None:
+                tallies[stem] = instance_metrics.tally(truth, found)
+            write_pictures(args.out, stem, image, found, truth, found_class, segmenter.classes)
+        if segmenter.classes:
+            cell_classes.write_classes(args.out, segmenter.classes)
+        print(f"{args.out}: {len(images)} images")
+        if masks is not None:
+            print(table(write_metrics(args, tallies, [slides[stem] for stem in tallies])))
 
 
 def create_argparser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.devices import UNSCALED, find_device
-from guided_diffusion.files import parse_json, write_json
+from guided_diffusion.files import claimed, parse_json, write_json
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.data import Pair
 from guided_diffusion.histology.segmenter.decoding import FILE
@@ -74,11 +74,11 @@ def main(argv: list[str] | None = None) -> None:
         print("no slide is held out (--val_share 0, or fewer than three): no early stop, the last weights are kept")
     if left_out:
         print(f"{len(left_out)} synthetic images made from held-out slides are left out")
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / CONFIG, config)
-    result = training.run(args.num_workers, report)
-    write_json(args.out / RESULT, result)
-    (args.out / CHECKPOINT).unlink(missing_ok=True)
+    with claimed(args.out, "--results_path"):
+        write_json(args.out / CONFIG, config)
+        result = training.run(args.num_workers, report)
+        write_json(args.out / RESULT, result)
+        (args.out / CHECKPOINT).unlink(missing_ok=True)
     tail = "" if result["validation"] is None else f", best at step {result['best_step']}: {line(result['validation'])}"
     print(f"{args.out / FILE}: {result['steps']} steps in {result['seconds']:.0f} s{tail}")
 

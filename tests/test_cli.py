@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,14 @@ def test_numbers_of_more_than_64_bits_are_no_flags(text):
     assert parser.parse_args([f"--seed={2**63 - 1}"]).seed == 2**63 - 1
     with pytest.raises(ValueError, match=f"--seed: {text} has more than 64 bits"):
         parser.parse_args([f"--seed={text}"])
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    parser = cli.FlagParser()
+    parser.add_argument("--out", type=Path)
+    assert parser.parse_args(["--out", "."]).out == Path()
+    with pytest.raises(ValueError, match="--out: it is empty: give a path"):
+        parser.parse_args(["--out", ""])
 
 
 PRINTING = """

@@ -252,6 +252,31 @@ def test_a_folder_is_one_runs_until_it_ends(tmp_path, holder):
         pass
 
 
+def test_a_claimed_folder_is_tidied_and_keeps_no_lock(tmp_path, holder):
+    out = tmp_path / "out"
+    touched(out, ".a.json.12.part", "masks/.b.tif.12.part", "masks/b.tif", "mine.part")
+    with pytest.raises(OSError, match="disk full"), files.claimed(out, "--out"):
+        assert (out / files.LOCK).exists()
+        fail(out)
+    assert sorted(path.name for path in out.rglob("*.*")) == ["b.tif", "mine.part"]
+    with pytest.raises(ValueError, match=rf"in use by process {holder.pid}"), files.claimed(tmp_path, "--out"):
+        pass
+    assert (tmp_path / files.LOCK).exists()  # which is the holder's
+
+
+def test_a_lock_that_its_holder_took_away_is_none(tmp_path, monkeypatch):
+    """Else a third run would make another file of that name, and two would have the folder."""
+    lock = files.fcntl.lockf
+
+    def just_late(file, operation):
+        lock(file, operation)
+        (tmp_path / files.LOCK).unlink()
+
+    monkeypatch.setattr(files.fcntl, "lockf", just_late)
+    with pytest.raises(ValueError, match="was in use a moment ago: try again"), files.locked(tmp_path, "--out"):
+        pass
+
+
 def test_a_forked_child_holds_no_lock(tmp_path):
     with files.locked(tmp_path / "new", "--out"):
         child = os.fork()

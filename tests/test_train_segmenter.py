@@ -81,6 +81,13 @@ def test_a_killed_run_goes_on_and_equals_one_that_was_not(data, tmp_path, monkey
     assert not (tmp_path / "parts" / "checkpoint.pt").exists()
 
 
+def test_what_a_killed_run_had_begun_to_write_goes(data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".checkpoint.pt.12.part").touch()
+    train(data, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "result.json", "segmenter.pt"]
+
+
 def test_a_run_killed_before_its_result_is_written_goes_on(data, tmp_path, monkeypatch, capsys):
     usual = train_segmenter.write_json
 

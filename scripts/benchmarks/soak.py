@@ -81,9 +81,8 @@ def main(argv: list[str] | None = None) -> None:
             for number, trial in enumerate(rng.sample(trials, min(count, len(trials)))):
                 rows.append(attempt(args.out, kind, number, trial))
                 write_text(args.out / "trials.csv", csv_text(FIELDS, rows))
-        text = as_markdown(rows)
-        write_text(args.out / "trials.md", text)
-    print(text, end="")
+                write_text(args.out / "trials.md", as_markdown(rows))
+    print(as_markdown(rows), end="")
     sys.exit(any(row["fault"] for row in rows))
 
 

@@ -26,7 +26,7 @@ def values(action: argparse.Action) -> Iterator[str]:
     kind = getattr(action.type, "__name__", "str")
     if action.default != "":
         yield ""
-    yield "/nowhere/at all" if kind == "Path" else "nonsense"
+    yield "/dev/null/x" if kind == "Path" else "nonsense"
     if kind in ("int", "float"):
         yield from ("-7", HUGE, "nan")
     if kind == "float":

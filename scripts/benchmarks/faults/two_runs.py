@@ -14,7 +14,7 @@ from .toy import STAGES
 from .trials import Bench, Missed, Trial, differing, leftovers, snapshot
 
 LOCKED = ("training", "sampling", "sweep", "segmenter", "structures", "prepare", "import", "clusters", "assembly")
-LOCKED += ("export",)
+LOCKED += ("export", "segment")
 TALKING = ("prepare", "assembly", "evaluate", "training", "sampling")  # which print
 STILL = 120  # seconds that a rank stands still
 PROMPT = 60  # seconds in which a program ends after what held it up has gone
