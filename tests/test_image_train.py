@@ -512,7 +512,7 @@ MISTAKES = {
     "seed": (["--seed", "-1"], "--seed -1"),
     "jitter": (["--stain_jitter", "1"], r"--stain_jitter 1.0 must lie in \[0, 1\)"),
     "grey jitter": (["--stain_jitter", "0.1", "--in_channels", "1"], "--stain_jitter with --in_channels 1"),
-    "large seed": (["--seed", "99999999999999999999"], "--seed 99999999999999999999 must lie in"),
+    "large seed": (["--seed", "99999999999999999999"], "--seed: 99999999999999999999 has more than 64 bits"),
     "workers": (["--num_workers", "-1"], "--num_workers -1"),
     "nan": (["--lr", "nan"], "--lr nan"),
     "decay": (["--weight_decay", "-1"], "--weight_decay -1"),
