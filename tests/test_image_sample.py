@@ -642,7 +642,7 @@ MISTAKES = {
     "no model given": (["--model_path", ""], "--model_path is empty"),
     "results": (["--results_path", ""], "--results_path is empty"),
     "channels": (["--num_classes", "7"], "--num_classes 7.*6 channels"),
-    "seed": (["--seed", "99999999999999999999"], "--seed 99999999999999999999 must lie in"),
+    "seed": (["--seed", "99999999999999999999"], "--seed: 99999999999999999999 has more than 64 bits"),
     "workers": (["--num_workers", "-1"], "--num_workers -1"),
     "count": (["--num_samples", "-1"], "--num_samples -1"),
     "batch": (["--batch_size", "0"], "--batch_size 0"),
