@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
-from quick_python import quick_python
 
 from guided_diffusion import logger
 
@@ -136,6 +135,8 @@ def logdir(tmp_path, monkeypatch) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory) -> Iterator[Path]:
     """An interpreter that starts this repository's programs at once."""
+    from quick_python import quick_python  # programs of tests import this module without pytest's paths
+
     with quick_python(tmp_path_factory.mktemp("quick")) as program:
         yield program
 

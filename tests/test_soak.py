@@ -1,11 +1,13 @@
 """The soak in short, and that it sees what does not hold."""
 
 import csv
+import ctypes
 import errno
 import os
 import pickle
 import subprocess
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +47,10 @@ def test_every_program_has_flags_to_spoil():
 
 
 @pytest.fixture
-def bench(tmp_path) -> trials.Bench:
+def bench(tmp_path) -> Iterator[trials.Bench]:
     (tmp_path / "toy").mkdir()
-    return trials.Bench(tmp_path / "toy")
+    yield trials.Bench(tmp_path / "toy")
+    ctypes.CDLL(None).prctl(trials.PR_SET_CHILD_SUBREAPER, 0)  # other tests' orphans are no children of this process
 
 
 def stage(tmp_path, text):
@@ -75,9 +78,14 @@ def test_what_is_no_refusal(bench, tmp_path, text, complaints):
 
 
 def test_processes_that_are_left_behind_are_seen(bench, tmp_path):
-    done = bench.run(stage(tmp_path, "if os.fork() == 0: time.sleep(60)"), trials.emptied(tmp_path / "work"))
-    assert done.code == 0
-    assert trials.orphans(seconds=0.2) == ["1 processes were left behind"] and trials.orphans() == []
+    """And others, that were there before, stay."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        before = trials.children()
+        done = bench.run(stage(tmp_path, "if os.fork() == 0: time.sleep(60)"), trials.emptied(tmp_path / "work"))
+        assert done.code == 0
+        assert trials.orphans(before, seconds=0.2) == ["1 processes were left behind"] and trials.orphans(before) == []
+        assert other.poll() is None
+        other.kill()
 
 
 WRITING = """

@@ -34,7 +34,7 @@ sys.path.append(str(ROOT / "scripts" / "benchmarks"))  # as it is when one of th
 SCRIPTS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "scripts").rglob("*.py"))
-    if "create_argparser" in path.read_text()
+    if "def create_argparser" in path.read_text()
 ]
 PARSERS = {
     "image_train": image_train.create_argparser,

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import quick_python
 from faults import bad_files, bad_flags, failing_writes, killed, two_runs
-from faults.trials import Bench, Missed, Trial, emptied, orphans
+from faults.trials import Bench, Missed, Trial, children, emptied, orphans
 
 from guided_diffusion import cli
 from guided_diffusion.files import csv_text, locked, write_text
@@ -90,11 +90,12 @@ def attempt(out: Path, kind: str, number: int, trial: Trial) -> dict[str, object
     """Make a trial; :return: its row. The folder of one that did not hold is kept."""
     name, harm = trial
     folder, begun, missed = emptied(out / "work"), time.monotonic(), False
+    before = children()
     try:
         complaints = harm(folder)
     except Missed:
         complaints, missed = [], True
-    complaints += orphans()
+    complaints += orphans(before)
     seconds = time.monotonic() - begun
     if complaints:
         kept = emptied(out / "failed" / f"{kind}-{number}")

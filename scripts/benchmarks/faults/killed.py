@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from .toy import STAGES
-from .trials import Bench, Done, Missed, Running, Trial, differing, emptied, leftovers, orphans, snapshot
+from .trials import Bench, Done, Missed, Running, Trial, children, differing, emptied, leftovers, orphans, snapshot
 
 MANY, FEW = 300, 20  # kills of trainings and of samplings; of each other stage
 OTHERS = ("prepare", "import", "features", "clusters", "structures", "segmenter", "segment", "filter", "assembly")
@@ -58,6 +58,7 @@ def judge(
     :param share: of its usual time, after which it is killed; inside: while it writes, then.
     :param alone: the last of the ranks is killed alone; the others are asked to stop, as a launcher does then.
     """
+    before = children()
     whole, seconds = calm(bench, name, ranks, extra, folder)
     out = STAGES[name].prepare(bench.toy, folder)
     running = start(bench, name, ranks, extra, folder)
@@ -73,7 +74,7 @@ def judge(
     if not struck:
         raise Missed
     complaints = ["the other rank hung"] if any(done.code is None for done in ended) else []
-    complaints += orphans()
+    complaints += orphans(before)
     again = [rank.end() for rank in start(bench, name, ranks, extra, folder)]
     complaints += [line for done in again for line in done.well()]
     return [*complaints, *differing(snapshot(out), whole, "afterwards"), *leftovers(folder, out)]

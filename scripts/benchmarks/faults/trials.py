@@ -157,16 +157,19 @@ def become(
     run(words, str(ROOT), environment, [os.open(os.devnull, os.O_RDONLY), out, err])
 
 
-def orphans(seconds: float = 10) -> list[str]:
-    """:return: a complaint of processes that a trial left behind, which are killed; none of it may run any more."""
+def orphans(before: set[int], seconds: float = 10) -> list[str]:
+    """
+    :param before: the children that this process had before the trial.
+    :return: a complaint of processes that the trial left behind, which are killed; none of it may run any more.
+    """
     deadline = time.monotonic() + seconds
-    left = children()
+    left = children() - before
     while left and time.monotonic() < deadline:
         for process in left:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(process, os.WNOHANG)
         time.sleep(0.02)
-        left = children()
+        left = children() - before
     for process in left:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
