@@ -134,6 +134,8 @@ def test_only_the_marks_that_are_missing_are_measured(tmp_path, monkeypatch):
     ]
     (of_v,) = [line for line in recipes.as_markdown(rows).splitlines() if line.startswith("| v")]
     assert of_v.split(" | ")[3] == "0.100 / 0.100 / -"
+    (of_x,) = [line for line in recipes.as_markdown(rows).splitlines() if line.startswith("| x")]
+    assert of_x.split(" | ")[3].split(" / ")[1] == "-"  # after 10 minutes one of its two seeds alone was measured
 
 
 @pytest.mark.parametrize(

@@ -368,9 +368,11 @@ def write_out(out: Path, rows: list[dict[str, object]]) -> None:
 
 
 def means(rows: list[dict[str, object]], recipe: str, figure: str) -> dict[float, float]:
-    """:return: minutes -> a figure's mean over the seeds."""
+    """:return: minutes -> a figure's mean over the recipe's seeds, where all of them have been measured."""
     own = [(float(row["minutes"]), float(row[figure])) for row in rows if row["recipe"] == recipe]
-    return {mark: float(np.mean([value for at, value in own if at == mark])) for mark in sorted({at for at, _ in own})}
+    seeds = len({row["seed"] for row in rows if row["recipe"] == recipe})
+    marks = {mark: [value for at, value in own if at == mark] for mark in sorted({at for at, _ in own})}
+    return {mark: float(np.mean(values)) for mark, values in marks.items() if len(values) == seeds}
 
 
 def reached(rows: list[dict[str, object]], recipe: str) -> str:
@@ -393,11 +395,11 @@ def as_markdown(rows: list[dict[str, object]]) -> str:
     for recipe in RECIPES:
         seeds = len({row["seed"] for row in rows if row["recipe"] == recipe})
         if seeds:
-            steps = f"{max(means(rows, recipe, 'steps').values()):.0f}"
+            steps = max(int(row["steps"]) for row in rows if row["recipe"] == recipe)
             values = [means(rows, recipe, name) for name in FIGURES]
             cells = [" / ".join(f"{own[mark]:.3f}" if mark in own else "-" for mark in marks) for own in values]
             goal = "" if RECIPES[recipe].few else reached(rows, recipe)
-            lines.append(f"| {' | '.join([recipe, str(seeds), steps, *cells, goal])} |")
+            lines.append(f"| {' | '.join([recipe, str(seeds), str(steps), *cells, goal])} |")
     return "\n".join(lines) + "\n"
 
 
