@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole road in minutes, on two cores: slides -> patches -> a small model -> labelled samples, and a picture.
+# The whole road in minutes, on two cores: slides -> patches -> labelled samples of the model in weights/, and a
+# picture; then a small model is trained on the patches, and makes samples and a picture, too.
 #
 #   bash scripts/demo.sh                        with toy slides, so without any download
 #   RAW=path/to/MoNuSeg bash scripts/demo.sh    with the real ones: the folder the archives were unpacked in
@@ -37,7 +38,7 @@ stage=0
 stage() {
     local began=$SECONDS
     stage=$((stage + 1))
-    echo "[$stage/4] $1"
+    echo "[$stage/5] $1"
     forwarding "${@:2}"
     [[ -z $stopped ]] || exit 143
     echo "      took $((SECONDS - began)) s"
@@ -47,7 +48,7 @@ stage() {
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 bash "$ROOT/scripts/setup.sh"
-for folder in patches model samples; do
+for folder in patches painted model samples; do
     fresh "$work/$folder"
 done
 
@@ -59,9 +60,22 @@ else
     stage "drawing toy slides, with known nuclei" "$python" "$ROOT/scripts/make_toy_monuseg.py" "$raw"
 fi
 
-stage "preparing patches of 64 px, reduced to 32 px" \
-    "$python" "$ROOT/scripts/prepare_monuseg.py" "$raw" "$work/patches" --patch_size 64 --stride 64 --resize 32
+stage "preparing patches of 128 px, reduced to 64 px" \
+    "$python" "$ROOT/scripts/prepare_monuseg.py" "$raw" "$work/patches" --patch_size 128 --stride 64 --resize 64
 
+# Structures and appearances that training has not seen, where the slides include test slides.
+use_train=True
+[[ ! -d $work/patches/MoNuSegTestData ]] || use_train=False
+sample_flags=(
+    --data_dir "$work/patches" --use_train "$use_train" --match_struct True --s 1.5
+    --sampler dpmpp_2m_sde --num_steps "$sampling_steps" --num_samples "$samples" --batch_size "$samples"
+)
+weights=("$ROOT"/weights/ema_*.pt)
+stage "painting $samples patches with the model in weights/, in $sampling_steps steps" \
+    "$python" "$ROOT/image_sample.py" --model_path "${weights[0]}" --results_path "$work/painted" "${sample_flags[@]}" \
+    --appearance_dir "$ROOT/weights/appearances" # in stains that it knows
+
+# It is small, and learns from crops of the patches.
 model_flags=(
     --image_size 32 --num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --num_head_channels 32
     --attention_resolutions 8 --resblock_updown True --use_scale_shift_norm True --use_fp16 True
@@ -73,14 +87,10 @@ stage "training a small model for $steps steps, of up to 1 s each on two cores" 
     "$python" "$ROOT/image_train.py" --data_dir "$work/patches" "${model_flags[@]}" \
     --lr 1e-3 --batch_size 8 --ema_rate 0.99 --drop_rate 0.1 --max_steps "$steps"
 
-# Structures and appearances that training has not seen, where the slides include test slides.
-use_train=True
-[[ ! -d $work/patches/MoNuSegTestData ]] || use_train=False
-stage "sampling $samples patches, in $sampling_steps steps" \
-    "$python" "$ROOT/image_sample.py" --data_dir "$work/patches" "${model_flags[@]}" \
-    --model_path "$work/model/ema_0.99_$(printf %06d "$steps").pt" --results_path "$work/samples" \
-    --use_train "$use_train" --match_struct True --s 1.5 --sampler dpmpp_2m_sde --num_steps "$sampling_steps" \
-    --num_samples "$samples" --batch_size "$samples"
+stage "sampling $samples patches of 32 px from it" \
+    "$python" "$ROOT/image_sample.py" --model_path "$work/model/ema_0.99_$(printf %06d "$steps").pt" \
+    --results_path "$work/samples" "${model_flags[@]}" "${sample_flags[@]}"
 
-echo "all of it took $SECONDS s; condition, appearance and sample side by side:"
+echo "all of it took $SECONDS s. The pictures, of the model in weights/ and of the one just trained:"
+echo "$work/painted/grid.png"
 echo "$work/samples/grid.png"

@@ -23,6 +23,7 @@ from guided_diffusion.train_options import TrainOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+(WEIGHTS,) = (ROOT / "weights").glob("ema_*.pt")
 FIELD, END = "\x1f", "\x1e\n"
 
 # Writes down how it was called. `python -m venv DIR` also puts it there; it fails where an argument is FAIL.
@@ -467,6 +468,7 @@ def repo(tmp_path) -> Path:
     """A copy of the scripts, where they may make a .venv of stubs."""
     repo = tmp_path / "a repo"
     shutil.copytree(ROOT / "scripts", repo / "scripts")
+    touch(repo / "weights" / WEIGHTS.name)
     (repo / "requirements.txt").write_text("torch==1\n")
     (repo / "requirements-workflow.txt").write_text("snakemake==1\n")
     return repo
@@ -572,38 +574,42 @@ def program(call: Call) -> str:
 def test_demo_walks_the_whole_road(launch, repo):
     run = launch(repo / "scripts" / "demo.sh", STEPS="30")
     assert run.code == 0, run.err
-    made, prepared, trained, sampled = run.calls[-4:]
+    made, prepared, painted, trained, sampled = run.calls[-5:]
     toy = str(repo / "demo_output" / "toy")
-    assert [program(call) for call in run.calls[-4:]] == [
+    assert [program(call) for call in run.calls[-5:]] == [
         "make_toy_monuseg.py",
         "prepare_monuseg.py",
+        "image_sample.py",
         "image_train.py",
         "image_sample.py",
     ]
     assert made.argv[1:] == [f"{toy}/raw"]
-    assert prepared.argv[1:] == shlex.split(f"'{toy}/raw' '{toy}/patches' --patch_size 64 --stride 64 --resize 32")
+    assert prepared.argv[1:] == shlex.split(f"'{toy}/raw' '{toy}/patches' --patch_size 128 --stride 64 --resize 64")
     assert trained.logdir == f"{toy}/model"
 
     flags = image_train.create_argparser().parse_args(trained.argv[1:])
     condition_spec(vars(flags))
     assert (flags.data_dir, flags.max_steps, flags.predict_v) == (f"{toy}/patches", 30, True)
-    flags = image_sample.create_argparser().parse_args(sampled.argv[1:])
-    assert (flags.model_path, flags.results_path) == (f"{toy}/model/ema_0.99_000030.pt", f"{toy}/samples")
-    assert (flags.num_samples, flags.s, flags.sampler, flags.num_steps) == (12, "1.5", "dpmpp_2m_sde", 25)
-    assert flags.match_struct
+    shipped, own = repo / "weights" / WEIGHTS.name, f"{toy}/model/ema_0.99_000030.pt"
+    for call, model, results in ((painted, shipped, f"{toy}/painted"), (sampled, own, f"{toy}/samples")):
+        flags = image_sample.create_argparser().parse_args(call.argv[1:])
+        assert (flags.model_path, flags.results_path) == (str(model), results)
+        assert (flags.num_samples, flags.s, flags.sampler, flags.num_steps) == (12, "1.5", "dpmpp_2m_sde", 25)
+        assert flags.match_struct
+    assert value(painted.argv, "--appearance_dir") == str(repo / "weights" / "appearances")
 
-    assert [line[:5] for line in run.out if line.startswith("[")] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
-    assert run.out[-1] == f"{toy}/samples/grid.png"
+    assert [line[:5] for line in run.out if line.startswith("[")] == [f"[{stage}/5]" for stage in range(1, 6)]
+    assert run.out[-2:] == [f"{toy}/painted/grid.png", f"{toy}/samples/grid.png"]
 
 
 def test_demo_takes_real_slides(launch, repo, tmp_path):
     """RAW and DEMO_DIR are the caller's paths; held-out slides are used where there are any."""
     (tmp_path / "here" / "slides").mkdir()
     run = launch(repo / "scripts" / "demo.sh", RAW="slides", DEMO_DIR="out")
-    prepared, _, sampled = run.calls[-3:]
+    prepared, painted, _, sampled = run.calls[-4:]
     assert prepared.argv[1:3] == ["slides", "out/real/patches"]
     assert all(program(call) != "make_toy_monuseg.py" for call in run.calls)
-    assert value(sampled.argv, "--use_train") == "True"
+    assert value(painted.argv, "--use_train") == value(sampled.argv, "--use_train") == "True"
     assert run.out[-1] == "out/real/samples/grid.png"
 
     stub = repo / ".venv" / "bin" / "python"
