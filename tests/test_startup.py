@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Those that run a network, of the stages and of the experiment.
+# Those that run a network, of the stages and of the experiment, or write its weights.
 NEED_TORCH = {"evaluate", "extract_features", "filter_ood", "segment", "train_segmenter", "experiment.rival_samples"}
+NEED_TORCH |= {"publish_model"}
 CODE = """
 import contextlib, importlib, io, sys
 for name in sys.argv[1:]:
