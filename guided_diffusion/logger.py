@@ -82,10 +82,9 @@ def configure(
     :raises ValueError: if a format is unknown or dir is a file; nothing has changed then.
     :raises ImportError: if tensorboard is asked for and not installed; nothing has changed then.
     """
-    global _current
     new = _make_logger(dir, format_strs, rank, log_suffix)
     _current.close()
-    _current = new
+    _go_on_with(new)
     log(f"logging to {new.dir}")
 
 
@@ -94,20 +93,19 @@ def scoped_configure(
     dir: str | None = None, format_strs: Sequence[str] | None = None, rank: int | None = None, log_suffix: str = ""
 ) -> Iterator[None]:
     """`configure` for the length of a with block; afterwards the logger from before is current again, as it was."""
-    global _current
-    before, _current = _current, _make_logger(dir, format_strs, rank, log_suffix)
+    before = _current
+    _go_on_with(_make_logger(dir, format_strs, rank, log_suffix))
     try:
         yield
     finally:
         _current.close()
-        _current = before
+        _go_on_with(before)
 
 
 def reset() -> None:
     """Close all files and go back to the state before `configure`."""
-    global _current
     _current.close()
-    _current = _Logger(None, [StdoutSink()])
+    _go_on_with(_Logger(None, [StdoutSink()]))
 
 
 close = reset
@@ -257,10 +255,18 @@ def error(*args: object) -> None:
 def set_level(level: int) -> None:
     """
     Drop lines below this level from now on, and tables above INFO; DISABLED silences all sinks. The modules that warn
-    by Python's logging, since they do not know this one, keep to it, too.
+    by Python's logging, since they do not know this one, keep to it, too. It is the current logger's: others begin with
+    INFO.
     """
     _current.level = level
-    logging.getLogger(__package__).setLevel(level)
+    _go_on_with(_current)
+
+
+def _go_on_with(new: _Logger) -> None:
+    """Make a logger the current one, to whose level modules that warn by Python's logging keep."""
+    global _current
+    _current = new
+    logging.getLogger(__package__).setLevel(new.level)
 
 
 def environment_dir() -> str:

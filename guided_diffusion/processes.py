@@ -11,6 +11,7 @@ import subprocess
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import FrameType
 from typing import IO, TypeVar
 
@@ -56,18 +57,23 @@ def run(command: list[str], output: IO[str], environment: dict[str, str]) -> tup
     return code if code >= 0 else 128 - code, bool(received)
 
 
-def each(task: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+def each(task: Callable[[Item], Result], items: Sequence[Item], workers: int, fork: bool = False) -> Iterator[Result]:
     """
+    Unlike multiprocessing.Pool, this ends where a worker does, and ends its workers without a signal: a handler of
+    Python's, which forked ones inherit, does not run where a signal comes just before a wait.
+
     :param task: what is done with an item; it and the items can be pickled.
     :param workers: processes; with one, or one item, it is done in this process.
+    :param fork: workers begin as copies of this process, and have what it has read; only for a program of one thread.
     :return: the result of every item, in order. The first error ends it.
+    :raises ChildProcessError: where a worker was ended from outside.
     """
     count = min(workers, len(items))
     if count <= 1:
         yield from map(task, items)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=signals.leave_to_parent) as pool:
+    context = multiprocessing.get_context("fork" if fork else "spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker) as pool:
         waiting: deque[Future] = deque()
         try:
             for item in items:
@@ -76,6 +82,13 @@ def each(task: Callable[[Item], Result], items: Sequence[Item], workers: int) ->
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ChildProcessError("a worker process was ended, as where memory runs out: run it again") from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _begin_worker() -> None:
+    signals.leave_to_parent()
+    signals.end_with_parent(signal.SIGKILL)

@@ -18,7 +18,6 @@ import argparse
 import functools
 import logging
 import math
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -38,6 +37,7 @@ from guided_diffusion.histology.structures.layouts import perturb, recombine
 from guided_diffusion.histology.structures.picture import SHOWN, draw_structures
 from guided_diffusion.image_files import read_inst_mask, read_mask
 from guided_diffusion.images import STRUCTURES, Item, list_items
+from guided_diffusion.processes import each
 from guided_diffusion.slides import write_table
 
 METHODS = ("recombine", "perturb")
@@ -45,10 +45,11 @@ REPORT, PICTURE, FOLDER = STRUCTURES, "structures.png", "inst_masks"
 
 Make = Callable[[np.random.Generator], Layout]
 Measured = dict[str, np.ndarray]
-_make: Make | None = None  # of a worker process
+_make: Make | None = None  # the workers get it by being forked
 
 
 def main(argv: list[str] | None = None) -> None:
+    global _make
     args = create_argparser().parse_args(argv)
     check(args)
     items = masked_items(args.data)
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         read(item.inst_mask, mask) for item, mask in zip(progress.bar(items, "reading", leave=False, delay=1), own)
     ]
     names = class_names(table, layouts)
-    make = maker(args, layouts, names)
+    _make = maker(args, layouts, names)
     masks = [item.inst_mask for item in items] + [mask for mask in own if mask]
     settings = dict(method=args.method, seed=args.seed, size=args.size, masks=fingerprint(masks))
     with claimed(args.out, "--results_path"):
@@ -70,12 +71,13 @@ def main(argv: list[str] | None = None) -> None:
         class_paths = [class_mask_of(path) if names else None for path in paths]
         jobs = [(number, args.seed, *pair) for number, pair in enumerate(zip(paths, class_paths))]
         missing = [job for job in jobs if not all(path.exists() for path in job[2:] if path)]
-        measure = functools.partial(measured, names)
-        with multiprocessing.get_context("fork").Pool(args.num_workers, set_maker, (make,)) as pool:
-            list(progress.bar(pool.imap_unordered(make_one, missing, 8), "making", len(missing)))
-            real = list(progress.bar(pool.imap(measure, layouts, 32), "measuring", len(layouts), leave=False))
-            made_layouts = [read(*pair) for pair in zip(paths, class_paths)]
-            made = list(pool.imap(measure, made_layouts, 32))
+        for _ in progress.bar(each(make_one, missing, args.num_workers, fork=True), "making", len(missing)):
+            pass
+        made_layouts = [read(*pair) for pair in zip(paths, class_paths)]
+        both = [*layouts, *made_layouts]
+        figures = each(functools.partial(measured, names), both, args.num_workers, fork=True)
+        values = list(progress.bar(figures, "measuring", len(both), leave=False))
+        real, made = values[: len(layouts)], values[len(layouts) :]
         report(args, settings, items, names, (layouts, real), (made_layouts, made))
 
 
@@ -193,11 +195,6 @@ def begin(out: Path, settings: dict[str, object], count: int, table: Sequence[Ce
         (out / folder).mkdir(exist_ok=True)
     if table:
         cell_classes.write_classes(out, table)
-
-
-def set_maker(make: Make) -> None:
-    global _make
-    _make = make
 
 
 def make_one(job: tuple[int, int, Path, Path | None]) -> None:

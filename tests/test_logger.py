@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import os
 import re
@@ -343,6 +344,17 @@ def test_levels(capsys):
     logger.error("e3")
     logger.log("x3", level=logger.DISABLED)
     assert capsys.readouterr().out == "d1\ni1\nERROR: e2\n"
+
+
+def test_modules_that_warn_by_pythons_logging_keep_to_the_current_level(tmp_path):
+    module = logging.getLogger("guided_diffusion.slides")
+    logger.set_level(logger.ERROR)
+    assert not module.isEnabledFor(logging.WARNING)
+    with logger.scoped_configure(str(tmp_path), ["csv"]):
+        assert module.isEnabledFor(logging.WARNING)
+    assert not module.isEnabledFor(logging.WARNING)
+    logger.reset()
+    assert module.isEnabledFor(logging.WARNING)
 
 
 def test_disabled_silences_files_too(tmp_path):

@@ -54,12 +54,39 @@ def square(number: int) -> int:
     return number**2
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_each_is_in_order_and_ends_with_the_first_error(workers):
-    assert list(processes.each(square, range(100), workers)) == [k**2 for k in range(100)]
-    assert list(processes.each(square, [], workers)) == []
+@pytest.mark.parametrize(("workers", "fork"), [(1, False), (2, False), (2, True)])
+def test_each_is_in_order_and_ends_with_the_first_error(workers, fork):
+    assert list(processes.each(square, range(100), workers, fork)) == [k**2 for k in range(100)]
+    assert list(processes.each(square, [], workers, fork)) == []
     with pytest.raises(ValueError, match="-1 is negative"):
-        list(processes.each(square, [3, -1, 5, -2], workers))
+        list(processes.each(square, [3, -1, 5, -2], workers, fork))
+
+
+# Says the numbers of its workers, and then waits for them.
+WAITS = """
+import os, sys, time
+from guided_diffusion import cli, processes
+def work(number):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+if __name__ == "__main__":
+    cli.run(lambda: list(processes.each(work, [1, 2], 2, fork=True)))
+"""
+
+
+@pytest.mark.parametrize("ended", ["worker", "program"])
+def test_no_process_waits_for_one_that_was_killed(ended):
+    """Neither the program for a worker, which is said in one line, nor, for ever, a worker for the program."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", WAITS], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    workers = [int(program.stdout.readline()) for _ in range(2)]
+    os.kill(workers[0] if ended == "worker" else program.pid, signal.SIGKILL)
+    out, err = program.communicate(timeout=20)  # the end of all three: each has these pipes
+    if ended == "worker":
+        assert program.returncode == 2 and err.startswith("error: a worker process was ended") and err.count("\n") == 1
+    else:
+        assert (out, err) == ("", "")
 
 
 def test_each_waits_for_who_takes_the_results():

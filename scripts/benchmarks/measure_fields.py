@@ -20,6 +20,7 @@ import multiprocessing
 import resource
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -136,8 +137,8 @@ def peak(flags: dict, side: int) -> tuple[int, int]:
 def print_memory(flags: dict, sides: Sequence[int]) -> None:
     print("| side, px | windows | memory, MiB | bytes a pixel |\n|---|---|---|---|")
     for side in sides:
-        with multiprocessing.get_context("spawn").Pool(1) as fresh:  # whose peak is of this side alone
-            alone, used = fresh.apply(peak, (flags, side))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:  # whose peak is of this side alone
+            alone, used = fresh.submit(peak, flags, side).result()
         count = count_windows(side, side, flags["image_size"], flags["window_overlap"])
         print(f"| {side} | {count} | {(used - alone) / 2**20:.1f} | {(used - alone) / side**2:.0f} |")
 

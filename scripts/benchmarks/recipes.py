@@ -30,7 +30,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,8 +162,8 @@ def work(args: argparse.Namespace, names: list[str], seeds: list[int], minutes: 
         Run(name, seed, {mark: round(60 * mark / costs[name]) for mark in marks}, args.samples, args.out)
         for (name, seed), marks in wanted.items()
     ]
-    # The with block's end ends what still runs.
-    with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+    # All work is done by programs that threads wait for, and that are told to stop when this process ends.
+    with ThreadPool(args.jobs) as pool:
         for found in pool.imap_unordered(train_and_measure, runs):
             rows += found
             write_out(args.out, rows)
@@ -263,8 +265,8 @@ def read_costs(out: Path) -> dict[str, float]:
     """:return: recipe -> seconds of process time a step, measured where OUT does not say them."""
     if not (out / "costs.csv").exists():
         data = next(path.parent for path in sorted(out.glob("*-s*/seen")))
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found = pool.apply(measure_costs, (data,))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            found = fresh.submit(measure_costs, data).result()
         text = "".join(f"{name},{seconds:.4f}\n" for name, seconds in found.items())
         write_text(out / "costs.csv", f"recipe,seconds\n{text}")
     with open(out / "costs.csv", newline="", encoding="utf-8") as file:

@@ -35,7 +35,7 @@ def experiment(quick) -> Callable[..., subprocess.CompletedProcess]:
 def run_experiment(python: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHON": str(python), "ENGINE": str(python), "NPROC": "1", **environment}
     command = ["bash", SCRIPTS / "experiment.sh", *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1500)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
 
 
 def rules(run: subprocess.CompletedProcess) -> list[str]:
