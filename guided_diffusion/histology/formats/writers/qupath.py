@@ -49,8 +49,8 @@ def outlines(inst_map: np.ndarray) -> Iterator[dict[str, Any]]:
     :return: the outline of each nucleus in rising order of ids, as a GeoJSON geometry: a Polygon, or a MultiPolygon
         where edges of pixels do not connect all of it. All rings are closed and valid.
     """
-    ids, dense = np.unique(inst_map, return_inverse=True)
-    dense = dense.reshape(inst_map.shape) + (ids[0] != 0)
+    ids = np.unique(inst_map)
+    dense = np.searchsorted(ids, inst_map) + (ids[0] != 0)  # NumPy's return_inverse sorts all pixels, for that
     for number, box in enumerate(ndimage.find_objects(dense), 1):
         polygons = _polygons(dense[box] == number, (box[1].start, box[0].start))
         if len(polygons) == 1:
