@@ -751,10 +751,10 @@ def test_a_mistake_in_a_process_of_its_own(data_dir, model_path, tmp_path):
 
 
 def structures(folder, *arrays):
-    """Instance masks without images."""
+    """Instance masks without images, the first a .tif, others .png."""
     folder.mkdir()
     for number, array in enumerate(arrays):
-        Image.fromarray(array.astype(np.uint16)).save(folder / f"made_{number:03d}.tif")
+        Image.fromarray(array.astype(np.uint16)).save(folder / f"made_{number:03d}.{'png' if number else 'tif'}")
     return folder
 
 
@@ -769,7 +769,7 @@ def test_structures_without_images(data_dir, model_path, tmp_path):
         out = tmp_path / f"out{len(extra)}"
         rows = manifest(run(data_dir, model_path, out, "--structure_dir", str(folder), "--num_samples", "0", *extra))
         assert [row["structure"] for row in sorted(rows, key=lambda row: row["structure"])] == [
-            str(folder / f"made_{number:03d}.tif") for number in (0, 1)
+            str(folder / name) for name in ("made_000.tif", "made_001.png")
         ]
         for row in rows:
             assert row["structure_kind"] == "given"
@@ -777,8 +777,13 @@ def test_structures_without_images(data_dir, model_path, tmp_path):
             expected = (few, many)[int(Path(row["structure"]).stem[-3:])][2:18, 3:19]
             np.testing.assert_array_equal(np.asarray(Image.open(out / f"inst_masks/{row['stem']}.tif")), expected)
             np.testing.assert_array_equal(np.asarray(Image.open(out / f"labels/{row['stem']}.png")) > 0, expected > 0)
-        again = manifest(run(data_dir, model_path, out, "--structure_dir", str(folder), "--num_samples", "0", *extra))
-        assert again == rows
+        if extra:
+            masks = [row["appearance"].replace("/images/", "/inst_masks/").replace(".png", ".tif") for row in rows]
+            nuclei = [(np.asarray(Image.open(mask)) > 0).mean() for mask in masks]
+            assert nuclei[0] < nuclei[1] if "made_000" in rows[0]["structure"] else nuclei[0] > nuclei[1]
+        (out / f"samples/{rows[0]['stem']}.png").unlink()
+        more = ["--num_samples", "0", "--batch_size", "1", *extra]
+        assert manifest(run(data_dir, model_path, out, "--structure_dir", str(folder), *more)) == rows
     appearances = tmp_path / "images"
     appearances.mkdir()
     Image.fromarray(draw_patch(50)[0]).save(appearances / "other_000.png")
@@ -805,3 +810,11 @@ def test_a_structure_that_will_not_do(data_dir, model_path, tmp_path, capsys, sh
     assert error.count("\n") == 1 and message in error, error
     if "below" in message:
         run(data_dir, model_path, tmp_path / "out", *extra, "--min_nucleus", "0")
+
+
+def test_an_odd_structure_is_named(data_dir, model_path, tmp_path, caplog):
+    mask = np.zeros((20, 20), int)
+    mask[3:8, 3:8], mask[12:16, 12:16] = 4, 4
+    folder = structures(tmp_path / "masks", mask)
+    run(data_dir, model_path, tmp_path / "out", "--structure_dir", str(folder), "--num_samples", "1")
+    assert f"{folder / 'made_000.tif'}: nucleus 4 has several parts" in caplog.messages

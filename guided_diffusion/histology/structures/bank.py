@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
+from scipy.spatial import cKDTree
 from skimage.measure import regionprops
 
 UNKNOWN = 0  # the class of nuclei that have none
+ELONGATED = 0.6  # eccentricity from which on a nucleus has a direction
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,12 @@ class Pattern:
 
     :param shares: class -> what its nuclei are like, of the classes that the mask has.
     :param gaps: [M] pixels between the edges of each nucleus and its nearest neighbour; 1 where they touch.
+    :param turns: [K] as turns gives them; where it has none, those of all masks.
     """
 
     shares: Mapping[int, Share]
     gaps: np.ndarray
+    turns: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -135,19 +139,19 @@ class Bank:
     def of(cls, layouts: Iterable[Layout]) -> "Bank":
         """:raises ValueError: where none has a whole nucleus."""
         looks = [look(layout) for layout in layouts]
-        nuclei = [nucleus for own, _, _ in looks for nucleus in own]
+        nuclei = [nucleus for own, *_ in looks for nucleus in own]
         if not nuclei:
             raise ValueError("no mask has a nucleus that its border does not cut")
         numbers = sorted({nucleus.number for nucleus in nuclei})
         stocks = {number: Stock.of(one for one in nuclei if one.number == number) for number in numbers}
-        patterns = []
-        for own, seen, between in looks:
+        patterns, all_turns = [], np.concatenate([turned for *_, turned in looks])
+        for own, seen, between, turned in looks:
             shares = {}
             for number in sorted(seen.keys() & stocks.keys()):
                 density, part = seen[number]
                 known = [nucleus for nucleus in own if nucleus.number == number]
                 shares[number] = Share.of(density, known or stocks[number].from_area(part))
-            patterns.append(Pattern(shares, between))
+            patterns.append(Pattern(shares, between, turned if len(turned) else all_turns))
         return cls(stocks, patterns)
 
     @functools.cached_property
@@ -156,11 +160,15 @@ class Bank:
         return max(max(nucleus.mask.shape) for stock in self.stocks.values() for nucleus in stock.nuclei)
 
 
-def look(layout: Layout) -> tuple[list[Nucleus], dict[int, tuple[float, int]], np.ndarray]:
-    """:return: the whole nuclei of a layout; class -> its density (see Share) and largest area; a Pattern's gaps."""
+def look(layout: Layout) -> tuple[list[Nucleus], dict[int, tuple[float, int]], np.ndarray, np.ndarray]:
+    """
+    :return: the whole nuclei of a layout; class -> its density (see Share) and largest area; a Pattern's gaps; its
+        turns.
+    """
     height, width = layout.inst_map.shape
     nuclei, counts, largest = [], {}, {}
-    for region in regionprops(layout.inst_map.astype(np.int32)):
+    regions = regionprops(layout.inst_map.astype(np.int32))
+    for region in regions:
         top, left, bottom, right = region.bbox
         number = layout.class_of(region.label)
         cut = (top == 0) + (left == 0) + (bottom == height) + (right == width)
@@ -171,7 +179,27 @@ def look(layout: Layout) -> tuple[list[Nucleus], dict[int, tuple[float, int]], n
             seen = (height - (bottom - top)) * (width - (right - left)) / (height * width)
             nuclei.append(Nucleus(region.image, angle_of(region.orientation), 1 / max(seen, 0.05), number))
     seen_of = {number: (count / layout.inst_map.size, largest[number]) for number, count in counts.items()}
-    return nuclei, seen_of, gaps(layout.inst_map)
+    shapes = [(region.orientation, region.eccentricity, *region.centroid, *region.bbox) for region in regions]
+    orientation, eccentricity, *places = np.array(shapes).reshape(len(shapes), 8).T
+    turned = turns(orientation, eccentricity, np.stack(places[:2], 1), np.stack(places[2:], 1), layout.inst_map.shape)
+    return nuclei, seen_of, gaps(layout.inst_map), turned
+
+
+def turns(
+    orientation: np.ndarray, eccentricity: np.ndarray, centres: np.ndarray, boxes: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """
+    :param orientation: [N] as regionprops measures it, and eccentricity, [N], centres, [N x 2], and boxes, [N x 4].
+    :param shape: height and width of the mask.
+    :return: [K] radians, 0 to pi / 2, between the longer axes of a nucleus and its nearest neighbour, by their centres,
+        where both are whole and elongated.
+    """
+    if len(centres) < 2:
+        return np.empty(0)
+    clear = (boxes[:, :2] > 0).all(1) & (boxes[:, 2:] < shape).all(1) & (eccentricity > ELONGATED)
+    nearest = cKDTree(centres).query(centres, k=2)[1][:, 1]
+    turned = np.abs(orientation - orientation[nearest]) % np.pi
+    return np.minimum(turned, np.pi - turned)[clear & clear[nearest]]
 
 
 def angle_of(orientation: float) -> float:
@@ -181,12 +209,21 @@ def angle_of(orientation: float) -> float:
 
 def gaps(inst_map: np.ndarray) -> np.ndarray:
     """:return: [N] pixels from the edge of each nucleus to its nearest neighbour's; 1 where they touch."""
-    found = []
-    for region in regionprops(inst_map.astype(np.int32)):
-        others = ((inst_map == 0) | (inst_map == region.label)).astype(np.uint8)
-        if not others.all():
-            found.append(float(distances(others)[inst_map == region.label].min()))
-    return np.array(found)
+    regions = regionprops(inst_map.astype(np.int32))
+    return np.array([_gap(inst_map, region.label, region.bbox) for region in regions] if len(regions) > 1 else [])
+
+
+def _gap(inst_map: np.ndarray, own: int, box: tuple[int, int, int, int]) -> float:
+    """Pixels from the edge of a nucleus, in a box (top, left, bottom, right), to the nearest of the others."""
+    top, left, bottom, right = box
+    reach = 16
+    while True:  # as far around it as needed: a slide is large
+        part = inst_map[max(0, top - reach) : bottom + reach, max(0, left - reach) : right + reach]
+        others = (part == 0) | (part == own)
+        nearest = distances(others.astype(np.uint8))[part == own].min() if not others.all() else np.inf
+        if nearest <= reach or part.size == inst_map.size:
+            return float(nearest)
+        reach *= 2
 
 
 def distances(mask: np.ndarray) -> np.ndarray:

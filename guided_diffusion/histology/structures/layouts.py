@@ -4,8 +4,12 @@ New layouts of nuclei: put together from a bank, or a real one with each nucleus
 Knows no files. All lengths are pixels of the data, whatever their magnification.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import cv2
 import numpy as np
+from scipy import ndimage
 from skimage.measure import regionprops
 
 from .bank import UNKNOWN, Bank, Layout, Nucleus, Pattern, angle_of, distances
@@ -32,8 +36,10 @@ def recombine(bank: Bank, size: int, rng: np.random.Generator) -> Layout:
     margin = bank.largest // 2 + 1
     ground = Ground(size + 2 * margin)
     for area, number in _areas(pattern, ground.side**2, rng):
-        mask = _drawn(bank, pattern, number, area, rng)
-        ground.place(mask, _gap(pattern, rng), rng.random() < PAIRED, rng, number)
+        beside = int(rng.integers(len(ground.nuclei))) if ground.nuclei and rng.random() < PAIRED else None
+        angle = _angle(pattern, number, None if beside is None else ground.nuclei[beside].angle, rng)
+        mask = _drawn(bank, number, area, angle, rng)
+        ground.place(mask, _gap(pattern, rng), beside, rng, number, angle)
     return ground.layout(margin)
 
 
@@ -102,10 +108,16 @@ def _gap(pattern: Pattern, rng: np.random.Generator) -> float:
     return float(rng.choice(pattern.gaps)) if len(pattern.gaps) else 0.0
 
 
-def _drawn(bank: Bank, pattern: Pattern, number: int, area: float, rng: np.random.Generator) -> np.ndarray:
-    """A nucleus of the bank, of this class, about this area and a direction as the pattern's."""
+def _angle(pattern: Pattern, number: int, neighbour: float | None, rng: np.random.Generator) -> float:
+    """The direction of a nucleus: turned against its neighbour's, if any, as in the pattern, else one of these."""
+    if neighbour is not None and len(pattern.turns):
+        return neighbour + float(rng.choice(pattern.turns)) * (1 if rng.random() < 0.5 else -1)
+    return float(rng.choice(pattern.shares[number].angles)) + rng.normal(0, 0.2)
+
+
+def _drawn(bank: Bank, number: int, area: float, angle: float, rng: np.random.Generator) -> np.ndarray:
+    """A nucleus of the bank, of this class, about this area and of this direction."""
     nucleus = bank.stocks[number].like(area, rng)
-    angle = float(rng.choice(pattern.shares[number].angles)) + rng.normal(0, 0.2)
     scale = float(np.clip(np.sqrt(area / nucleus.area), 0.85, 1.18))
     return changed(nucleus, angle, scale, bend=rng.normal(0, 0.08), mirrored=rng.random() < 0.5)
 
@@ -135,6 +147,14 @@ def changed(nucleus: Nucleus, angle: float, scale: float, bend: float = 0.0, mir
     return trimmed(largest_part(cv2.remap(depth, *old, cv2.INTER_LINEAR, borderValue=-1.0) > 0))
 
 
+class Placed(NamedTuple):
+    """A nucleus that lies on a ground: its box there, its class, and its direction, see Nucleus."""
+
+    box: tuple[slice, slice]
+    number: int
+    angle: float
+
+
 class Ground:
     """
     A square on which nuclei are put, none over another.
@@ -145,17 +165,25 @@ class Ground:
     def __init__(self, side: int) -> None:
         self.side = side
         self.inst_map = np.zeros((side, side), np.int32)
-        self.classes: list[int] = []  # of the nuclei with ids 1, 2, ...
+        self.away = np.full((side, side), np.float32(2 * side))  # px to the nearest nucleus; far where there is none
+        self.nuclei: list[Placed] = []  # those with ids 1, 2, ...
 
     def place(
-        self, mask: np.ndarray, gap: float, paired: bool, rng: np.random.Generator, number: int = UNKNOWN
+        self,
+        mask: np.ndarray,
+        gap: float,
+        beside: int | None,
+        rng: np.random.Generator,
+        number: int = UNKNOWN,
+        angle: float = 0.0,
     ) -> bool:
         """
         Put a nucleus somewhere.
 
         :param mask: a boolean array that just holds it.
-        :param gap: pixels to the nearest of the others: about so many where it is paired, else that or more.
-        :param number: its class.
+        :param gap: pixels to the nearest of the others: about so many where it is to lie beside one, else that or more.
+        :param beside: the place in `nuclei` of the one that it is to be nearest to, if there is room; None: of none.
+        :param number: its class; angle: its direction.
         :return: whether there was room.
         """
         if not mask.any():
@@ -164,35 +192,40 @@ class Ground:
         rows, columns = np.nonzero(mask & ~_eroded(mask))
         chosen = np.linspace(0, len(rows) - 1, min(OUTLINE, len(rows))).astype(int)
         rows, columns = rows[chosen] - height // 2, columns[chosen] - width // 2
-        away = self._away()
         radius = np.sqrt(mask.sum() / np.pi)
-        if paired and self.classes:
-            good = np.abs(away - gap - radius) <= 0.3 * radius + 1
-        else:
-            good = away >= gap + 0.8 * radius
-        for wanted in (good, away > 0.6 * radius):
-            places = np.flatnonzero(wanted)
-            if not len(places):
-                continue
-            centres = rng.choice(places, min(PLACES, len(places)), replace=False)
-            y, x = np.divmod(centres, self.side)
-            seen_y = np.clip(y[:, None] + rows, 0, self.side - 1)
-            seen_x = np.clip(x[:, None] + columns, 0, self.side - 1)
-            nearest = away[seen_y, seen_x].min(axis=1)
-            wrong = np.abs(nearest - gap) if paired and self.classes else np.maximum(gap - nearest, 0)
+        best = partial(self._far, gap + 0.8 * radius) if beside is None else partial(self._around, beside, gap, radius)
+        for search in (best, partial(self._far, 0.6 * radius)):
+            places = search()
+            y, x = np.divmod(rng.choice(places, min(PLACES, len(places)), replace=False), self.side)
+            seen_y, seen_x = (np.clip(at[:, None] + edge, 0, self.side - 1) for at, edge in ((y, rows), (x, columns)))
+            nearest = self.away[seen_y, seen_x].min(axis=1)
+            wrong = np.maximum(gap - nearest, 0) if beside is None else np.abs(nearest - gap)
             for choice in np.argsort(wrong, kind="stable"):
                 top, left = int(y[choice]) - height // 2, int(x[choice]) - width // 2
-                if nearest[choice] >= 1 and self.put(mask, top, left, number):
+                if nearest[choice] >= 1 and self.put(mask, top, left, number, angle):
                     return True
         return False
 
-    def _away(self) -> np.ndarray:
-        """[side x side] pixels to the nearest nucleus; far where there is none."""
-        if not self.classes:
-            return np.full((self.side, self.side), np.float32(2 * self.side))
-        return distances((self.inst_map == 0).astype(np.uint8))
+    def _far(self, least: float) -> np.ndarray:
+        """:return: the pixels, counted row by row, that lie so far from all nuclei."""
+        return np.flatnonzero(self.away >= least)
 
-    def put(self, mask: np.ndarray, top: int, left: int, number: int = UNKNOWN) -> bool:
+    def _around(self, beside: int, gap: float, radius: float) -> np.ndarray:
+        """:return: the pixels whose nearest nucleus is this one, about a gap and a radius away."""
+        reach = int(gap + 1.3 * radius) + 2
+        top, left, bottom, right = self._box(self.nuclei[beside].box, reach)
+        away, own = self.away[top:bottom, left:right], self.inst_map[top:bottom, left:right] == beside + 1
+        about = np.abs(away - gap - radius) <= 0.3 * radius + 1
+        y, x = np.nonzero(about & (distances((~own).astype(np.uint8)) <= away))
+        return (y + top) * self.side + x + left
+
+    def _box(self, box: tuple[slice, slice], reach: int) -> tuple[int, int, int, int]:
+        """:return: top, left, bottom and right of a box with so many pixels around it, within the square."""
+        top, left = (max(0, side.start - reach) for side in box)
+        bottom, right = (min(self.side, side.stop + reach) for side in box)
+        return top, left, bottom, right
+
+    def put(self, mask: np.ndarray, top: int, left: int, number: int = UNKNOWN, angle: float = 0.0) -> bool:
         """Put a nucleus at a place, what goes over the side cut off, unless it lies on another."""
         rows = slice(max(0, top), min(self.side, top + mask.shape[0]))
         columns = slice(max(0, left), min(self.side, left + mask.shape[1]))
@@ -201,7 +234,7 @@ class Ground:
             return False
         if not part.any():
             return False
-        self._mark(rows, columns, part, number)
+        self._mark(part, Placed((rows, columns), number, angle))
         return True
 
     def put_under(self, mask: np.ndarray, top: int, left: int, number: int = UNKNOWN) -> None:
@@ -209,20 +242,27 @@ class Ground:
         rows, columns = slice(top, top + mask.shape[0]), slice(left, left + mask.shape[1])
         free = largest_part(mask & (self.inst_map[rows, columns] == 0))
         if 2 * free.sum() > mask.sum():
-            self._mark(rows, columns, free, number)
+            self._mark(free, Placed((rows, columns), number, 0.0))
 
-    def _mark(self, rows: slice, columns: slice, mask: np.ndarray, number: int) -> None:
-        self.classes.append(number)
-        self.inst_map[rows, columns][mask] = len(self.classes)
+    def _mark(self, mask: np.ndarray, placed: Placed) -> None:
+        self.nuclei.append(placed)
+        self.inst_map[placed.box][mask] = len(self.nuclei)
+        # It is the nearest to no pixel that lies further from it than any does from the others.
+        top, left, bottom, right = self._box(placed.box, int(min(self.away.max(), self.side)) + 1)
+        others = (self.inst_map[top:bottom, left:right] != len(self.nuclei)).astype(np.uint8)
+        near = self.away[top:bottom, left:right]
+        np.minimum(near, distances(others), out=near)
 
     def layout(self, margin: int = 0) -> Layout:
         """:return: what lies within a margin: ids from 1 without gaps, and of each nucleus its largest part alone."""
         inner = slice(margin, self.side - margin)
         seen = self.inst_map[inner, inner]
         inst_map, classes = np.zeros(seen.shape, np.int32), {}
-        for own, before in enumerate(np.unique(seen[seen != 0]), 1):
-            inst_map[largest_part(seen == before)] = own
-            classes[own] = self.classes[before - 1]
+        for before, box in enumerate(ndimage.find_objects(seen), 1):
+            if box:
+                own = len(classes) + 1
+                inst_map[box][largest_part(seen[box] == before)] = own
+                classes[own] = self.nuclei[before - 1].number
         return Layout(inst_map, classes)
 
 

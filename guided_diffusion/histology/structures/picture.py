@@ -1,5 +1,6 @@
 """structures.png: how made layouts compare with real ones, in figures and to the eye. Knows no files but its own."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -33,21 +34,24 @@ def draw_structures(
     """
     from matplotlib.figure import Figure
 
+    columns = math.ceil((len(FIGURES) + bool(classes)) / 2)
     figure = Figure(figsize=(11, 7), layout="constrained")
     above, *below = figure.subfigures(3, 1, height_ratios=[3.4, 1, 1])
     for number, (name, title) in enumerate(FIGURES.items()):
-        axes = above.add_subplot(2, 4, number + 1)
-        top = np.quantile(np.concatenate([real[name], made[name]]), 0.995)
-        bins = np.linspace(0, max(top, 1e-9), _BINS + 1)
+        axes = above.add_subplot(2, columns, number + 1)
+        top = np.quantile([*real[name], *made[name], 1e-9], 0.995)
+        bins = np.linspace(0, top, _BINS + 1)
         for values, label in ((real[name], "real"), (made[name], "made")):
-            axes.hist(values, bins, density=True, histtype="step", label=label)
+            weights = np.full(len(values), 1 / max(len(values), 1))
+            axes.hist(values, bins, weights=weights, histtype="step", label=label)
         own = report[name]
         axes.set_title(f"{title}\ndistance {own['distance']:.2f}, real halves {own['between_halves']:.2f}", fontsize=8)
         axes.set_yticks([])
         axes.tick_params(labelsize=7)
-    axes.legend(fontsize=8)
+        if number == 0:
+            axes.legend(fontsize=8)
     if classes:
-        axes, places = above.add_subplot(2, 4, len(FIGURES) + 1), np.arange(len(classes))
+        axes, places = above.add_subplot(2, columns, len(FIGURES) + 1), np.arange(len(classes))
         for shares, beside in zip(zip(*classes.values()), (-0.2, 0.2)):
             axes.bar(places + beside, shares, 0.4)
         axes.set_xticks(places, classes, rotation=30, fontsize=7)

@@ -12,32 +12,35 @@ from scipy.spatial import cKDTree
 from scipy.stats import wasserstein_distance
 from skimage.measure import regionprops_table
 
-from .bank import Layout
+from .bank import Layout, turns
 
-# Figure -> what it is. The first three are of whole nuclei, the next of all, the last three of layouts.
+# Figure -> what it is. The first three are of whole nuclei, the next of all, then one of pairs of whole elongated ones
+# (see bank.turns), the last three of layouts.
 FIGURES = {
     "area": "area, px",
     "eccentricity": "eccentricity",
     "solidity": "solidity",
     "neighbour": "distance to the nearest nucleus's centre, px",
+    "turn": "angle between neighbours' longer axes, rad",
     "count": "nuclei in 10 000 px",
     "share": "share of the area",
     "touching": "share of nuclei that touch another",
 }
-_PROPERTIES = ("label", "bbox", "centroid", "area", "eccentricity", "solidity")
+_PROPERTIES = ("label", "bbox", "centroid", "area", "eccentricity", "solidity", "orientation")
 
 
 def measure(inst_map: np.ndarray) -> dict[str, np.ndarray]:
     """:return: a layout's values of each of FIGURES, [N]."""
     found = regionprops_table(inst_map, properties=_PROPERTIES)
-    height, width = inst_map.shape
-    whole = (found["bbox-0"] > 0) & (found["bbox-1"] > 0) & (found["bbox-2"] < height) & (found["bbox-3"] < width)
+    boxes = np.stack([found[f"bbox-{side}"] for side in range(4)], axis=1)
+    whole = (boxes[:, :2] > 0).all(1) & (boxes[:, 2:] < inst_map.shape).all(1)
     centres = np.stack([found["centroid-0"], found["centroid-1"]], axis=1)
     near = cKDTree(centres).query(centres, k=2)[0][:, 1] if len(centres) > 1 else np.empty(0)
     ids = found["label"]
     return {
         **{name: found[name][whole].astype(float) for name in ("area", "eccentricity", "solidity")},
         "neighbour": near,
+        "turn": turns(found["orientation"], found["eccentricity"], centres, boxes, inst_map.shape),
         "count": np.array([1e4 * len(ids) / inst_map.size]),
         "share": np.array([(inst_map != 0).mean()]),
         "touching": np.array([len(touching(inst_map)) / len(ids)]) if len(ids) else np.empty(0),
