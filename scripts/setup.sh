@@ -3,6 +3,7 @@
 #
 #   bash scripts/setup.sh             what the programs and the tests need
 #   bash scripts/setup.sh workflow    and requirements-workflow.txt, for pipeline.sh and experiment.sh, which call this
+#   bash scripts/setup.sh readers     and requirements-readers.txt, which tests read exported sets with
 #
 # PYTHON (default python3) makes it. Where .venv is up to date nothing happens; changed requirements are installed over
 # it; a .venv of this script's whose making was interrupted is made anew. setup.stamp in it tells which is the case: it
@@ -16,11 +17,12 @@ die() {
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 wanted=(requirements.txt)
-case ${1-} in
-    '') ;;
-    workflow) wanted+=(requirements-workflow.txt) ;;
-    *) die "$1 is unknown: give workflow, or nothing" ;;
-esac
+for word; do
+    case $word in
+        workflow | readers) wanted+=("requirements-$word.txt") ;;
+        *) die "$word is unknown: give workflow, readers, both or nothing" ;;
+    esac
+done
 venv=$root/.venv
 stamp=$venv/setup.stamp
 python=${PYTHON:-python3}
@@ -67,6 +69,8 @@ done
         echo "$name $(sha256sum <"$root/$name")"
     done
     # What else is installed stays so.
-    [[ " ${wanted[*]} " == *workflow* ]] || grep '^requirements-workflow' <<<"$installed" || true
+    while read -r name sum; do
+        [[ $name != requirements-* || " ${wanted[*]} " == *" $name "* ]] || echo "$name $sum"
+    done <<<"$installed"
 } >"$stamp.part"
 mv "$stamp.part" "$stamp"

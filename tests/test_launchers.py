@@ -500,7 +500,11 @@ def test_setup_for_workflows(launch, repo):
     assert launch(setup).calls == []
     (call,) = launch(setup, "workflow").calls
     assert Path(call.argv[-1]).name == "requirements-workflow.txt"
-    assert_stopped(launch(setup, "workflows"), "workflows is unknown")
+    (repo / "requirements-readers.txt").write_text("datasets==1\n")
+    (call,) = launch(setup, "workflow", "readers").calls
+    assert Path(call.argv[-1]).name == "requirements-readers.txt"
+    assert launch(setup, "workflow").calls == launch(setup, "readers").calls == launch(setup).calls == []
+    assert_stopped(launch(setup, "workflow", "workflows"), "workflows is unknown")
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="takes another user")
