@@ -36,6 +36,7 @@ from guided_diffusion.files import (
 )
 from guided_diffusion.histology.evaluation.runs import MANIFEST, Run, find_runs, slides_of_sample
 from guided_diffusion.histology.features.cluster_folders import list_patches
+from guided_diffusion.histology.formats.data_sets import EXPORT
 from guided_diffusion.histology.formats.writers.hovernet import WINDOW
 from guided_diffusion.histology.formats.writers.labelled import Entry, plain_name, read_example
 from guided_diffusion.histology.formats.writers.layouts import LAYOUTS
@@ -46,7 +47,6 @@ from guided_diffusion.image_files import EXTENSIONS
 from guided_diffusion.processes import each
 from guided_diffusion.results import RUN
 
-RECORD = "export.json"
 FIRST_FIELDS = ("file", "split", "source", "slide", "nuclei")
 
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.window is not None and args.format != "hovernet":
         raise ValueError(f"--window {args.window} is for --format hovernet: leave it out")
     check_apart(args.out, [args.set], args.out, "OUT")
-    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / RECORD).is_file():
+    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / EXPORT).is_file():
         raise ValueError(f"OUT {args.out} holds what this command did not make: give another folder")
     entries = find_entries(args.set)
     classes = find_classes(args.set, entries)
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         counts = {"images": len(records), "nuclei": sum(record.nuclei for record in records)}
         if (card := args.set / cards.NAME).is_file() and not card.is_symlink():
             write_bytes(folder / cards.NAME, card.read_bytes())
-        write_json(folder / RECORD, {"format": args.format, **window, "mpp": find_mpp(args.set, entries), **counts})
+        write_json(folder / EXPORT, {"format": args.format, **window, "mpp": find_mpp(args.set, entries), **counts})
 
     replace_folder(args.out, fill, "OUT")
     report(args.out, args.format, records, writer)

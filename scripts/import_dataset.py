@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     data_set = data_sets.split(data_set, test)
     mpp = args.mpp or data_set.mpp
     print(f"{args.src}: {name}: {data_set.found}; {said_of(data_set, mpp)}")
+    if data_sets.exported_as(args.src):
+        print(f"{args.src} is an export: of slides, and of classes but COCO's, it says more than is read back from it")
 
     written: list[Written] = []
 

@@ -141,6 +141,14 @@ def test_fields_are_cut_into_patches(real, sweep, tmp_path):
     assert row["colour_grey"] > 0 == of_patches["colour_grey"]
 
 
+def test_a_segmenter_sees_fields_whole(real, tmp_path):
+    """Nuclei of a field's own picture, which ends of patches would cut."""
+    model = save_segmenter(tmp_path / "segmenter.pt", ["slide-0"])
+    fields = write_fields(tmp_path / "runs/fields", [(2, 2), (1, 3)], first=0)
+    rows = run(real, fields, tmp_path / "out", "--metrics", "structure", "--model_path", model)["runs"]
+    assert list(rows["fields"]) == ["f1", "aji"] and rows["fields"]["aji"]["value"] is not None
+
+
 def test_copies_are_drawn(real, sweep, tmp_path, capsys):
     source = real / "MoNuSegTrainingData" / "images" / "slide-1_002.png"
     shutil.copy(source, sweep / "m_s1" / "samples" / "s3_000.png")

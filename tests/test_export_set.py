@@ -106,6 +106,32 @@ def test_an_assembled_set_keeps_its_splits_and_sources(data_dir, results, tmp_pa
     assert (tmp_path / "out" / "card.md").read_bytes() == (tmp_path / "set" / "card.md").read_bytes()
 
 
+def test_an_assembled_set_keeps_its_classes(data_dir, results, tmp_path):
+    add_classes(results)
+    for split in (TRAIN, "MoNuSegTestData"):
+        add_classes(data_dir / split, table=False)
+    cell_classes.write_classes(data_dir, cell_classes.named(["odd", "even"]))
+    assemble(data_dir, results, tmp_path / "set", "--ratio", "all")
+    for row in export(tmp_path / "set", tmp_path / "out"):
+        mask = read_inst_mask(tmp_path / f"out/{row['split']}/{row['stem']}_masks.tif")
+        classes = read_mask(tmp_path / f"out/class_masks/{row['split']}/{row['stem']}.png")
+        assert np.array_equal(classes, np.where(mask, mask % 2 + 1, 0))
+
+
+def test_what_a_filter_kept_keeps_its_classes(results, tmp_path):
+    add_classes(results)
+    [run] = find_runs([results])
+    (tmp_path / "kept").mkdir()
+    folders = (*FOLDERS, cell_classes.FOLDER)
+    write_kept(tmp_path / "kept", [Kept(run, run.samples[0], 1.5, 0.25)], folders, MANIFEST_FIELDS)
+    cell_classes.write_classes(tmp_path / "kept", cell_classes.named(["odd", "even"]))
+    export(tmp_path / "kept", tmp_path / "out", layout="coco")
+    (categories,) = {
+        str(json.loads(path.read_text())["categories"]) for path in (tmp_path / "out/annotations").iterdir()
+    }
+    assert "odd" in categories and "even" in categories
+
+
 def test_what_a_filter_kept_keeps_its_scores(results, tmp_path):
     [run] = find_runs([results])
     (tmp_path / "kept").mkdir()
@@ -264,11 +290,21 @@ def test_bad_input_is_one_line_and_leaves_no_trace(results, tmp_path, monkeypatc
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("layout", ["hovernet", "cellvit", "qupath", "webdataset", "imagefolder"])
+def test_what_is_not_read_back_is_refused(told_and_large, tmp_path, layout):
+    """Some of it looks like another data set, without classes, and some like pickles."""
+    export(told_and_large[1], tmp_path / "out", layout=layout)
+    with pytest.raises(ValueError, match=f"was made by export_set.py --format {layout}, which is not read back: give"):
+        import_dataset.main([str(tmp_path / "out"), str(tmp_path / "raw"), "--num_workers", "1"])
+    assert not (tmp_path / "raw").exists()
+
+
 @pytest.mark.parametrize("layout", ["cellpose", "stardist", "coco"])
-def test_our_own_reader_gives_the_same_pixels_back(told_and_large, tmp_path, layout):
+def test_our_own_reader_gives_the_same_pixels_back(told_and_large, tmp_path, capsys, layout):
     told, results = told_and_large
     rows = export(results, tmp_path / "out", layout=layout)
-    import_dataset.main([str(tmp_path / "out"), str(tmp_path / "raw"), "--format", layout, "--num_workers", "1"])
+    import_dataset.main([str(tmp_path / "out"), str(tmp_path / "raw"), "--num_workers", "1"])
+    assert "is an export: of slides" in capsys.readouterr().out
     raw = tmp_path / "raw" / "train"
     assert len(list((raw / "images").iterdir())) == len(rows) == 4
     for stem in (row["stem"] for row in rows):

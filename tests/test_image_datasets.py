@@ -192,6 +192,8 @@ def test_larger_images_are_cropped_centrally(tmp_path):
 def test_augmented_samples_stay_together(tmp_path, size):
     write_patches(tmp_path / TRAIN, count=2, size=size)
     augmented = dataset(tmp_path, augment=True)
+    write_class_masks(tmp_path / TRAIN)
+    classes = dataset(tmp_path, augment=True, spec=ConditionSpec(use_hv_map=True, class_cond=True, num_classes=3))
     seen = set()
     for epoch in range(20):
         x, cond = one(augmented, epoch, 0)
@@ -202,6 +204,9 @@ def test_augmented_samples_stay_together(tmp_path, size):
         dark = x.mean(dim=0).numpy() < 0.1  # nuclei are dark; background is light
         assert (dark == (inst > 0)).mean() > 0.95
         seen.add(inst.tobytes())
+        known = one(classes, epoch, 0)[1]
+        np.testing.assert_array_equal(known["instance"][0], inst)
+        np.testing.assert_array_equal(known["label_ori"], np.where(inst > 0, 1 + (inst % 7 == 0), 0))
     assert len(seen) >= 7
 
 

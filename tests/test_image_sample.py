@@ -118,6 +118,16 @@ def test_classes_of_cells_go_through(data_dir, model_path, tmp_path):
     assert cell_classes.read_classes(again) == cell_classes.read_classes(out)
     for one, other in zip(sorted(manifest(out), key=lambda row: row["stem"]), manifest(again), strict=True):
         assert one["classes"] == other["classes"]
+    fields = run(
+        data, path, tmp_path / "fields", "--num_samples", "1", "--field", "True", "--window_overlap", "0", *extra
+    )
+    (row,) = manifest(fields)
+    inst, classes = (
+        np.asarray(Image.open(fields / name))
+        for name in (f"inst_masks/{row['stem']}.tif", f"class_masks/{row['stem']}.png")
+    )
+    np.testing.assert_array_equal(classes, np.where(inst > 0, 1 + inst % 2, 0))
+    assert classes.shape == (32, 32)
     plain = run(data, model_path, tmp_path / "plain", "--num_samples", "1")
     assert not (plain / "class_masks").exists() and not (plain / "classes.json").exists()
     assert set(np.unique(np.asarray(Image.open(next((plain / "labels").iterdir()))))) <= {0, 255}

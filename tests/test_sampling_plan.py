@@ -258,13 +258,18 @@ def test_a_field_of_one_window_is_a_patch(name, diffusion, model, y):
     assert th.equal(th.stack(fields), patches)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m_sde"])
-def test_a_field_depends_on_neither_company_nor_order(name, model):
+@pytest.mark.parametrize(
+    ("name", "guidance"),
+    [("ddpm", {"s": 1.0}), ("dpmpp_2m_sde", {"s": 1.0}), ("ddpm", {"s": 2.0, "interval": (0.1, 5.0)})],
+)
+def test_a_field_depends_on_neither_company_nor_order(name, guidance, model):
     diffusion = make_diffusion(predict_xstart=True, timestep_respacing="3")
     generator = th.Generator().manual_seed(2)
     ys = [th.randn(2, *shape, generator=generator) for shape in ((24, 23), (16, 16))]
-    sample = functools.partial(draw_fields, name, diffusion, model, s=1.0)
+    sample = functools.partial(draw_fields, name, diffusion, model, **guidance)
     together = sample(ys, [7, 2])
+    if "interval" in guidance:
+        assert (draw_fields(name, diffusion, model, ys, [7, 2], s=2.0)[0] - together[0]).abs().max() > 1e-3
     assert [field.shape for field in together] == [(CHANNELS, 24, 23), (CHANNELS, 16, 16)]
     for other in (
         sample(ys, [7, 2], batch_size=100),

@@ -10,11 +10,13 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
+from ...files import parse_json
 from .fields import TEST, TRAIN, DataSet, Field
 from .readers import arrays, coco, folders, matlab
 from .readers.opening import Tree
 
 AUTO = "auto"
+EXPORT = "export.json"  # what export_set.py leaves in each folder that it makes: its format, and more
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,21 @@ def find(src: Path, name: str = AUTO, annotator: str = "") -> tuple[str, DataSet
     :param name: a key of FORMATS, or AUTO, which tries all.
     :param annotator: of CryoNuSeg, see folders.ANNOTATORS; "": the first.
     :return: its key, and what was found.
-    :raises ValueError: where there is none, or are several, or it is of pickled files, which are refused.
+    :raises ValueError: where there is none, or are several, or it is of pickled files, which are refused, or an export
+        that is not read back.
     :raises FileNotFoundError: where there is no such folder.
     """
     if name != AUTO and name not in FORMATS:
         raise ValueError(f"unknown --format {name}: choose one of {', '.join((AUTO, *FORMATS))}")
     if not src.is_dir():
         raise FileNotFoundError(f"SRC: {src} is not a folder; give the one that the data set was unpacked in")
+    if name == AUTO and (exported := exported_as(src)):
+        if exported not in FORMATS:
+            raise ValueError(
+                f"SRC: {src} was made by export_set.py --format {exported}, which is not read back: give what it was "
+                "made of"
+            )
+        name = exported
     tree = Tree(src)
     found = {}
     for key in FORMATS if name == AUTO else (name,):
@@ -83,6 +93,15 @@ def find(src: Path, name: str = AUTO, annotator: str = "") -> tuple[str, DataSet
     if annotator and key != "cryonuseg":
         raise ValueError(f"--annotator {annotator} is for cryonuseg; this is {key}")
     return key, found[key]
+
+
+def exported_as(src: Path) -> str:
+    """:return: the format in which export_set.py wrote a folder; "" where it did not."""
+    try:
+        facts = parse_json((src / EXPORT).read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(facts.get("format", "")) if isinstance(facts, dict) else ""
 
 
 def split(data_set: DataSet, patterns: Sequence[str]) -> DataSet:
