@@ -2,7 +2,8 @@
 Say what the experiment will train on what, and about how long: python scripts/experiment/plan.py RAW OUT
 
 What cannot be trained is refused here, not after the days that other cells take. Settings come from the environment,
-see experiment.sh, which calls this before anything else. Writes OUT/grid.json: cells, and the variants' titles.
+see experiment.sh, which calls this before anything else. Writes OUT/grid.json: cells, and the variants' titles; and
+OUT/stages/CELL.variants.
 """
 
 import json
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from PIL import Image
 
 from guided_diffusion import cli
-from guided_diffusion.files import write_json
+from guided_diffusion.files import write_json, write_text
 from guided_diffusion.histology.experiment import protocol
 from guided_diffusion.histology.experiment.protocol import Cell, Variant
 from guided_diffusion.histology.slides import scales
@@ -79,6 +80,20 @@ def main(argv: list[str] | None = None) -> None:
     titles = {name: variant.title for name, variant in variants.items()}
     facts = {"variants": titles, "baselines": protocol.baselines(variants.values())}
     write_json(args.out / GRID, {**facts, "cells": [cell.name for cell in cells]})
+    for cell in cells:
+        reopen(args.out / "stages", cell)
+
+
+def reopen(stages: Path, cell: Cell) -> None:
+    """
+    Note which variants a cell has, and where they are others than before, have it go on if it is finished: Snakemake
+    does not look at what a finished job lacks while a filter decides on some of it.
+    """
+    path, text = stages / f"{cell.name}.variants", "".join(f"{name}\n" for name in cell.variants)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        stages.mkdir(exist_ok=True)
+        (stages / cell.name).unlink(missing_ok=True)
+        write_text(path, text)
 
 
 def from_environment() -> tuple[dict[str, Variant], dict[str, Cell]]:

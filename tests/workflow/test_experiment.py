@@ -101,6 +101,10 @@ def test_all_tracks_at_once(slides, experiment, tmp_path):
     assert failed.returncode == 2, failed.stderr[-3000:]
     assert (out / "stages/patches-f30-s0").exists() and not (out / "stages/slides-f50-s0").exists()
     assert re.match(r"error: slides-f50-s0-made2-train: .*checkpoint.pt is broken", failed.stderr.splitlines()[-1])
+    # A variant is added to a finished cell, whose filter is still to come.
+    config.write_text(config.read_text().replace('"patches 30 0 real1"', '"patches 30 0 real1,filtered"'))
+    more = experiment(slides, out, config, "--dry-run", CELLS="patches-f30-s0")
+    assert "filter" in rules(more) and "model" not in rules(more), more.stdout
     config.write_text(config.read_text() + "S=2\n")
     other = experiment(slides, out, config, "--dry-run", CELLS="masks-f50-s0")
     assert {"samples", "filter", "results"} <= set(rules(other)), other.stdout
