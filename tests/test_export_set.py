@@ -78,7 +78,9 @@ def test_a_results_folder_in_every_layout(told_and_large, tmp_path, capsys, layo
     record = json.loads((out / "export.json").read_text())
     assert record["format"] == layout and record["images"] == 4
     total = sum(map(len, nuclei.values()))
-    assert capsys.readouterr().out.startswith(f"{out}: 4 train images with {total} nuclei, as {layout}\n")
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{out}: 4 train images with {total} nuclei, as {layout}\n")
+    assert "writing: 100%" in said.err
 
 
 def test_pictures_and_masks_are_those_of_the_set(results, tmp_path):
