@@ -22,6 +22,7 @@ import image_train
 from guided_diffusion import checkpoint, checkpoint_sets, cli, devices, dist_util
 from guided_diffusion.condition_cache import ConditionCache
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
+from guided_diffusion.script_util import condition_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ["--batch_size", "4", "--lr", "1e-4", "--log_interval", "1"]
@@ -481,6 +482,18 @@ def test_a_failure_leaves_no_worker_behind(data_dir, quick, tmp_path):
 
 
 # ---- mistakes ----
+
+
+@pytest.mark.parametrize("split", ["slides", "test"])
+def test_images_without_masks_are_none_to_validate_on(data_dir, tmp_path, split):
+    """Nor are previews made of them, which take the parts' items, too."""
+    write_patches(data_dir / "MoNuSegTrainingData", first=8)  # a third and a fourth slide
+    flags = ["--unlabelled_dir", str(write_images(tmp_path / "other")), "--val_split", split]
+    args, _ = image_train.resolve(["--data_dir", str(data_dir), *TINY, *flags])
+    seen, held = image_train.load_parts(args, condition_spec(vars(args)))
+    assert (seen.unlabelled, held.unlabelled) == (8, 0)
+    assert all("other" not in source.image for source in held.sources)
+
 
 MISTAKES = {
     "no folder": (["--data_dir", "nowhere"], "--data_dir 'nowhere' is not a folder"),
