@@ -28,8 +28,8 @@ from guided_diffusion.train_util import TrainLoop
 def make_loop(data_dir, tmp_path):
     """Gives training loops that start from equal weights."""
 
-    def make(data=None, resume_checkpoint="", **options) -> TrainLoop:
-        args = image_train.create_argparser().parse_args(TINY)
+    def make(data=None, resume_checkpoint="", flags=(), **options) -> TrainLoop:
+        args = image_train.create_argparser().parse_args([*TINY, *flags])
         th.manual_seed(0)
         model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
         spec: ConditionSpec = condition_spec(vars(args))
@@ -94,6 +94,36 @@ def test_a_step_on_images_without_masks(data_dir, tmp_path, make_loop):
         by_hand.run_step(batch, {"y": y})
     assert any_dropped
     assert all(th.equal(a, b) for a, b in zip(made.model.parameters(), by_hand.model.parameters()))
+
+
+V, X = "--predict_v True", "--predict_xstart True"
+MIN_SNR = "--loss_weights min_snr --min_snr_gamma 3"
+
+
+@pytest.mark.parametrize("words", ["", V, X, MIN_SNR, f"{V} {MIN_SNR}", f"{X} {MIN_SNR}", f"{V} --spade_channels 8"])
+def test_a_step_is_what_its_flags_say(make_loop, words):
+    """Its gradients by hand."""
+    loop, by_hand = (make_loop(flags=f"{words} --learn_sigma False".split()) for _ in range(2))
+    for model in (loop.model, by_hand.model):
+        generator = th.Generator().manual_seed(1)
+        for p in model.parameters():  # of which some begin with zeros
+            p.data += 0.02 * th.randn(p.shape, generator=generator)
+    batch, y = next(loop.data)[0], th.randn(4, 6, 16, 16, generator=generator)
+    t, _, noise, _ = loop._draw(batch.shape)
+    loop.forward_backward(batch, {"y": y})
+
+    left = th.tensor(loop.diffusion.alphas_cumprod)[t]
+    alpha, sigma = (part.sqrt().float().view(-1, 1, 1, 1) for part in (left, 1 - left))
+    target = alpha * noise - sigma * batch if V in words else batch if X in words else noise
+    snr = left / (1 - left)
+    larger = snr + 1 if V in words else th.ones(4) if X in words else snr
+    weights = snr.clamp(max=3) / larger if MIN_SNR in words else th.ones(4)
+    out = by_hand.model(alpha * batch + sigma * noise, t, y=y)
+    (weights * (out - target).square().mean((1, 2, 3))).mean().backward()
+    for p, expected in zip(loop.model.parameters(), by_hand.model.parameters()):
+        th.testing.assert_close(p.grad, expected.grad, rtol=1e-3, atol=1e-5)
+    hidden = dict(loop.model.named_parameters())["output_blocks.0.0.in_norm.mlp_shared.0.weight"].shape[0]
+    assert hidden == (8 if "spade" in words else 128)
 
 
 def test_half_dropped_depends_on_seed_and_step_alone(make_loop):
