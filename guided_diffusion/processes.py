@@ -64,7 +64,7 @@ def each(task: Callable[[Item], Result], items: Sequence[Item], workers: int, fo
 
     :param task: what is done with an item; it and the items can be pickled.
     :param workers: processes; with one, or one item, it is done in this process.
-    :param fork: workers begin as copies of this process, and have what it has read; only for a program of one thread.
+    :param fork: workers begin as copies of this process, and have what it has read; not where other threads hold locks.
     :return: the result of every item, in order. The first error ends it.
     :raises ChildProcessError: where a worker was ended from outside.
     """

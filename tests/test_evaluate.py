@@ -141,12 +141,15 @@ def test_fields_are_cut_into_patches(real, sweep, tmp_path):
     assert row["colour_grey"] > 0 == of_patches["colour_grey"]
 
 
-def test_a_segmenter_sees_fields_whole(real, tmp_path):
-    """Nuclei of a field's own picture, which ends of patches would cut."""
+def test_a_segmenter_sees_fields_in_patches(real, tmp_path, monkeypatch):
+    """As all else is measured, so that it finds no more than in the real patches that it is compared with."""
+    sizes, find = [], decoding.Segmenter.find
+    monkeypatch.setattr(decoding.Segmenter, "find", lambda self, image: sizes.append(image.shape) or find(self, image))
     model = save_segmenter(tmp_path / "segmenter.pt", ["slide-0"])
     fields = write_fields(tmp_path / "runs/fields", [(2, 2), (1, 3)], first=0)
     rows = run(real, fields, tmp_path / "out", "--metrics", "structure", "--model_path", model)["runs"]
-    assert list(rows["fields"]) == ["f1", "aji"] and rows["fields"]["aji"]["value"] is not None
+    assert list(rows["fields"]) == ["f1", "aji"]
+    assert set(sizes) == {(32, 32, 3)} and len(sizes) >= 7
 
 
 def test_copies_are_drawn(real, sweep, tmp_path, capsys):
