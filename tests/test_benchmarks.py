@@ -13,7 +13,7 @@ import image_sample
 import image_train
 from guided_diffusion import checkpoint, cli, logger
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
-from scripts.benchmarks import benchmark_startup, measure_filter, recipes
+from scripts.benchmarks import benchmark_startup, benchmark_training, measure_filter, recipes
 
 FOLDER = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
 TINY = ["--config", "tiny", "--batch_size", "2", "--repeats", "1"]
@@ -42,6 +42,10 @@ def test_sampling(quick):
 def test_training(quick):
     table, _ = rows(quick, "benchmark_training.py", *TINY, "--batch_size", "1", "--max_steps", "1")
     assert len(table) >= 5 and all(float(row["s a step"]) > 0 for row in table.values())
+
+
+def test_training_is_measured_at_a_small_batch_too():
+    assert benchmark_training.create_argparser().parse_args([]).batch_size == [2, 8]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir).parents[1]))
 from guided_diffusion.histology.experiment import protocol
-from scripts.experiment.plan import chosen, diffusion_steps, from_environment, image_size
+from scripts.experiment.plan import chosen, diffusion_steps, from_environment, patch_side
 from scripts.workflow.wiring import (
     CORES,
     GPUS,
@@ -34,7 +34,7 @@ NAMES = ("PATCH", "TEST", "CLUSTER", "MODEL", "DIFFUSION", "SAMPLE")
 NAMES += ("FILTER", "PATCHCORE", "SEGMENTER", "PLAIN", "COLOUR")
 FLAGS = {name: os.environ[f"SDM_{name}_FLAGS"] for name in NAMES}
 BATCH, RATE, VAL_SHARE = (os.environ[name] for name in ("DIFFUSION_BATCH", "EMA_RATE", "VAL_SHARE"))
-IMAGE_SIZE, SCALE, CLUSTERS = image_size(FLAGS["MODEL"]), os.environ["S"], "patches/clusters"
+SIDE, SCALE, CLUSTERS = patch_side(FLAGS["PATCH"]), os.environ["S"], "patches/clusters"
 TRAIN = "MoNuSegTrainingData/images"
 CELL = "{wildcards.cell}"  # in a shell command
 MODEL = f"{CELL}/model/ema_{RATE}_{{params.steps}}.pt"
@@ -206,7 +206,7 @@ rule structures:
     log:
         "logs/{cell}-structures.log",
     params:
-        settings=str(IMAGE_SIZE),
+        settings=str(SIDE),
         amount=amount("made", "structures/inst_masks"),
         seed=lambda wildcards: cell_of(wildcards).seed,
     resources:
@@ -216,7 +216,7 @@ rule structures:
         stage(
             f"{CELL}-structures",
             f"{CELL}/structures",
-            make_structures(f"{CELL}/split/seen", f"{CELL}/structures", "{params.amount}", IMAGE_SIZE)
+            make_structures(f"{CELL}/split/seen", f"{CELL}/structures", "{params.amount}", SIDE)
             + " --seed {params.seed}",
             resumes=True,
         )

@@ -160,9 +160,9 @@ def number_in(flags: str, name: str, usual: int) -> int:
     return parser.parse_known_args(shlex.split(flags))[0].number
 
 
-def image_size(flags: str) -> int:
-    """:return: that of the model's flags, as words of a shell; without one, image_train.py's default."""
-    return number_in(flags, "--image_size", 64)
+def patch_side(flags: str) -> int:
+    """:return: of the patches that prepare_monuseg.py makes with these flags, in px."""
+    return number_in(flags, "--resize", number_in(flags, "--patch_size", 128))
 
 
 def clusters(flags: str) -> int:

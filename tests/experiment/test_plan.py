@@ -124,6 +124,8 @@ def test_what_cannot_is_refused(raw, shipped, monkeypatch, tmp_path, name, value
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flags", ["--lr 1 --image_size 32 --num_channels 8", "--image_size=32", "--lr 1"])
-def test_the_size_of_the_models_images(flags):
-    assert plan.image_size(flags) == (64 if flags == "--lr 1" else 32)
+@pytest.mark.parametrize(
+    ("flags", "side"), [("--patch_size 64 --stride 32", 64), ("--patch_size 128 --resize 32", 32), ("--mode mirror", 128)]
+)
+def test_the_side_of_patches(flags, side):
+    assert plan.patch_side(flags) == side
