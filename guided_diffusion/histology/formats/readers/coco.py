@@ -214,8 +214,18 @@ def _from_polygons(polygons: list, shape: tuple[int, int], where: str) -> np.nda
 
     points = [np.asarray(polygon, dtype=object) for polygon in polygons]
     for polygon in points:
-        numbers = all(type(value) in (int, float) and abs(value) < 1 << 30 for value in polygon.ravel())
+        numbers = all(type(value) in (int, float) for value in polygon.ravel())
         if polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2 or not numbers:
             raise ValueError(f"{where}: a polygon is not a list [x, y, x, y, ...] of three points or more")
+    # What pycocotools takes of memory grows with the outline, and beyond some gigabytes it crashes.
+    if sum(map(_length, points)) > 2 * (shape[0] + 2) * (shape[1] + 2):
+        raise ValueError(f"{where}: its outline is longer than an image of {shape[1]} x {shape[0]} px has room for")
     runs = mask.frPyObjects([polygon.astype(float).tolist() for polygon in points], *shape)
     return mask.decode(mask.merge(runs)).astype(bool)
+
+
+def _length(polygon: np.ndarray) -> float:
+    """:return: of a closed outline x, y, x, y, ..., in pixels along the axes; what lies beyond all images counts, too."""
+    far = 1 << 30
+    corners = np.array([float(max(-far, min(far, value))) for value in polygon]).reshape(-1, 2)
+    return np.abs(corners - np.roll(corners, 1, axis=0)).sum()

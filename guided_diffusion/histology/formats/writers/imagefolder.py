@@ -36,5 +36,6 @@ class ImageFolder(Writer):
         files = {"file_name": f"images/{name}.png", "mask_file_name": f"masks/{name}.tif"}
         if self.told:
             files["class_mask_file_name"] = f"{FOLDER}/{name}.png"
-        row = {column: record.entry.row.get(column, "") for column in columns}
+        # datasets takes every column whose name ends so for files.
+        row = {column: record.entry.row.get(column, "") for column in columns if not column.endswith("file_name")}
         return json.dumps({**files, **row, "nuclei": record.nuclei}) + "\n"

@@ -31,6 +31,27 @@ def test_polygons_cover_the_pixels_that_pycocotools_draws():
     assert inside[1:4, 1:5].all() and inside[4, 8] and not inside[:, 6].any()
 
 
+@pytest.mark.parametrize("far", [1e9, -1e9, 10**400, float("nan"), float("inf"), 200])
+@pytest.mark.parametrize("place", [0, 3])
+def test_an_outline_that_no_image_has_room_for(far, place):
+    """pycocotools would take gigabytes for it, or crash."""
+    polygon = [1, 1, 5, 1, 5, 4, 1, 4]
+    polygon[place] = far
+    with pytest.raises(ValueError, match="longer than an image of 11 x 7 px has room for"):
+        coco._drawn([polygon, [1, 1, 5, 1, 5, 4]], SHAPE, "a")
+
+
+def test_many_outlines_are_no_longer_together():
+    with pytest.raises(ValueError, match="has room for"):
+        coco._drawn([[1, 1, 10, 1, 5, 4]] * 50, SHAPE, "a")
+
+
+def test_an_outline_along_every_pixel_and_a_little_outside():
+    pytest.importorskip("pycocotools")
+    comb = [value for x in range(-1, SHAPE[1] + 1) for value in (x, -1 if x % 2 else 8, x + 1, -1 if x % 2 else 8)]
+    assert coco._drawn([comb], SHAPE, "a").any()
+
+
 def test_what_polygons_need_is_said(monkeypatch):
     real = builtins.__import__
 

@@ -1,6 +1,7 @@
 """Hugging Face's datasets read what is written, bit for bit, with all columns."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,14 @@ def test_files(told, tmp_path):
                 mask = read_mask(tmp_path / split / row["class_mask_file_name"])
                 assert np.array_equal(mask, one.class_map)
             assert row["slide"] == "007" and row["nuclei"] == len(one.of_nucleus)
+
+
+def test_the_manifests_columns_do_not_name_files(tmp_path):
+    one = labelled_set(False)[1][0]
+    row = {"file_name": "scan_17.svs", "slide_file_name": "b", "slide": "007"}
+    write(ImageFolder([]), [replace(one, entry=replace(one.entry, row=row))], tmp_path)
+    line = json.loads((tmp_path / "train/metadata.jsonl").read_text())
+    assert line["file_name"] == "images/a b_000.png" and "slide_file_name" not in line and line["slide"] == "007"
 
 
 @BOTH
