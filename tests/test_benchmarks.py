@@ -1,5 +1,6 @@
 """The benchmarks run, and their ways compute the same."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -163,8 +164,8 @@ def test_equal_minutes_are_the_more_steps_the_less_a_step_costs(data_dir, tmp_pa
     """The step that is timed is image_train.py's; what a file says counts, for times of one machine alone compare."""
     (tmp_path / "many-s0").mkdir()
     (tmp_path / "many-s0/seen").symlink_to(data_dir)
-    flags = {"MODEL_FLAGS": TINY_MODEL, "DIFFUSION_FLAGS": [], "DIFFUSION_BATCH": ["2"], "EMA_RATE": ["0.9"]}
-    monkeypatch.setattr(recipes, "flags_of", flags.get)
+    monkeypatch.setattr(recipes, "MODEL", " ".join(TINY_MODEL))
+    monkeypatch.setattr(recipes, "TRAINING", "--batch_size 2")
     monkeypatch.setattr(recipes, "RECIPES", {"v+spade32": recipes.RECIPES["v+spade32"], "few": recipes.RECIPES["few"]})
     for place, name in ((logger, "set_level"), (th, "set_num_threads"), (recipes, "keep_memory")):
         monkeypatch.setattr(place, name, lambda *_: None)  # of the process that costs are measured in
@@ -204,7 +205,7 @@ def fail(run):
 
 
 def test_recipes_are_the_experiments_but_for_their_flags():
-    assert recipes.flags_of("EMA_RATE") == ["0.995"] and "--stain_jitter" in recipes.flags_of("DIFFUSION_FLAGS")
-    flags = [*recipes.flags_of("MODEL_FLAGS"), *recipes.flags_of("DIFFUSION_FLAGS")]
+    config = (FOLDER.parent / "experiment" / "experiment_cpu.conf").read_text()
+    assert recipes.MODEL.split() == re.search(r"MODEL_FLAGS=\((.*?)\)", config, re.DOTALL)[1].split()
     for recipe in recipes.RECIPES.values():
-        image_train.resolve([*flags, *recipe.flags.split()])
+        image_train.resolve([*recipes.MODEL.split(), *recipes.TRAINING.split(), *recipe.flags.split()])

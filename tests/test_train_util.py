@@ -239,7 +239,7 @@ FLOPS |= {"x+spade64": 5_108_776_960, **dict.fromkeys(["eps", "eps+min_snr"], 8_
 
 @pytest.mark.parametrize("recipe", FLOPS)
 def test_floating_point_operations_of_a_step(recipe):
-    words = [*recipes.flags_of("MODEL_FLAGS"), *recipes.RECIPES[recipe].flags.split()]
+    words = [*recipes.MODEL.split(), *recipes.RECIPES[recipe].flags.split()]
     args = image_train.create_argparser().parse_args(words)
     with th.device("meta"), FlopCounterMode(display=False) as counter:
         model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))

@@ -3,14 +3,14 @@ Which recipe learns most in the same time? Trains small models for equal CPU tim
 
     python scripts/benchmarks/recipes.py RAW OUT [--recipes x,v ...] [--seeds 0,1,2] [--minutes 5,10,20] [--jobs 2]
 
-Data, model, training and sampling are those of scripts/experiment/experiment_cpu.conf. A minute is one of process time
-of one thread that has the machine to itself. First the cost of each recipe's step is measured, in one process in turn,
-the least of several rounds: OUT/costs.csv. A run is trained for as many steps as --minutes pay for, whatever else the
-machine does meanwhile, and its averaged weights are sampled from. Most recipes are trained on 24 of MoNuSeg's training
-slides and measured on the other 6, which --seed chooses; those of three slides, with or without images of the other 27,
-on the 14 test slides. Structures and colours of the samples are those of slides that no training saw, and so are the
-real patches that they are compared with. The agreement is by a segmenter trained on the annotated slides that are not
-measured on.
+The model is that of scripts/experiment/experiment_cpu.conf, on patches of its own size; MODEL and what stands beside it
+say what all recipes have in common. A minute is one of process time of one thread that has the machine to itself. First
+the cost of each recipe's step is measured, in one process in turn, the least of several rounds: OUT/costs.csv. A run is
+trained for as many steps as --minutes pay for, whatever else the machine does meanwhile, and its averaged weights are
+sampled from. Most recipes are trained on 24 of MoNuSeg's training slides and measured on the other 6, which --seed
+chooses; those of three slides, with or without images of the other 27, on the 14 test slides. Structures and colours of
+the samples are those of slides that no training saw, and so are the real patches that they are compared with. The
+agreement is by a segmenter trained on the annotated slides that are not measured on.
 
 Writes OUT/recipes.csv, a row a run and mark, OUT/recipes.md, means over the seeds, and OUT/recipes.png. What stands in
 the first is not measured again, and what was broken off goes on. With recipes.csv and costs.csv of docs/results/ in it,
@@ -61,10 +61,21 @@ from guided_diffusion.train_options import TrainOptions
 from guided_diffusion.train_util import TrainLoop
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "scripts/experiment/experiment_cpu.conf"
+PATCHES = "--patch_size 64 --stride 64 --resize 32"
+MODEL = (
+    "--image_size 32 --num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --num_head_channels 32"
+    " --attention_resolutions 8 --resblock_updown True --use_scale_shift_norm True --noise_schedule cosine"
+    " --learn_sigma False --predict_v True --spade_channels 32 --num_classes 6 --use_hv_map True --use_col_map True"
+)
+TRAINING = "--lr 1e-3 --batch_size 4 --ema_rate 0.995 --use_fp16 True --drop_rate 0.1 --augment True --stain_jitter 0.5"
+SAMPLING = (
+    "--s 1.5 --match_struct True --sampler dpmpp_2m_sde --num_steps 25 --guidance_interval 0.5,10 --batch_size 32"
+    " --use_fp16 True"
+)
+SEGMENTER = "--max_steps 500 --batch_size 32 --crop 32 --val_share 0"
 HELD = 0.2  # share of the slides that is measured on
 FEW = 0.1  # share of the slides that has masks, where only a few have
-WIDE = "--spade_channels 128"  # as wide as the reference's; the configuration's has 32
+WIDE = "--spade_channels 128"  # as wide as the reference's; MODEL has 32
 EPS = "--predict_v False --learn_sigma True"  # the reference's
 X = "--predict_v False --predict_xstart True"
 MIN_SNR = "--loss_weights min_snr"
@@ -181,20 +192,13 @@ def listed(flag: str, text: str, pattern: str) -> list[str]:
 # ---- data ----
 
 
-def flags_of(name: str) -> list[str]:
-    """:return: the words of an array, or the one of a variable, of the experiment's configuration."""
-    command = 'source "$1"; declare -n words=$2; printf "%s\\0" "${words[@]}"'
-    done = subprocess.run(["bash", "-c", command, "bash", CONFIG, name], capture_output=True, text=True, check=True)
-    return done.stdout.split("\0")[:-1]
-
-
 def prepare(raw: Path, out: Path, wanted: Sequence[tuple[str, int]]) -> None:
     """Make what runs, of recipes with seeds, share: patches, folders of slides, and segmenters that judge samples."""
     log = out / "prepare.log"
     patches = out / "patches"
     # Folders are there whole or not at all.
     if not patches.exists():
-        call(log, "scripts/prepare_monuseg.py", raw, patches, *flags_of("PATCH_FLAGS"))
+        call(log, "scripts/prepare_monuseg.py", raw, patches, *PATCHES.split())
     if not unseen(out, True, 0).exists():
         link_tests(patches, unseen(out, True, 0))
     for few, seed in sorted({(RECIPES[name].few, seed) for name, seed in wanted}):
@@ -204,8 +208,7 @@ def prepare(raw: Path, out: Path, wanted: Sequence[tuple[str, int]]) -> None:
         if not folder.exists():
             call(log, "scripts/experiment/subset_slides.py", patches, folder, *flags)
         data = patches if few else folder / "seen"
-        flags = [*flags_of("SEGMENTER_FLAGS"), "--val_share", 0]
-        call(log, "scripts/train_segmenter.py", data, "--results_path", segmenter(out, few, seed), *flags)
+        call(log, "scripts/train_segmenter.py", data, "--results_path", segmenter(out, few, seed), *SEGMENTER.split())
 
 
 def unseen(out: Path, few: bool, seed: int) -> Path:
@@ -250,9 +253,8 @@ def call(log: Path, script: str, *words: object, **more: str) -> None:
 
 def training_words(recipe: Recipe, data: Path, seed: int) -> list[str]:
     """:return: the command line of image_train.py, but for how long. :param data: of subset_slides.py."""
-    words = ["--data_dir", data / "seen", *flags_of("MODEL_FLAGS"), *flags_of("DIFFUSION_FLAGS")]
-    words += ["--batch_size", *flags_of("DIFFUSION_BATCH"), "--ema_rate", *flags_of("EMA_RATE"), "--seed", seed]
-    words += ["--val_split", "none", "--num_workers", 0, "--save_interval", 1 << 40, *recipe.flags.split()]
+    words = ["--data_dir", data / "seen", *MODEL.split(), *TRAINING.split(), "--seed", seed, "--val_split", "none"]
+    words += ["--num_workers", 0, "--save_interval", 1 << 40, *recipe.flags.split()]
     if recipe.unlabelled:
         words += ["--unlabelled_dir", data / "unlabelled"]
     return [str(word) for word in words]
@@ -336,7 +338,7 @@ def measure(run: Run, checkpoint: Path, folder: Path) -> dict[str, float]:
     few = RECIPES[run.recipe].few
     real = unseen(run.out, few, run.seed)
     words = ["--model_path", checkpoint, "--data_dir", real, "--use_train", "True", "--num_samples", run.samples]
-    words += ["--s", *flags_of("S"), *flags_of("SAMPLE_FLAGS"), "--seed", run.seed, "--num_workers", 0]
+    words += [*SAMPLING.split(), "--seed", run.seed, "--num_workers", 0]
     call(log, "image_sample.py", *words, "--results_path", folder / "samples")
     words = ["--data_dir", real, "--synthetic", folder / "samples"]
     judge = ["--metrics", "kid,colour,structure", "--model_path", segmenter(run.out, few, run.seed)]

@@ -125,7 +125,8 @@ def test_what_cannot_is_refused(raw, shipped, monkeypatch, tmp_path, name, value
 
 
 @pytest.mark.parametrize(
-    ("flags", "side"), [("--patch_size 64 --stride 32", 64), ("--patch_size 128 --resize 32", 32), ("--mode mirror", 128)]
+    ("flags", "side"),
+    [("--patch_size 64 --stride 32", 64), ("--patch_size 128 --resize 32", 32), ("--mode mirror", 128)],
 )
 def test_the_side_of_patches(flags, side):
     assert plan.patch_side(flags) == side

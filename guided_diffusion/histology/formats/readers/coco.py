@@ -225,7 +225,7 @@ def _from_polygons(polygons: list, shape: tuple[int, int], where: str) -> np.nda
 
 
 def _length(polygon: np.ndarray) -> float:
-    """:return: of a closed outline x, y, x, y, ..., in pixels along the axes; what lies beyond all images counts, too."""
+    """:return: of a closed outline x, y, x, y, ..., in pixels along the axes, those outside of the image, too."""
     far = 1 << 30
     corners = np.array([float(max(-far, min(far, value))) for value in polygon]).reshape(-1, 2)
     return np.abs(corners - np.roll(corners, 1, axis=0)).sum()
