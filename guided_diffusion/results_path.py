@@ -13,24 +13,13 @@ from .results import FOLDERS, MANIFEST, RUN, ResultFolder, folder_name
 from .sample_options import SampleOptions
 
 
-def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "", structure_dir: str = "") -> None:
-    """
-    :param data_dir: the data that are sampled from; appearance_dir: the images without masks; structure_dir: the masks
-        without images.
-    :raises ValueError: where a results folder cannot be made at the path, or would mix with the data.
-    """
+def check_place(path: str) -> None:
+    """:raises ValueError: where a folder to write to cannot be made at the path."""
     if not path:
         raise ValueError("--results_path is empty: give the folder to write to")
     if "://" in path:
         raise ValueError(f"--results_path {path} is a URL: give a local folder")
     files.check_path(path)
-    data, results = Path(data_dir).resolve(), Path(path).resolve()
-    split = results.relative_to(data).parts[:1] if data_dir and results.is_relative_to(data) else None
-    if (split is not None and (data.joinpath(*split) / "images").is_dir()) or split == ():
-        raise ValueError(f"--results_path {path} lies among the images of --data_dir {data_dir}: give another folder")
-    for flag, folder in (("--appearance_dir", appearance_dir), ("--structure_dir", structure_dir)):
-        if folder and results.is_relative_to(Path(folder).resolve()):
-            raise ValueError(f"--results_path {path} lies in {flag} {folder}: give another folder")
     nearest = Path(path)
     while not os.path.lexists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
@@ -38,6 +27,22 @@ def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "", 
         raise ValueError(f"--results_path {path}: {nearest} is a file; give a folder")
     if not os.access(nearest, os.W_OK):
         raise ValueError(f"--results_path {path}: {nearest} cannot be written to; give another folder")
+
+
+def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "", structure_dir: str = "") -> None:
+    """
+    :param data_dir: the data that are sampled from; appearance_dir: the images without masks; structure_dir: the masks
+        without images.
+    :raises ValueError: where a results folder cannot be made at the path, or would mix with the data.
+    """
+    check_place(path)
+    data, results = Path(data_dir).resolve(), Path(path).resolve()
+    split = results.relative_to(data).parts[:1] if data_dir and results.is_relative_to(data) else None
+    if (split is not None and (data.joinpath(*split) / "images").is_dir()) or split == ():
+        raise ValueError(f"--results_path {path} lies among the images of --data_dir {data_dir}: give another folder")
+    for flag, folder in (("--appearance_dir", appearance_dir), ("--structure_dir", structure_dir)):
+        if folder and results.is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"--results_path {path} lies in {flag} {folder}: give another folder")
     strangers = [name for name in FOLDERS if os.path.lexists(Path(path) / name)]
     known = (Path(path) / MANIFEST).is_file() or (Path(path) / RUN).is_file()
     if strangers and not known:

@@ -38,10 +38,12 @@ from guided_diffusion.histology.structures.picture import SHOWN, draw_structures
 from guided_diffusion.image_files import read_inst_mask, read_mask
 from guided_diffusion.images import STRUCTURES, Item, list_items
 from guided_diffusion.processes import each
+from guided_diffusion.results_path import check_place
 from guided_diffusion.slides import write_table
 
 METHODS = ("recombine", "perturb")
 REPORT, PICTURE, FOLDER = STRUCTURES, "structures.png", "inst_masks"
+LARGEST = 10_000  # px of a layout's side, a gigabyte of arrays
 
 Make = Callable[[np.random.Generator], Layout]
 Measured = dict[str, np.ndarray]
@@ -102,8 +104,9 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
     if args.method not in METHODS:
         raise ValueError(f"unknown --method {args.method}: choose one of {', '.join(METHODS)}")
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--results_path {args.out} is a file: give a folder")
+    if args.size > LARGEST:
+        raise ValueError(f"--size {args.size} is more than {LARGEST}: give less")
+    check_place(str(args.out))
     if args.out.resolve().is_relative_to(args.data.resolve()):
         raise ValueError(f"--results_path {args.out} lies among the data of {args.data}: give another folder")
 
@@ -120,8 +123,9 @@ def read_layout(inst_mask: str | Path, class_mask: str | Path | None, known: Col
     """:return: the nuclei of a mask, and, of a class mask, their classes. :raises ValueError: see of_nuclei."""
     inst_map = read_inst_mask(inst_mask)
     if class_mask is None:
-        return Layout(inst_map)
-    return Layout(inst_map, cell_classes.of_nuclei(inst_map, read_mask(class_mask), known, str(class_mask)))
+        return Layout(inst_map).numbered()
+    of_nucleus = cell_classes.of_nuclei(inst_map, read_mask(class_mask), known, str(class_mask))
+    return Layout(inst_map, of_nucleus).numbered()
 
 
 def class_names(table: Sequence[CellClass], layouts: Sequence[Layout]) -> dict[int, str]:
@@ -142,6 +146,8 @@ def measured(numbers: Collection[int], layout: Layout) -> Measured:
 
 def maker(args: argparse.Namespace, layouts: list[Layout], names: dict[int, str]) -> Make:
     """:return: what makes a layout. :raises ValueError: where --size does not allow it, or no nucleus is whole."""
+    if not any(layout.inst_map.any() for layout in layouts):
+        raise ValueError(f"DATA {args.data}: no mask has a nucleus")
     if args.method == "perturb":
         smallest = min(min(layout.inst_map.shape) for layout in layouts)
         if smallest < args.size:
@@ -204,7 +210,8 @@ def make_one(job: tuple[int, int, Path, Path | None]) -> None:
         with writing(class_path, durable=False) as file:
             Image.fromarray(cell_classes.painted(layout.inst_map, layout.classes)).save(file, format="PNG")
     with writing(path, durable=False) as file:
-        Image.fromarray(layout.inst_map.astype(np.uint16)).save(file, format="TIFF", compression="tiff_lzw")
+        narrow = layout.inst_map.astype(np.uint16 if layout.inst_map.max() < 1 << 16 else np.int32)
+        Image.fromarray(narrow).save(file, format="TIFF", compression="tiff_lzw")
 
 
 def report(

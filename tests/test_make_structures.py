@@ -119,7 +119,9 @@ MISTAKES = {
     "small": (["--size", "9"], r"--size 9 is below the largest nucleus of DATA, \d+ px"),
     "large": (["--size", "97", "--method", "perturb"], "--size 97: the smallest mask of DATA is 96 px"),
     "among the data": (["--out", "data/masks"], "lies among the data"),
-    "file": (["--out", "file"], "--results_path file is a file"),
+    "vast": (["--size", "10001"], "--size 10001 is more than 10000"),
+    "file": (["--out", "file"], "--results_path file: file is a file; give a folder"),
+    "below a file": (["--out", "file/x"], "--results_path file/x: file is a file; give a folder"),
     "damaged": (["--out", "damaged"], "damaged/structures.json is damaged, so what was begun there is not known"),
     "not even a table": (["--out", "broken"], "broken/structures.json is damaged"),
     "floats": (["--out", "out"], r"slide-0_000\.tif holds floating-point numbers"),
@@ -154,6 +156,15 @@ def test_a_kill_before_the_first_layout_is_nothing_strange(data, tmp_path, monke
         patch.setattr(make_structures, "write_json", killed)
         make(data, tmp_path / "out", "--count", "1", "--size", "64")
     assert len(make(data, tmp_path / "out", "--count", "1", "--size", "64")) == 1
+
+
+@pytest.mark.parametrize("method", make_structures.METHODS)
+def test_no_nucleus(tmp_path, method):
+    folder = write_patches(tmp_path / "data" / "MoNuSegTrainingData", count=2)
+    for path in (folder / "inst_masks").iterdir():
+        Image.fromarray(np.zeros((24, 24), np.uint16)).save(path)
+    with pytest.raises(ValueError, match="data: no mask has a nucleus"):
+        make(tmp_path / "data", tmp_path / "out", "--count", "1", "--size", "16", "--method", method)
 
 
 def test_no_whole_nucleus(tmp_path, capsys):

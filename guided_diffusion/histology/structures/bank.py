@@ -33,6 +33,12 @@ class Layout:
         """:return: the class of a nucleus, by its id."""
         return self.classes.get(own, UNKNOWN)
 
+    def numbered(self) -> "Layout":
+        """:return: the same with ids from 1 without gaps: what follows takes time and memory by the largest."""
+        ids, places = np.unique(np.append(self.inst_map, 0), return_inverse=True)
+        classes = {place: self.classes[own] for place, own in enumerate(ids.tolist()) if own in self.classes}
+        return Layout(places[:-1].reshape(self.inst_map.shape).astype(np.int32), classes)
+
 
 @dataclass(frozen=True)
 class Nucleus:
@@ -114,8 +120,9 @@ class Stock:
     def like(self, area: float, rng: np.random.Generator, among: int = 20) -> Nucleus:
         """:return: one of the nuclei whose areas come nearest to one."""
         place = int(np.searchsorted(self.areas, area))
-        first = min(max(0, place - among // 2), max(0, len(self.nuclei) - among))
-        return self.nuclei[int(rng.integers(first, min(first + among, len(self.nuclei))))]
+        near = np.arange(max(0, place - among), min(place + among, len(self.nuclei)))
+        nearest = near[np.argsort(np.abs(self.areas[near] - area), kind="stable")[:among]]
+        return self.nuclei[int(nearest[rng.integers(len(nearest))])]
 
     def from_area(self, area: float) -> list[Nucleus]:
         """:return: the nuclei that are no smaller; one at least."""

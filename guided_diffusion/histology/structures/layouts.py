@@ -49,8 +49,26 @@ def perturb(layout: Layout, rng: np.random.Generator) -> Layout:
     so that no cut edge comes into sight.
 
     :param layout: [size x size].
-    :return: another one, int32. Nuclei that find no place of their own lose what lies under others.
+    :return: another one, int32. Nuclei that find no place of their own lose what lies under others. The same nuclei in
+        the same places come out only where none can move, as one that fills the layout.
     """
+    for farther in range(1, TRIES + 1):
+        made = _perturbed(layout, farther, rng)
+        if not _alike(made.inst_map, layout.inst_map):
+            break
+    return made
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two instance maps of one size show the same nuclei, whatever their ids."""
+    if not np.array_equal(one != 0, other != 0):
+        return False
+    pairs = np.unique(np.stack([one.ravel(), other.ravel()]), axis=1)
+    return pairs.shape[1] == len(np.unique(one)) == len(np.unique(other))
+
+
+def _perturbed(layout: Layout, farther: int, rng: np.random.Generator) -> Layout:
+    """A layout with each nucleus moved, so many times as far."""
     ground = Ground(len(layout.inst_map))
     regions = regionprops(layout.inst_map.astype(np.int32))
     # The cut ones first, which have the least choice, then the largest.
@@ -58,7 +76,7 @@ def perturb(layout: Layout, rng: np.random.Generator) -> Layout:
         top, left = region.bbox[:2]
         number, sides = layout.class_of(region.label), _sides(region.bbox, ground.side)
         nucleus = Nucleus(region.image, angle_of(region.orientation), 1.0, number)
-        tried = (_moved(nucleus, sides, strength, rng) for strength in np.linspace(1, 0, TRIES))
+        tried = (_moved(nucleus, sides, strength, rng) for strength in np.linspace(farther, 0, TRIES))
         if not any(ground.put(mask, top + down, left + right, number) for mask, down, right in tried):
             ground.put_under(region.image, top, left, number)
     return ground.layout()

@@ -73,6 +73,46 @@ def test_a_perturbed_layout_has_the_same_nuclei_elsewhere(masks):
         assert np.mean([(made[real == region.label] != 0).mean() for region in whole]) > 0.75
 
 
+def test_a_perturbed_layout_is_another_one_however_small(masks):
+    windows = [mask[y : y + 32, x : x + 32] for mask in masks for y in range(0, 128, 32) for x in range(0, 128, 32)]
+    windows = [window for window in windows if window.any()]
+    for seed, real in enumerate(windows):
+        made = layouts.perturb(banks.Layout(real), np.random.default_rng(seed)).inst_map
+        assert nuclei_of(made) != nuclei_of(real)
+    assert len(windows) > 50
+    full = np.ones((16, 16), int)
+    assert np.array_equal(layouts.perturb(banks.Layout(full), np.random.default_rng(0)).inst_map, full)
+
+
+def test_ids_do_not_tell_layouts_apart():
+    real = np.array([[0, 7, 7], [3, 3, 0]])
+    assert layouts._alike(real, np.array([[0, 1, 1], [2, 2, 0]]))
+    assert not layouts._alike(real, np.array([[0, 1, 1], [1, 1, 0]]))
+    assert not layouts._alike(real, np.array([[0, 1, 2], [3, 3, 0]]))
+    assert not layouts._alike(real, np.array([[1, 7, 7], [3, 3, 0]]))
+    sparse = banks.Layout(np.array([[0, 2**31 - 1, 2**31 - 1], [3, 3, 0]], np.int32), {2**31 - 1: 4, 3: 5}).numbered()
+    assert sparse.inst_map.tolist() == [[0, 2, 2], [1, 1, 0]] and sparse.classes == {1: 5, 2: 4}
+    assert banks.Layout(np.full((1, 2), 9)).numbered().inst_map.tolist() == [[1, 1]]
+
+
+def test_gaps_and_sizes_go_together_as_in_a_mask():
+    """One mask of small nuclei that touch, one of large ones far apart."""
+    small, large = np.zeros((2, 96, 96), int)
+    for number, (row, column) in enumerate((row, column) for row in range(4, 88, 18) for column in range(4, 88, 12)):
+        small[row : row + 6, column : column + 6] = 2 * number + 1
+        small[row : row + 6, column + 6 : column + 11] = 2 * number + 2
+    for number, (row, column) in enumerate((row, column) for row in range(8, 80, 36) for column in range(8, 80, 36)):
+        large[row : row + 14, column : column + 14] = number + 1
+    bank = banks.Bank.of(layouts_of([small] * 6 + [large] * 6))  # of which sizes are drawn among 20 nuclei
+    found = []
+    for seed in range(8):
+        made = layouts.recombine(bank, 192, np.random.default_rng(seed)).inst_map
+        found.append((np.median(statistics.measure(made)["area"]), np.median(banks.gaps(made))))
+    dense, loose = ([row for row in found if (row[0] < 80) == side] for side in (True, False))
+    assert dense and loose
+    assert max(gap for _, gap in dense) < 7 < 12 < min(gap for _, gap in loose)
+
+
 def test_no_cut_edge_comes_into_sight():
     real = np.zeros((40, 40), int)
     real[10:20, :6], real[:5, 20:30], real[35:, 35:] = 1, 2, 3
