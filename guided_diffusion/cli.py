@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,7 +83,7 @@ def run(
     """
     logging.lastResort.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     try:
-        with signals.raised():
+        with signals.raised(), _memory_named():
             main()
         _flush()
     except (ValueError, OSError, ImportError, MemoryError, signals.Stopped) as error:
@@ -99,6 +99,17 @@ def run(
         if not leave() and rank() != 0:
             _report(line)
         sys.exit(error.code if stopped else MISTAKE)
+
+
+@contextlib.contextmanager
+def _memory_named() -> Iterator[None]:
+    """Raise MemoryError where torch says by a RuntimeError, in dozens of lines, that the CPU's memory is too small."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise MemoryError from error
+        raise
 
 
 def _flush() -> None:

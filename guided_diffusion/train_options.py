@@ -75,7 +75,7 @@ class TrainOptions(RunOptions):
         ours=True,
     )
     unlabelled_share: float = flag(
-        0.5, "share of each step's samples that come from --unlabelled_dir", within="[0, 1)", ours=True
+        0.5, "share of each step's samples that come from --unlabelled_dir", within="(0, 1)", ours=True
     )
     balance_classes: bool = flag(
         False,

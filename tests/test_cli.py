@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch as th
 
 from guided_diffusion import cli
 
@@ -73,9 +74,12 @@ def test_a_rank_that_is_alone_with_its_mistake_tells_it(capsys):
 
 
 def test_memory_that_is_out_is_said_where_python_does_not(capsys):
-    with pytest.raises(SystemExit):
-        cli.run(fail(MemoryError()))
-    assert capsys.readouterr().err == "error: there is not enough memory\n"
+    for main in (fail(MemoryError()), lambda: th.empty(10**17)):
+        with pytest.raises(SystemExit):
+            cli.run(main)
+        assert capsys.readouterr().err == "error: there is not enough memory\n"
+    with pytest.raises(RuntimeError, match="else"):
+        cli.run(fail(RuntimeError("something else")))
 
 
 @pytest.mark.parametrize("text", [str(2**63), str(-(2**63) - 1), "1" + 25 * "0"])

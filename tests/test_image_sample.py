@@ -549,7 +549,7 @@ def test_the_checkpoint_brings_its_flags(data_dir, model_path, tmp_path):
 RECIPES = {
     "width": (["--spade_channels", "8"], "--spade_channels 16"),
     "velocity": (["--predict_v", "True"], "--predict_v False"),
-    "weights": (["--loss_weights", "min_snr"], ""),
+    "weights": (["--loss_weights", "min_snr", "--min_snr_gamma", "3"], ""),
 }
 
 

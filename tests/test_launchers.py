@@ -152,6 +152,8 @@ def test_finetune_is_the_readme_command(launch, tmp_path):
     make_clusters(tmp_path / "here" / "data", "6")
     touch(tmp_path / "here" / "model.pt")
     (call,) = launch("finetune.sh", "data", "model.pt", "6").trainings
+    (mixed,) = launch("finetune.sh", "data", "model.pt", "6", UNLABELLED="a,b").trainings
+    assert value(mixed.argv, "--unlabelled_dir") == "a,b"
     parser = image_train.create_argparser()
     expected = parser.parse_args(
         shlex.split(f"{TRAIN} --drop_rate .2 --data_dir data/6 --init_checkpoint model.pt --max_steps 50000")

@@ -49,6 +49,7 @@ def shipped(monkeypatch):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_what_is_shipped_can_be_trained(raw, shipped, config, tmp_path, capsys):
     shipped(config)
+    assert "--predict_v True" in os.environ["SDM_MODEL_FLAGS"]
     plan.main([str(raw), str(tmp_path)])
     printed = capsys.readouterr().out
     facts = json.loads((tmp_path / "grid.json").read_text())
