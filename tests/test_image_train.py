@@ -549,7 +549,7 @@ MISTAKES = {
     "clip": (["--grad_clip", "-1"], "--grad_clip -1"),
     "share": (["--unlabelled_share", "0.3"], "--unlabelled_share 0.3 without --unlabelled_dir: give the images"),
     "whole share": (["--unlabelled_share", "1"], r"--unlabelled_share 1.0 must lie in \(0, 1\)"),
-    "no share": (["--unlabelled_share", "0"], r"--unlabelled_share 0.0 must lie in \(0, 1\)"),
+    "no unlabelled share": (["--unlabelled_share", "0"], r"--unlabelled_share 0.0 must lie in \(0, 1\)"),
     "unlabelled": (["--unlabelled_dir", "nowhere"], "--unlabelled_dir 'nowhere' is not a folder: give one of images"),
     "no edges": (["--unlabelled_dir", ".", "--no_instance", "True", "--num_classes", "5"], "--no_instance True leaves"),
     "no mark": (["--unlabelled_dir", ".", "--mark_unknown", "False"], "--unlabelled_dir with --mark_unknown False"),
