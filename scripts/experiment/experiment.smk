@@ -192,7 +192,7 @@ rule model:
             f"{CELL}/model",
             f"env OPENAI_LOGDIR={CELL}/model {LAUNCH} {script('image_train.py')} --data_dir {{params.data}}"
             f" {{params.unlabelled}} {FLAGS['MODEL']} {FLAGS['DIFFUSION']} --total_batch_size {BATCH}"
-            f" --ema_rate {RATE} --max_steps {{params.steps}} --seed {{params.seed}} --val_split none",
+            f" --ema_rate {RATE} --lr_anneal_steps {{params.steps}} --seed {{params.seed}} --val_split none",
             seals=[MODEL],
             resumes=True,
         )

@@ -83,6 +83,7 @@ def test_all_tracks_at_once(slides, experiment, tmp_path):
         cell: json.loads((out / cell / "model/config.json").read_text()) for cell in ("masks-f50-s0", "patches-f30-s0")
     }
     assert seen["masks-f50-s0"]["unlabelled_dir"].endswith("masks-f50-s0/split/unlabelled")
+    assert seen["masks-f50-s0"]["lr_anneal_steps"] == 8  # MAX_EPOCHS of 32 patches
     assert (
         seen["patches-f30-s0"]["data_dir"].endswith("split/generator") and not seen["patches-f30-s0"]["unlabelled_dir"]
     )
