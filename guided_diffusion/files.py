@@ -121,6 +121,22 @@ def check_path(path: str) -> None:
         raise ValueError(f"{_UNWRITABLE.sub(_shown, path)}: a name that {what} fits no manifest: rename it")
 
 
+def check_place(path: str) -> None:
+    """:raises ValueError: where a folder to write to cannot be made at the path."""
+    if not path:
+        raise ValueError("--results_path is empty: give the folder to write to")
+    if "://" in path:
+        raise ValueError(f"--results_path {path} is a URL: give a local folder")
+    check_path(path)
+    nearest = Path(path)
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ValueError(f"--results_path {path}: {nearest} is a file; give a folder")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"--results_path {path}: {nearest} cannot be written to; give another folder")
+
+
 def _shown(match: re.Match) -> str:
     """Escape a character that cannot be shown; a byte that is no UTF-8 is one of U+DC80 ... U+DCFF in Python."""
     number = ord(match[0])

@@ -13,29 +13,13 @@ from .results import FOLDERS, MANIFEST, RUN, ResultFolder, folder_name
 from .sample_options import SampleOptions
 
 
-def check_place(path: str) -> None:
-    """:raises ValueError: where a folder to write to cannot be made at the path."""
-    if not path:
-        raise ValueError("--results_path is empty: give the folder to write to")
-    if "://" in path:
-        raise ValueError(f"--results_path {path} is a URL: give a local folder")
-    files.check_path(path)
-    nearest = Path(path)
-    while not os.path.lexists(nearest) and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise ValueError(f"--results_path {path}: {nearest} is a file; give a folder")
-    if not os.access(nearest, os.W_OK):
-        raise ValueError(f"--results_path {path}: {nearest} cannot be written to; give another folder")
-
-
 def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "", structure_dir: str = "") -> None:
     """
     :param data_dir: the data that are sampled from; appearance_dir: the images without masks; structure_dir: the masks
         without images.
     :raises ValueError: where a results folder cannot be made at the path, or would mix with the data.
     """
-    check_place(path)
+    files.check_place(path)
     data, results = Path(data_dir).resolve(), Path(path).resolve()
     split = results.relative_to(data).parts[:1] if data_dir and results.is_relative_to(data) else None
     if (split is not None and (data.joinpath(*split) / "images").is_dir()) or split == ():

@@ -30,7 +30,7 @@ from PIL import Image
 
 from guided_diffusion import cell_classes, cli, magnification, progress, streams
 from guided_diffusion.cell_classes import CellClass
-from guided_diffusion.files import claimed, fingerprint, parse_json, write_json, writing
+from guided_diffusion.files import check_place, claimed, fingerprint, parse_json, write_json, writing
 from guided_diffusion.histology.structures import statistics
 from guided_diffusion.histology.structures.bank import Bank, Layout
 from guided_diffusion.histology.structures.layouts import perturb, recombine
@@ -38,7 +38,6 @@ from guided_diffusion.histology.structures.picture import SHOWN, draw_structures
 from guided_diffusion.image_files import read_inst_mask, read_mask
 from guided_diffusion.images import STRUCTURES, Item, list_items
 from guided_diffusion.processes import each
-from guided_diffusion.results_path import check_place
 from guided_diffusion.slides import write_table
 
 METHODS = ("recombine", "perturb")

@@ -303,6 +303,26 @@ def test_classes_by_a_segmenter_that_knows_them(real, tmp_path, monkeypatch):
         run(real, results, tmp_path / "other", *flags)
 
 
+def test_fields_keep_their_classes(real, tmp_path, monkeypatch):
+    model, fields = classed_segmenter(tmp_path, monkeypatch), write_fields(tmp_path / "fields", [(1, 2), (2, 1)])
+    for folder, owner in (
+        (real / "MoNuSegTestData", real),
+        (real / "MoNuSegTrainingData", real),
+        (fields, fields),
+    ):
+        write_class_masks(folder, rare=2)
+        write_classes(owner, CLASSES)
+    kept, cut = [], evaluate.synthetic_set
+    monkeypatch.setattr(evaluate, "synthetic_set", lambda *given: kept.append(cut(*given)) or kept[-1])
+    row = run(real, fields, tmp_path / "out", "--metrics", "structure", "--model_path", model)["runs"]["fields"]
+    assert row["class_f1_even"]["value"] == 0 < row["class_f1_odd"]["value"]
+    (patches,) = kept
+    assert patches.inst_maps.shape == (4, 32, 32)
+    for inst_map, of_nucleus in zip(patches.inst_maps, patches.classes, strict=True):
+        ids = np.unique(inst_map[inst_map > 0]).tolist()
+        assert ids and [of_nucleus[own] for own in ids] == [1 + (own % 2 == 0) for own in ids]
+
+
 def test_classes_of_each_kind_apart(real, tmp_path, monkeypatch):
     """As in runs of one kind each; a kind has no figure of a class that none of its nuclei has."""
     model = classed_segmenter(tmp_path, monkeypatch)
