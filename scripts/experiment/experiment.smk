@@ -174,7 +174,8 @@ rule model:
     log:
         "logs/{cell}-model.log",
     params:
-        settings=f"{FLAGS['MODEL']} {FLAGS['DIFFUSION']} {BATCH} {RATE}",
+        # Over other steps the learning rate falls otherwise: such a model is another one, and made anew.
+        settings=lambda wildcards: f"{steps(wildcards)} {FLAGS['MODEL']} {FLAGS['DIFFUSION']} {BATCH} {RATE}",
         steps=steps,
         data=data_seen,
         seed=lambda wildcards: cell_of(wildcards).seed,

@@ -84,6 +84,8 @@ def test_all_tracks_at_once(slides, experiment, tmp_path):
     }
     assert seen["masks-f50-s0"]["unlabelled_dir"].endswith("masks-f50-s0/split/unlabelled")
     assert seen["masks-f50-s0"]["lr_anneal_steps"] == 8  # MAX_EPOCHS of 32 patches
+    # Which is of its settings: with more steps it is made anew, for the rate has fallen to 0.
+    assert '"settings": "000008 ' in (out / "stages/masks-f50-s0-model.json").read_text()
     assert (
         seen["patches-f30-s0"]["data_dir"].endswith("split/generator") and not seen["patches-f30-s0"]["unlabelled_dir"]
     )
