@@ -148,12 +148,11 @@ def maker(args: argparse.Namespace, layouts: list[Layout], names: dict[int, str]
     if not any(layout.inst_map.any() for layout in layouts):
         raise ValueError(f"DATA {args.data}: no mask has a nucleus")
     if args.method == "perturb":
-        smallest = min(min(layout.inst_map.shape) for layout in layouts)
-        if smallest < args.size:
-            raise ValueError(
-                f"--size {args.size}: the smallest mask of DATA is {smallest} px, and perturb makes no more"
-            )
-        return lambda rng: perturb(window(layouts[int(rng.integers(len(layouts)))], args.size, rng), rng)
+        large = [layout for layout in layouts if min(layout.inst_map.shape) >= args.size]
+        if not large:
+            most = max(min(layout.inst_map.shape) for layout in layouts)
+            raise ValueError(f"--size {args.size}: perturb makes no more than a mask holds, and those of DATA {most} px")
+        return lambda rng: perturb(window(large[int(rng.integers(len(large)))], args.size, rng), rng)
     try:
         bank = Bank.of(layouts)
     except ValueError as error:

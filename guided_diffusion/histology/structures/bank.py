@@ -205,8 +205,13 @@ def turns(
         return np.empty(0)
     clear = (boxes[:, :2] > 0).all(1) & (boxes[:, 2:] < shape).all(1) & (eccentricity > ELONGATED)
     nearest = cKDTree(centres).query(centres, k=2)[1][:, 1]
-    turned = np.abs(orientation - orientation[nearest]) % np.pi
-    return np.minimum(turned, np.pi - turned)[clear & clear[nearest]]
+    return between(orientation, orientation[nearest])[clear & clear[nearest]]
+
+
+def between(angle: np.ndarray | float, other: np.ndarray | float) -> np.ndarray:
+    """:return: radians, 0 to pi / 2, between two axes of these angles."""
+    turned = np.abs(angle - other) % np.pi
+    return np.minimum(turned, np.pi - turned)
 
 
 def angle_of(orientation: float) -> float:

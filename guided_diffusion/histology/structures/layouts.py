@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.measure import regionprops
 
-from .bank import UNKNOWN, Bank, Layout, Nucleus, Pattern, angle_of, distances
+from .bank import UNKNOWN, Bank, Layout, Nucleus, Pattern, angle_of, between, distances
 
 PLACES = 64  # that are tried for a nucleus
 PAIRED = 0.7  # share of the nuclei that are put beside one that is there; the others fall where there is room
@@ -127,10 +127,15 @@ def _gap(pattern: Pattern, rng: np.random.Generator) -> float:
 
 
 def _angle(pattern: Pattern, number: int, neighbour: float | None, rng: np.random.Generator) -> float:
-    """The direction of a nucleus: turned against its neighbour's, if any, as in the pattern, else one of these."""
-    if neighbour is not None and len(pattern.turns):
-        return neighbour + float(rng.choice(pattern.turns)) * (1 if rng.random() < 0.5 else -1)
-    return float(rng.choice(pattern.shares[number].angles)) + rng.normal(0, 0.2)
+    """
+    The direction of a nucleus: as one of the pattern's, or turned against its neighbour's, if any, as in the pattern. Of
+    the two ways to turn, that which comes nearer to one of the pattern's: nuclei lie along each other far and wide.
+    """
+    own = float(rng.choice(pattern.shares[number].angles)) + rng.normal(0, 0.2)
+    if neighbour is None or not len(pattern.turns):
+        return own
+    turn = float(rng.choice(pattern.turns))
+    return min(neighbour + turn, neighbour - turn, key=lambda angle: between(angle, own))
 
 
 def _drawn(bank: Bank, number: int, area: float, angle: float, rng: np.random.Generator) -> np.ndarray:

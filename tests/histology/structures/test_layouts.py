@@ -154,6 +154,20 @@ def test_neighbours_turn_as_in_the_pattern():
     assert np.mean(statistics.pooled(list(map(statistics.measure, made)))["turn"]) > 1.1
 
 
+def test_nuclei_lie_along_each_other_far_and_wide():
+    """Not only next to each other: with a turn at each, directions would be lost after a few."""
+    rng = np.random.default_rng(0)
+    inst_map, angles = np.zeros((160, 160), int), rng.normal(0, 0.3, 25)
+    for own, angle in enumerate(angles):
+        row, column = divmod(own, 5)
+        inst_map[row * 32 : row * 32 + 25, column * 32 : column * 32 + 25][ellipse(25, (11, 4), angle)] = own + 1
+    bank = banks.Bank.of([banks.Layout(inst_map)])
+    made = [layouts.recombine(bank, 320, np.random.default_rng(seed)).inst_map for seed in range(3)]
+    found = [region.orientation for own in made for region in regionprops(own) if region.eccentricity > 0.6]
+    away = banks.between(np.array(found), np.pi / 2)
+    assert len(found) > 200 and np.sqrt(np.mean(away**2)) < 0.5  # of any directions it would be pi / 12**0.5 = 0.91
+
+
 def test_what_a_mask_says():
     inst_map = np.zeros((20, 30), int)
     inst_map[5:8, 5:10], inst_map[5:8, 10:12], inst_map[15:20, 20:25], inst_map[0:2, 28:30] = 7, 3, 9, 4
