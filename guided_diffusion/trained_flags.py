@@ -44,12 +44,15 @@ MODEL_FIELDS = (
 )
 # What a config.json means that is older than the flag.
 BEFORE_FLAGS = {"spade_channels": 128, "predict_v": False, "loss_weights": "none", "mark_unknown": False}
+# What is read of a config.json without being given to a flag, which would check it.
+TYPES = {"mark_unknown": bool, "drop_hvb_only": bool, "drop_rate": (float, int), "unlabelled_share": (float, int)}
 
 
 def load_config(checkpoint_path: str) -> dict[str, Any] | None:
     """
     :return: the flags that a checkpoint was trained with, or None where there is no config.json beside it. A flag that
         there was not yet has the value that it stood for; micrometres a pixel those of 40x.
+    :raises ValueError: where the file is damaged, or one of TYPES is of another type.
     """
     path = bf.join(bf.dirname(checkpoint_path) or ".", CONFIG_NAME)
     if not is_file(path):
@@ -61,6 +64,9 @@ def load_config(checkpoint_path: str) -> dict[str, Any] | None:
         config = None
     if not isinstance(config, dict):
         raise ValueError(f"{path} does not parse: restore it, or remove it to go without its check")
+    for name, kind in TYPES.items():
+        if name in config and not isinstance(config[name], kind):
+            raise ValueError(f"{path} has --{name} {config[name]!r}: restore it or remove it")
     return {**BEFORE_FLAGS, **config, "mpp": config.get("mpp") or REFERENCE_MPP}
 
 

@@ -24,6 +24,15 @@ def test_config_names_the_first_field_that_differs(tmp_path):
         trained_flags.check_config(path, flags)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("mark_unknown", "yes"), ("drop_hvb_only", 1), ("drop_rate", "0.2"), ("unlabelled_share", None)]
+)
+def test_a_flag_of_another_type_is_refused(tmp_path, name, value):
+    write_json(tmp_path / "config.json", {name: value})
+    with pytest.raises(ValueError, match=rf"config\.json has --{name} {value!r}: restore it or remove it"):
+        trained_flags.load_config(str(tmp_path / "model000001.pt"))
+
+
 def test_data_of_another_magnification_than_the_model_knows_is_said(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(trained_flags.logger, "warn", said.append)
