@@ -42,6 +42,18 @@ def test_a_line_every_half_minute_and_at_the_end(clock, capsys, how):
     assert all(later - count >= 30 for count, later in zip([0, *counts], counts[:-1]))
 
 
+def test_the_rate_is_that_of_the_work(clock, capsys):
+    """Also where some lines fall due and others are asked for, as when work gets slower."""
+    with progress.bar(desc="work", total=2000) as bar:
+        for number in range(2000):
+            clock[0] += 0.1 if number < 600 else 0.25
+            bar.update()
+            if number % 10 == 9:
+                bar.set_postfix(loss=number)
+    rates = [float(line.split(", ")[1].removesuffix("it/s")) for line in capsys.readouterr().err.splitlines()]
+    assert len(rates) > 8 and all(4 <= rate <= 10 for rate in rates), rates
+
+
 def test_short_work(clock, capsys):
     """Says that it has ended, unless it is a part of other work; what broke off says how far it came."""
     for leave in (True, False):
