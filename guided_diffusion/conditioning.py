@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from .hv_maps import gen_instance_hv_map, vis_hv_map
 from .magnification import REFERENCE_MPP
 from .options import Options, flag
+from .stains import haematoxylin
 
 Ids = TypeVar("Ids", th.Tensor, np.ndarray)
 
@@ -170,6 +171,7 @@ class ConditionSpec(Options):
         preserve_nuclei_col: bool = False,
         hv_map: np.ndarray | None = None,
         ids: bool = True,
+        block: int = 0,
     ) -> dict[str, np.ndarray]:
         """
         Make one sample's parts, after all cropping and turning, in as few bytes as hold them.
@@ -183,6 +185,8 @@ class ConditionSpec(Options):
         :param preserve_nuclei_col: shuffle colours within nuclei and within background apart, by the structure's mask.
         :param hv_map: what hv_planes makes of inst_map, where that is known already.
         :param ids: give the maps themselves, else only what assemble needs of them, in fewer bytes.
+        :param block: of a field that is larger than what the model was trained on, the side of its parts in which
+            colours are to go with nuclei, see dealt; 0: anywhere.
         :return: "label": a [2 x H x W] fp32 HV map, or a [1 x H x W] uint8 mask of 0 and 1, or [1 x H x W] int32
             classes; with cell_classes "classes": [1 x H x W] uint8; with use_col_map "col_map": [in_channels x H x W]
             uint8; with ids "instance": [1 x H x W] int32 and "label_ori": the class map, [H x W] int32; without them
@@ -214,6 +218,8 @@ class ConditionSpec(Options):
                 order = shuffled_order(class_map.shape, class_map != 0 if preserve_nuclei_col else None, generator)
             else:
                 order = drawn_order(class_map.size, pixels.shape[1], generator)
+            if block and not (unknown or preserve_nuclei_col):
+                order = dealt(order, darkness(image).ravel()[order], class_map != 0, block, generator)
             parts["col_map"] = np.take(pixels, order, axis=1).reshape(len(image), *class_map.shape)
         return parts
 
@@ -378,6 +384,37 @@ def drawn_order(count: int, pixels: int, generator: th.Generator) -> np.ndarray:
     """
     turns = -(-count // pixels)
     return th.cat([th.randperm(pixels, generator=generator) for _ in range(turns)])[:count].numpy()
+
+
+def dealt(
+    order: np.ndarray, dark: np.ndarray, nuclei: np.ndarray, block: int, generator: th.Generator
+) -> np.ndarray:
+    """
+    Bring the darkest pixels to where nuclei are, as many as nuclei have, and then move all about within blocks: each
+    has colours for what it shows, as a patch has in training, while no pixel's own place says anything.
+
+    :param order: an [H * W] array of positions in an image, at random. :param dark: [H * W] how dark each of them is.
+    :param nuclei: [H x W] boolean. :param block: side of the blocks, in pixels.
+    :return: the same positions, in another order.
+    """
+    ranked, taken = order[np.argsort(-dark, kind="stable")], 0
+    brought = np.empty_like(order)
+    for side in (nuclei, ~nuclei):
+        where = np.flatnonzero(side)
+        brought[where[th.randperm(len(where), generator=generator).numpy()]] = ranked[taken : taken + len(where)]
+        taken += len(where)
+    rows, columns = (np.arange(length) // block for length in nuclei.shape)
+    number = (rows[:, None] * (columns[-1] + 1) + columns).ravel()
+    mixed = th.randperm(len(order), generator=generator).numpy()
+    mixed = mixed[np.argsort(number[mixed], kind="stable")]
+    moved = np.empty_like(order)
+    moved[np.argsort(number, kind="stable")] = brought[mixed]
+    return moved
+
+
+def darkness(image: np.ndarray) -> np.ndarray:
+    """:return: of a [C x H x W] uint8 image, [H x W]: haematoxylin; of a grey one how dark it is."""
+    return haematoxylin(image.transpose(1, 2, 0)) if len(image) == 3 else -image[0].astype(float)
 
 
 def instance_edges(instance: Ids) -> Ids:

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from . import streams
-from .stains import OD_QUANTILES, STAINS, optical_density
+from .stains import OD_QUANTILES, STAINS, haematoxylin, optical_density
 
 NEAREST = 19  # the candidates of a match; the reference ranks 20 and takes the query itself out
 CAP_QUANTILE = 0.85  # differences above this quantile count as equally large
@@ -213,8 +213,7 @@ def haematoxylin_histogram(image: np.ndarray) -> np.ndarray:
     :param image: an [H x W x 3] uint8 array.
     :return: a [64] int64 array: pixels with up to 0.025 units of optical density, up to 0.05, ..., and the rest.
     """
-    amount = optical_density(image) @ np.linalg.inv(STAINS)[:, 0]
-    return np.bincount(np.clip(amount.ravel() * 40, 0, 63).astype(np.int64), minlength=64)
+    return np.bincount(np.clip(haematoxylin(image).ravel() * 40, 0, 63).astype(np.int64), minlength=64)
 
 
 def nuclear_shares(histograms: np.ndarray, slides: Sequence[str]) -> np.ndarray:

@@ -164,7 +164,10 @@ class NucleiDataset(Dataset):
         image = image.transpose(2, 0, 1).copy()
         colours = streams.generator("colour map", self.seed, epoch, index)
         hv_map = self._hv_map(index, inst_map)
-        parts = self.spec.encode(image, class_map, inst_map, colours, self.preserve_nuclei_col, hv_map, self.ids)
+        # What the model was trained on had the colours of what it showed: so have a field's windows, which overlap.
+        block = self.image_size // 2 if class_map is not None and max(class_map.shape) > self.image_size else 0
+        how = (self.preserve_nuclei_col, hv_map, self.ids, block)
+        parts = self.spec.encode(image, class_map, inst_map, colours, *how)
         paths = {"path": self.sources[source].image, "structure_path": self.sources[index].path}
         return image, {**parts, **paths, "index": index}
 

@@ -25,6 +25,11 @@ def optical_density(values: np.ndarray, dtype: type = np.float64) -> np.ndarray:
     return -np.log10((np.arange(256, dtype=dtype) + 1) / 256)[values]
 
 
+def haematoxylin(image: np.ndarray) -> np.ndarray:
+    """:return: how much of it each pixel of an [H x W x 3] uint8 image has, [H x W], in optical density."""
+    return optical_density(image) @ np.linalg.inv(STAINS)[:, 0]
+
+
 def jitter_stains(image: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
     """
     Change how much there is of each stain, c to a * c + b (Tellez et al., IEEE TMI 2018).

@@ -117,6 +117,12 @@ def create_argparser() -> argparse.ArgumentParser:
         default=usual.synthetic_first,
         help="share of the steps, the first ones, that take synthetic images alone, and the rest real ones; 0: mixed",
     )
+    parser.add_argument(
+        "--real_last",
+        type=float,
+        default=usual.real_last,
+        help="share of the steps, the last ones, that take real images alone, and those before either kind",
+    )
     parser.add_argument("--pretrained", type=str2bool, default=True, help="begin with ImageNet weights")
     parser.add_argument(
         "--mpp", type=float, default=0.0, help="micrometres a pixel; 0: as DATA/prepare.json says, else 0.25 (40x)"
@@ -143,8 +149,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise ValueError(f"--val_share {args.val_share} must be in [0, 1)")
     if not 0 <= args.adapt <= 1:
         raise ValueError(f"--adapt {args.adapt} must be between 0 and 1")
-    if not 0 <= args.synthetic_first < 1 or (args.synthetic_first and args.minutes is not None):
-        raise ValueError(f"--synthetic_first {args.synthetic_first} must be in [0, 1), and goes without --minutes")
+    for name in ("synthetic_first", "real_last"):
+        share = getattr(args, name)
+        if not 0 <= share < 1 or (share and args.minutes is not None):
+            raise ValueError(f"--{name} {share} must be in [0, 1), and goes without --minutes")
+    if args.synthetic_first and args.real_last:
+        raise ValueError(
+            f"--synthetic_first {args.synthetic_first} with --real_last {args.real_last}: both say when real images come "
+            "alone; give one of them"
+        )
     if args.precision not in UNSCALED:
         raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(UNSCALED)}")
     spelled = {"steps": "max_steps", "eval_interval": "val_interval"}
@@ -191,7 +204,7 @@ def check_out(out: Path, config: dict[str, Any]) -> None:
         return
     try:
         # Earlier versions knew 40x alone, always adapted, and always mixed.
-        usual = {"mpp": magnification.REFERENCE_MPP, "adapt": ADAPT, "synthetic_first": 0.0}
+        usual = {"mpp": magnification.REFERENCE_MPP, "adapt": ADAPT, "synthetic_first": 0.0, "real_last": 0.0}
         before = {**usual, **parse_json(path.read_text())}
     except (ValueError, TypeError):
         raise ValueError(f"{path} does not parse: give another --results_path") from None

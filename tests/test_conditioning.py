@@ -7,7 +7,7 @@ import pytest
 import torch as th
 from torch.utils.data import default_collate
 
-from guided_diffusion.conditioning import ConditionSpec, as_signed, instance_edges, shuffled_order
+from guided_diffusion.conditioning import ConditionSpec, as_signed, dealt, instance_edges, shuffled_order
 from guided_diffusion.hv_maps import gen_instance_hv_map
 
 README = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
@@ -228,6 +228,34 @@ def test_shuffle_depends_on_the_generator_alone():
     first, second, other = (shuffled_order((16, 16), None, generator(seed)) for seed in (5, 5, 6))
     np.testing.assert_array_equal(first, second)
     assert (first != other).any()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_field_has_the_colours_of_nuclei_where_these_are(channels):
+    """Each part of it as many as nuclei take there, in no place of their own; and none that the image has not."""
+    inst = np.zeros((40, 52), np.int32)
+    inst[3:15, 5:19], inst[30:40, 40:52] = 4, 9
+    rng = np.random.default_rng(0)
+    image = np.repeat(rng.integers(150, 256, (1, *inst.shape), dtype=np.uint8), channels, axis=0)
+    dark = rng.permutation(inst.size)[: (inst > 0).sum()]
+    image.reshape(channels, -1)[:, dark] -= 110
+    spec = ConditionSpec(use_col_map=True, num_classes=2 + channels, in_channels=channels)
+    made = spec.encode(image, inst > 0, inst, generator(1), block=16)["col_map"]
+    np.testing.assert_array_equal(np.sort(made.reshape(channels, -1)), np.sort(image.reshape(channels, -1)))
+    shown, free = made.min(axis=0) < 150, 0
+    for row, column in itertools.product(range(0, 40, 16), range(0, 52, 16)):
+        part = slice(row, row + 16), slice(column, column + 16)
+        assert shown[part].sum() >= (inst[part] > 0).sum()
+        free += (shown[part] & (inst[part] == 0)).sum()
+    assert shown[inst == 4].mean() < 0.9 and free > 20
+    anywhere = spec.encode(image, inst > 0, inst, generator(1))["col_map"].min(axis=0) < 150
+    assert anywhere[:16, 32:].mean() > 0.08 > 0.02 > shown[:16, 32:].mean()
+
+
+def test_any_pixels_are_dealt_once_each():
+    order = np.random.default_rng(0).permutation(20 * 17)
+    made = dealt(order, np.zeros(len(order)), np.zeros((20, 17), bool), 8, generator(0))
+    np.testing.assert_array_equal(np.sort(made), np.arange(len(order)))
 
 
 @pytest.mark.parametrize("preserve", [False, True])

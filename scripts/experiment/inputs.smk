@@ -91,8 +91,9 @@ def data_of(wildcards):
 def how(wildcards):
     """The flags of a variant's segmenter."""
     variant = VARIANTS[wildcards.variant]
-    first = f" --synthetic_first {variant.first}" if variant.first else ""
-    return f"{FLAGS['SEGMENTER']} {FLAGS['COLOUR' if variant.jitter else 'PLAIN']}{first}"
+    shares = {"--synthetic_first": variant.first, "--real_last": variant.last}
+    order = "".join(f" {flag} {share}" for flag, share in shares.items() if share)
+    return f"{FLAGS['SEGMENTER']} {FLAGS['COLOUR' if variant.jitter else 'PLAIN']}{order}"
 
 
 def flags_of_filter(wildcards):

@@ -41,7 +41,8 @@ class Variant:
     :param judge: the variant whose segmenter gives pseudo-labels, or is asked by the filter `useful`.
     :param bounds: LOW,HIGH of its agreement there.
     :param size: the variant that has as many added patches, in place of a ratio.
-    :param first: share of the steps, the first ones, that take added patches alone; 0: mixed.
+    :param first: share of the steps, the first ones, that take added patches alone, and then real ones; 0: mixed.
+    :param last: share of the steps, the last ones, that take real patches alone, where those before take either.
     :param jitter: jitter the stains in training.
     """
 
@@ -54,6 +55,7 @@ class Variant:
     bounds: str = "0.2,0.7"
     size: str = ""
     first: float = 0.0
+    last: float = 0.0
     jitter: bool = False
 
     @property
@@ -82,7 +84,8 @@ class Variant:
             amount = f"as many as {self.size} of" if self.size else "all" if self.ratio is None else f"{self.ratio:g}"
             words += f" + {amount} {SOURCES[self.source]}{_LAYOUTS.get(self.structures, '')}"
         words += {"": "", "patchcore": ", filtered", "useful": f", useful to {self.judge}"}[self.filter]
-        return words + (", these first" if self.first else "") + (", jitter" if self.jitter else "")
+        words += (", these first" if self.first else "") + (", real ones last" if self.last else "")
+        return words + (", jitter" if self.jitter else "")
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Cell:
 def parse_variants(rows: Iterable[str]) -> dict[str, Variant]:
     """
     :param rows: each "NAME: WORD ...", the words `jitter` and source=, structures=, ratio=, filter=, judge=, bounds=,
-        size= and first= with their values. What is not said is as Variant has it; with structures, ratio, filter or
+        size=, first= and last= with their values. What is not said is as Variant has it; with structures, ratio, filter or
         size, the source is a model; pseudo-labels are those of the first variant of real patches with jitter.
     :return: name -> variant, in order.
     :raises ValueError: naming the row that is none.
@@ -143,9 +146,11 @@ def _variant(name: str, words: Sequence[str], baseline: str) -> Variant:
     judge = values.get("judge", baseline if source == "pseudo" else "")
     if bool(judge) != (source == "pseudo" or values.get("filter") == "useful"):
         raise ValueError("filter=useful and source=pseudo take a judge, and nothing else does")
-    first = _number("first", values.get("first", "0"), 1)
+    first, last = (_number(key, values.get(key, "0"), 1) for key in ("first", "last"))
+    if (first or last) and (not source or (first and last)):
+        raise ValueError("first and last say when added patches come: give one of them, and what is added")
     given = {key: values[key] for key in ("structures", "filter", "bounds", "size") if key in values}
-    return Variant(name, source, ratio=ratio, judge=judge, first=first, jitter="jitter" in values, **given)
+    return Variant(name, source, ratio=ratio, judge=judge, first=first, last=last, jitter="jitter" in values, **given)
 
 
 def _number(key: str, text: str, below: float) -> float:
@@ -153,7 +158,7 @@ def _number(key: str, text: str, below: float) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 <= number < below or (key != "first" and not number):
+    if not 0 <= number < below or (key not in ("first", "last") and not number):
         raise ValueError(f"{key}={text} is not a number that it takes")
     return number
 

@@ -250,10 +250,10 @@ class Crops(th.utils.data.Dataset):
     :param crop: side in px.
     :param seed: of all draws.
     :param colour: jitter the stains.
-    :param synthetic_first: crops before this one are of synthetic examples alone, from it on of real ones alone; 0: all
-        are of either.
+    :param real_from: crops from this one on are of real examples alone; None: all are of either.
+    :param apart: those before it are of synthetic ones alone.
     :param classes: of the examples' nuclei.
-    :raises ValueError: an image is smaller than the crop; or with synthetic_first there are none of a kind.
+    :raises ValueError: an image is smaller than the crop; or with real_from there are none of a kind.
     """
 
     def __init__(
@@ -262,19 +262,22 @@ class Crops(th.utils.data.Dataset):
         crop: int,
         seed: int,
         colour: bool = True,
-        synthetic_first: int = 0,
+        real_from: int | None = None,
+        apart: bool = False,
         classes: Sequence[CellClass] = (),
     ) -> None:
         for example in examples:
             if min(example.inst_map.shape) < crop:
                 height, width = example.inst_map.shape
                 raise ValueError(f"--crop {crop} is larger than {example.stem}, {width} x {height} px: give less")
-        self.crop, self.seed, self.colour, self.synthetic_first = crop, seed, colour, synthetic_first
+        self.crop, self.seed, self.colour, self.real_from = crop, seed, colour, real_from
         self._places = {one.id: place for place, one in enumerate(classes, start=1)}
-        kinds = (True, False) if synthetic_first else ()
-        parts = [[example for example in examples if example.synthetic == kind] for kind in kinds] or [examples]
-        if not all(parts):
-            raise ValueError("--synthetic_first takes synthetic images, then real ones: DATA has none of one kind")
+        parts: list[Sequence[Example]] = [examples]
+        if real_from is not None:
+            made, real = ([example for example in examples if example.synthetic == kind] for kind in (True, False))
+            if not (made and real):
+                raise ValueError("--synthetic_first and --real_last take images of both kinds: DATA has none of one")
+            parts = [made if apart else examples, real]
         areas = [np.cumsum([example.inst_map.size for example in part]) for part in parts]
         self._parts = [(part, area / area[-1]) for part, area in zip(parts, areas)]
 
@@ -284,7 +287,7 @@ class Crops(th.utils.data.Dataset):
             classes, a fourth map: the place of the nucleus's class among them, from 1, 0 outside nuclei.
         """
         rng = streams.rng("crop", self.seed, index)
-        examples, shares = self._parts[0 if index < self.synthetic_first else -1]
+        examples, shares = self._parts[0 if self.real_from is None or index < self.real_from else 1]
         example = examples[int(np.searchsorted(shares, rng.random(), side="right"))]
         image, inst_map = self._cut(example, rng)
         if self.colour:
@@ -307,7 +310,7 @@ class Crops(th.utils.data.Dataset):
         if window != self.crop:
             size = (self.crop, self.crop)
             image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-            inst_map = cv2.resize(inst_map, size, interpolation=cv2.INTER_NEAREST)
+            inst_map = cv2.resize(inst_map, size, interpolation=cv2.INTER_NEAREST_EXACT)
         turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
         turned = [np.rot90(array, turns) for array in (image, inst_map)]
         turned = [np.flip(array, 1) if mirror else array for array in turned]

@@ -49,6 +49,7 @@ class Settings:
     :param patience: validations without a better score after which to stop; 0 never stops early.
     :param synthetic_first: share of the steps, the first ones, that take synthetic images alone; the rest then takes
         real ones alone. 0: all take either.
+    :param real_last: share of the steps, the last ones, that take real images alone, where those before take either.
     :param mpp: micrometres a pixel of the images.
     :param adapt: of validation, see Segmenter.
     """
@@ -65,8 +66,15 @@ class Settings:
     colour_augment: bool = True
     pretrained: bool = True
     synthetic_first: float = 0.0
+    real_last: float = 0.0
     mpp: float = REFERENCE_MPP
     adapt: float = ADAPT
+
+    @property
+    def real_from(self) -> int | None:
+        """The crop from which on all are of real images alone; None where all are of either kind."""
+        share = self.synthetic_first or 1 - self.real_last
+        return round(share * self.steps) * self.batch_size if self.steps and share < 1 else None
 
 
 def segmentation_loss(out: th.Tensor, target: th.Tensor, mpp: float = REFERENCE_MPP) -> th.Tensor:
@@ -154,9 +162,9 @@ class Training:
         classes: Sequence[CellClass] = (),
     ) -> None:
         self.settings, self.held, self.out, self.device, self.slides = settings, held, out, device, slides
-        first = round(settings.synthetic_first * (settings.steps or 0)) * settings.batch_size
         self.classes = classes
-        self.crops = Crops(examples, settings.crop, settings.seed, settings.colour_augment, first, classes)
+        schedule = (settings.real_from, settings.synthetic_first > 0)
+        self.crops = Crops(examples, settings.crop, settings.seed, settings.colour_augment, *schedule, classes)
         net = seeded_net(settings.seed, len(classes))
         if settings.pretrained:
             load_imagenet_weights(net)

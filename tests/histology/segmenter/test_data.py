@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch as th
@@ -183,7 +184,7 @@ def test_classes_are_those_of_the_cropped_nuclei_and_change_no_crop():
     assert seen == {0, 1, 2}
     inst_map = np.kron(np.arange(1, 10, dtype=np.int32).reshape(3, 3), np.ones((16, 16), np.int32))
     example = Example("A", np.repeat((20 * inst_map).astype(np.uint8)[..., None], 3, 2), inst_map)
-    crops = Crops([replace(example, of_nucleus={n: 3 + 4 * (n % 2) for n in range(1, 10)})], 16, 0, False, 0, classes)
+    crops = Crops([replace(example, of_nucleus={n: 3 + 4 * (n % 2) for n in range(1, 10)})], 16, 0, colour=False, classes=classes)
     image, (*_, of_class) = crops[1]
     exact = (image[..., 0] % 20) == 0  # not between two nuclei
     assert th.equal(of_class[exact], 1 + (image[..., 0] // 20 % 2).float()[exact]) and exact.sum() > 100
@@ -229,6 +230,21 @@ def test_target_is_that_of_the_turned_crop():
     assert len(seen) > 3
 
 
+@pytest.mark.parametrize("side", [32, 96])
+def test_picture_and_target_of_a_crop_lie_on_each_other(side):
+    """Whatever its scale: a shift of half a pixel is much of a small nucleus."""
+    inst_map = np.zeros((side, side), np.int32)
+    for own, (row, column) in enumerate(np.ndindex(side // 16, side // 16), start=1):
+        cv2.circle(inst_map, (16 * column + 7, 16 * row + 7), 5, own, cv2.FILLED)
+    image = np.repeat(np.where(inst_map, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
+    crops, found = Crops([Example("A", image, inst_map)], 32, 0, colour=False), []
+    for index in range(60):
+        picture, target = crops[index]
+        seen, true = picture[..., 0].numpy() > 127, target[0].numpy() > 0
+        found.append((seen & true).sum() / (seen | true).sum())
+    assert np.mean(found) > 0.94, np.mean(found)
+
+
 @pytest.mark.filterwarnings("error")
 def test_crops_of_images_that_must_not_be_written_to():
     image, inst_map = np.full((16, 16, 3), 200, np.uint8), np.zeros((16, 16), np.int32)
@@ -251,10 +267,12 @@ def test_synthetic_images_first_and_then_real_ones():
         Example(s, np.zeros((16, 16, 3), np.uint8), np.full((16, 16), int(s == "made")), synthetic=s == "made")
         for s in ("made", "real")
     ]
-    shown = [float(Crops(kinds, 16, 0, synthetic_first=count)[k][1][0].mean()) for count in (12, 0) for k in range(24)]
-    assert shown[:24] == [1] * 12 + [0] * 12 and 4 < sum(shown[24:36]) < 9
-    with pytest.raises(ValueError, match="--synthetic_first takes synthetic images, then real ones"):
-        Crops(kinds[1:], 16, 0, synthetic_first=12)
+    ways = [dict(real_from=12, apart=True), dict(real_from=12), {}]
+    shown = [[float(Crops(kinds, 16, 0, **way)[k][1][0].mean()) for k in range(24)] for way in ways]
+    assert shown[0] == [1] * 12 + [0] * 12
+    assert shown[1] == shown[2][:12] + [0] * 12 and 4 < sum(shown[2][:12]) < 9 and sum(shown[2][12:])
+    with pytest.raises(ValueError, match="take images of both kinds: DATA has none of one"):
+        Crops(kinds[1:], 16, 0, real_from=12)
 
 
 def test_where_nuclei_are_not_known_is_no_background(data_dir):
