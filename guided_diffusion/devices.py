@@ -33,13 +33,13 @@ def find_device(text: str = "auto", number: int = 0) -> th.device:
     """
     Find the device that a --device names, and make a GPU the current one, with one meaning of fp32 for all programs.
 
-    :param text: auto, or "", is a GPU where there is one; cuda, or cuda:1, needs one; cpu takes none.
+    :param text: auto is a GPU where there is one; cuda, or cuda:1, needs one; cpu takes none.
     :param number: which of the GPUs auto and cuda take, from 0; beyond the last it begins at the first again.
     :raises ValueError: where there is no such device, or where torch cannot use the GPUs that are there and cpu was not
         asked for: days on a CPU would be what nobody meant.
     """
     kind, _, place = text.partition(":")
-    if kind not in ("", "auto", "cuda", "cpu") or (place and not (kind == "cuda" and place.isdecimal())):
+    if kind not in ("auto", "cuda", "cpu") or (place and not (kind == "cuda" and place.isdecimal())):
         raise ValueError(f"--device {text}: give auto, cpu, cuda, or one GPU such as cuda:1")
     if kind == "cpu":
         return th.device("cpu")

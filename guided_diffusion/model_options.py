@@ -20,7 +20,7 @@ class ModelOptions(Options):
         "",
         "multiples of --num_channels, one a level, such as 1,1,2,3,4; empty: by --image_size, for 64, 128, 256 and 512",
     )
-    num_heads: int = flag(4, "attention heads, where --num_head_channels is -1")
+    num_heads: int = flag(4, "attention heads, where --num_head_channels is -1", within="[1, inf)")
     num_heads_upsample: int = flag(-1, "the same in the decoder; -1: as --num_heads")
     num_head_channels: int = flag(-1, "channels of an attention head; -1: by --num_heads")
     attention_resolutions: str = flag("16,8", "heights of the feature maps that get attention, in pixels")
@@ -40,6 +40,14 @@ class ModelOptions(Options):
         within="[1, inf)",
         ours=True,
     )
+
+    def __post_init__(self) -> None:
+        """:raises ValueError: naming flag, value and remedy."""
+        super().__post_init__()
+        for name in ("num_heads_upsample", "num_head_channels"):
+            value = getattr(self, name)
+            if value < 1 and value != -1:
+                raise ValueError(f"--{name} {value} must be -1 or at least 1")
 
 
 @dataclass(frozen=True)

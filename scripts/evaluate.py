@@ -127,14 +127,19 @@ def check(args: argparse.Namespace) -> list[str]:
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"unknown --metrics {metric}: choose some of {', '.join(METRICS)}")
+    if not metrics:
+        raise ValueError(f"--metrics {args.metrics!r} names none: choose some of {', '.join(METRICS)}")
+    if args.model_path and "structure" not in metrics:
+        raise ValueError(f"--model_path {args.model_path} is of the metric structure: leave it out, or add that one")
     if "structure" in metrics and not args.model_path:
         if args.metrics != ",".join(METRICS):
             raise ValueError("--metrics structure needs --model_path, a model of scripts/train_segmenter.py")
         metrics.remove("structure")
     if args.precision not in UNSCALED:
         raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(UNSCALED)}")
-    if args.batch_size < 1 or args.limit < 0:
-        raise ValueError(f"--batch_size {args.batch_size} must be at least 1, --limit {args.limit} at least 0")
+    for name, least in (("batch_size", 1), ("limit", 0), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
     if not 0 <= args.adapt <= 1:
         raise ValueError(f"--adapt {args.adapt} must be between 0 and 1")
     if args.out.exists() and not args.out.is_dir():

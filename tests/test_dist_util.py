@@ -221,7 +221,7 @@ def test_a_script_that_just_ends_ends_its_group_before_the_interpreter(tmp_path,
         """,
         timeout=120,
     )
-    assert run.returncode == 0 and run.stdout.split("\n").count("no group") == 2, run
+    assert run.returncode == 0 and run.stdout.count("no group") == 2, run  # their lines may run together
 
 
 @pytest.mark.slow

@@ -18,6 +18,9 @@ HUGE = "1" + 25 * "0"  # which a flag without a limit may take: it must not end 
 # Flag -> values that are no mistakes. Empty is the same as left out where that is the default, which is not tried.
 FINE: dict[str, set[str]] = {
     "data_licence": {"", "nonsense"},  # any words
+    "attention_resolutions": {""},  # nowhere
+    "results_path": {"nonsense"},  # names of folders that are not there yet
+    "out_name": {"nonsense"},
 }
 
 
