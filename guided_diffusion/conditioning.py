@@ -386,9 +386,7 @@ def drawn_order(count: int, pixels: int, generator: th.Generator) -> np.ndarray:
     return th.cat([th.randperm(pixels, generator=generator) for _ in range(turns)])[:count].numpy()
 
 
-def dealt(
-    order: np.ndarray, dark: np.ndarray, nuclei: np.ndarray, block: int, generator: th.Generator
-) -> np.ndarray:
+def dealt(order: np.ndarray, dark: np.ndarray, nuclei: np.ndarray, block: int, generator: th.Generator) -> np.ndarray:
     """
     Bring the darkest pixels to where nuclei are, as many as nuclei have, and then move all about within blocks: each
     has colours for what it shows, as a patch has in training, while no pixel's own place says anything.

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from . import streams
-from .stains import OD_QUANTILES, STAINS, haematoxylin, optical_density
+from .stains import OD_QUANTILES, haematoxylin, optical_density
 
 NEAREST = 19  # the candidates of a match; the reference ranks 20 and takes the query itself out
 CAP_QUANTILE = 0.85  # differences above this quantile count as equally large

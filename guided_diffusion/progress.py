@@ -38,8 +38,8 @@ class _Lines(std.tqdm):
     """A bar in lines, which stay."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        # Without a delay, tqdm draws at the start. Its smoothed rate takes no account of lines that others asked for, and
-        # would be too high; the mean so far is not.
+        # Without a delay, tqdm draws at the start. Its smoothed rate takes no account of lines that others asked for,
+        # and would be too high; the mean so far is not.
         super().__init__(*args, **{**options, "delay": 1e-9, "smoothing": 0})
 
     def refresh(self, *args: Any, **options: Any) -> None:

@@ -151,7 +151,9 @@ def maker(args: argparse.Namespace, layouts: list[Layout], names: dict[int, str]
         large = [layout for layout in layouts if min(layout.inst_map.shape) >= args.size]
         if not large:
             most = max(min(layout.inst_map.shape) for layout in layouts)
-            raise ValueError(f"--size {args.size}: perturb makes no more than a mask holds, and those of DATA {most} px")
+            raise ValueError(
+                f"--size {args.size}: perturb makes no more than a mask holds, and those of DATA {most} px"
+            )
         return lambda rng: perturb(window(large[int(rng.integers(len(large)))], args.size, rng), rng)
     try:
         bank = Bank.of(layouts)

@@ -155,8 +155,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
             raise ValueError(f"--{name} {share} must be in [0, 1), and goes without --minutes")
     if args.synthetic_first and args.real_last:
         raise ValueError(
-            f"--synthetic_first {args.synthetic_first} with --real_last {args.real_last}: both say when real images come "
-            "alone; give one of them"
+            f"--synthetic_first {args.synthetic_first} with --real_last {args.real_last}: both say when real images "
+            "come alone; give one of them"
         )
     if args.precision not in UNSCALED:
         raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(UNSCALED)}")

@@ -117,7 +117,10 @@ MISTAKES = {
     "count": (["--count", "0"], "--count 0 must be at least 1"),
     "method": (["--method", "paint"], "unknown --method paint: choose one of recombine, perturb"),
     "small": (["--size", "9"], r"--size 9 is below the largest nucleus of DATA, \d+ px"),
-    "large": (["--size", "97", "--method", "perturb"], "--size 97: perturb makes no more than a mask holds, and those of DATA 96 px"),
+    "large": (
+        ["--size", "97", "--method", "perturb"],
+        "--size 97: perturb makes no more than a mask holds, and those of DATA 96 px",
+    ),
     "among the data": (["--out", "data/masks"], "lies among the data"),
     "vast": (["--size", "10001"], "--size 10001 is more than 10000"),
     "file": (["--out", "file"], "--results_path file: file is a file; give a folder"),

@@ -289,6 +289,7 @@ rule rival:
 
 rule pseudo:
     input:
+        "stages/test.json",
         "stages/{cell}-split.json",
         "stages/{cell}-{judge}-train.json",
     output:
@@ -305,7 +306,8 @@ rule pseudo:
             f"{CELL}-pseudo-{{wildcards.judge}}",
             f"{CELL}/pseudo-{{wildcards.judge}}",
             f"{PYTHON} {RIVALS} pseudo {CELL}/split --results_path {CELL}/pseudo-{{wildcards.judge}}"
-            f" --count {{params.settings}} --model_path {CELL}/segmenters/{{wildcards.judge}}/segmenter.pt",
+            f" --count {{params.settings}} --model_path {CELL}/segmenters/{{wildcards.judge}}/segmenter.pt"
+            " --slides_dir test/MoNuSegTrainingData/images",
         )
 
 

@@ -2,11 +2,13 @@
 Make what synthetic patches are held against, in the place of samples: a results folder that assemble_set.py takes.
 
     python scripts/experiment/rival_samples.py KIND SPLIT --results_path DIR --count N [--seed 0]
-        [--model_path SEGMENTER]
+        [--model_path SEGMENTER --slides_dir SLIDES]
 
 SPLIT is a folder of subset_slides.py. KIND is one of
 
-    pseudo     its unlabelled images, with the nuclei that SEGMENTER is sure of; DIR/ignore_masks says where it is not
+    pseudo     its unlabelled images, with the nuclei that SEGMENTER is sure of; DIR/ignore_masks says where it is not.
+               SLIDES has the whole slides that they are cut from, of the same magnification: it looks at these, since
+               at an image's border it sees little
     transfer   its seen patches, with the colours of unlabelled images' slides (Reinhard's statistics of a slide)
     unseen     the others, which its segmenters do not see, with their true masks: what perfect samples would be worth
 
@@ -26,6 +28,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -57,6 +60,8 @@ class Row(NamedTuple):
     appearance: Item
 
 
+FOREIGN = 12  # grey levels by which an image may differ from its place in its slide, which was resized otherwise
+
 Write = Callable[[Row, Path], None]  # the files of a row, in a results folder; the mask last
 
 
@@ -67,11 +72,13 @@ def main(argv: list[str] | None = None) -> None:
         others = list_items(str(args.split / "others"), "monuseg", classes=True)
     else:
         others = list_images(str(args.split / "unlabelled"), "SPLIT")
-    segmenter = load_segmenter(args.model_path, find_device(args.device)) if args.kind == "pseudo" else None
+    segmenter = None
+    if args.kind == "pseudo":
+        segmenter = load_segmenter(args.model_path, find_device(args.device))
     rows = list(plan(args, others))
     classes = classes_of(args, rows, segmenter)
     if segmenter:
-        write = labeller(segmenter)
+        write = Labeller(segmenter, args.slides_dir)
     elif args.kind == "transfer":
         write = recolourer([*list_items(str(args.split / "seen"), "monuseg"), *others])
     else:
@@ -94,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
         for row in rows
     ]
     write_text(args.out / MANIFEST, csv_text(FIELDS, table))
-    print(f"{args.out}: {len(rows)} patches")
+    alone = f", {write.alone} of them looked at without their slides" if segmenter and write.alone else ""
+    print(f"{args.out}: {len(rows)} patches{alone}")
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -107,6 +115,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, required=True, help="patches to make")
     parser.add_argument("--seed", type=int, default=0, help="of which slide lends its colours")
     parser.add_argument("--model_path", "--segmenter", metavar="MODEL", type=Path, help="of pseudo")
+    parser.add_argument("--slides_dir", metavar="SLIDES", type=Path, help="of pseudo: the slides, whole")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     return parser
 
@@ -119,6 +128,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--count {args.count} must be at least 1, --seed {args.seed} at least 0")
     if (args.kind == "pseudo") != (args.model_path is not None):
         raise ValueError(f"{args.kind} with --model_path {args.model_path}: give it with pseudo, and only there")
+    if args.slides_dir and args.kind != "pseudo":
+        raise ValueError(f"{args.kind} with --slides_dir {args.slides_dir}: give it with pseudo alone")
     for name in ("seen", "unlabelled"):
         if not (args.split / name).is_dir():
             raise FileNotFoundError(
@@ -193,21 +204,59 @@ def lead(place: Path, target: str) -> None:
     write_link(place, os.path.relpath(os.path.realpath(target), place.parent.resolve()))
 
 
-def labeller(segmenter: Segmenter) -> Write:
-    """:return: what writes the nuclei that a segmenter is sure of."""
+class Labeller:
+    """
+    Writes the nuclei that a segmenter is sure of, in the whole slide of an image where that is there.
 
-    def write(row: Row, out: Path) -> None:
-        maps = segmenter.predict(read_image(row.structure.image))
-        found = instances(maps.probability, maps.position, segmenter.mpp)
-        kept, ignored = confident(maps.probability, found, maps.of_class)
+    :param slides: folder of images of whole slides, or of large parts of them; None: images are looked at alone.
+    """
+
+    def __init__(self, segmenter: Segmenter, slides: Path | None) -> None:
+        self.segmenter = segmenter
+        self.alone = 0  # images that have been looked at alone
+        self._slides: dict[str, list[str]] = {}
+        for item in list_images(str(slides), "--slides_dir") if slides else ():
+            self._slides.setdefault(item.slide, []).append(item.image)
+        self._read = functools.lru_cache(maxsize=4)(read_image)
+        self._labelled = functools.lru_cache(maxsize=4)(self._label)
+
+    def __call__(self, row: Row, out: Path) -> None:
+        path, cut = self._place(row.structure)
+        kept, ignored, *class_map = (array[cut] for array in self._labelled(path))
         lead(out / "samples" / f"{row.stem}.png", row.structure.image)
         save(out / IGNORE_MASKS / f"{row.stem}.png", np.where(ignored, 255, 0).astype(np.uint8))
-        if segmenter.classes:
-            class_map = cell_classes.painted(kept, voted(found, maps.of_class, segmenter.classes))
-            save(out / cell_classes.FOLDER / f"{row.stem}.png", class_map)
+        if class_map:
+            save(out / cell_classes.FOLDER / f"{row.stem}.png", class_map[0])
         save(out / "inst_masks" / f"{row.stem}.tif", kept.astype(np.uint16))
 
-    return write
+    def _place(self, item: Item) -> tuple[str, tuple[slice, ...]]:
+        """The image to look at, and where in it an item lies."""
+        image = read_image(item.image)
+        for path in self._slides.get(item.slide, ()):
+            if cut := place(image, self._read(path)):
+                return path, cut
+        self.alone += 1
+        return item.image, (slice(None), slice(None))
+
+    def _label(self, path: str) -> list[np.ndarray]:
+        """The nuclei to keep, where nothing is known, and of segmenters that tell classes apart the class map."""
+        maps = self.segmenter.predict(self._read(path))
+        found = instances(maps.probability, maps.position, self.segmenter.mpp)
+        kept, ignored = confident(maps.probability, found, maps.of_class)
+        if not self.segmenter.classes:
+            return [kept, ignored]
+        return [kept, ignored, cell_classes.painted(kept, voted(found, maps.of_class, self.segmenter.classes))]
+
+
+def place(image: np.ndarray, slide: np.ndarray) -> tuple[slice, slice] | None:
+    """:return: where an image lies in one of its slide, of the same magnification; None where it does not."""
+    height, width = image.shape[:2]
+    if height > slide.shape[0] or width > slide.shape[1]:
+        return None
+    away = cv2.matchTemplate(slide, image, cv2.TM_SQDIFF)
+    row, column = np.unravel_index(away.argmin(), away.shape)
+    cut = slice(row, row + height), slice(column, column + width)
+    return cut if np.abs(slide[cut].astype(int) - image).mean() <= FOREIGN else None
 
 
 def recolourer(items: Iterable[Item]) -> Write:

@@ -101,6 +101,27 @@ def test_pseudo_labels_are_what_a_segmenter_is_sure_of(split, tmp_path):
     assert [pair.synthetic for pair in pairs].count(True) == 5 == sum(pair.ignored is not None for pair in pairs)
 
 
+def test_pseudo_labels_are_of_whole_slides(split, tmp_path, capsys):
+    """Where these are there: patches are cut from the labels of the whole, so that they fit beside each other."""
+    flags = save_segmenter(tmp_path / "segmenter.pt", [])
+    patches = {path.stem: read(path) for path in sorted((split / "unlabelled").glob("*.png"))}
+    slide = next(iter(patches)).rpartition("_")[0]
+    own = {stem: image for stem, image in patches.items() if stem.startswith(f"{slide}_")}
+    whole = np.concatenate([*own.values()], axis=1)
+    (tmp_path / "slides").mkdir()
+    Image.fromarray(whole).save(tmp_path / "slides" / f"{slide}.png")
+    out, _ = make("pseudo", split, 99, *flags, "--slides_dir", tmp_path / "slides")
+    assert f"{len(patches)} patches, {len(patches) - len(own)} of them looked at without" in capsys.readouterr().out
+    maps = load_segmenter(tmp_path / "segmenter.pt", th.device("cpu")).predict(whole)
+    kept, ignored = confident(maps.probability, instances(maps.probability, maps.position, 0.25))
+    masks = [
+        [read(out / f"{kind}/{stem}") for stem in (f"{name}{end}" for name in own)]
+        for kind, end in (("inst_masks", ".tif"), ("ignore_masks", ".png"))
+    ]
+    assert np.array_equal(np.concatenate(masks[0], axis=1), kept) and kept.any()
+    assert np.array_equal(np.concatenate(masks[1], axis=1) > 0, ignored)
+
+
 @pytest.fixture
 def classed(tmp_path):
     """Like split, with nuclei of two classes."""

@@ -106,8 +106,8 @@ class Cell:
 def parse_variants(rows: Iterable[str]) -> dict[str, Variant]:
     """
     :param rows: each "NAME: WORD ...", the words `jitter` and source=, structures=, ratio=, filter=, judge=, bounds=,
-        size=, first= and last= with their values. What is not said is as Variant has it; with structures, ratio, filter or
-        size, the source is a model; pseudo-labels are those of the first variant of real patches with jitter.
+        size=, first= and last= with their values. What is not said is as Variant has it; with structures, ratio,
+        filter or size, the source is a model; pseudo-labels are those of the first variant of real patches with jitter.
     :return: name -> variant, in order.
     :raises ValueError: naming the row that is none.
     """

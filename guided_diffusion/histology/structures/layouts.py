@@ -128,8 +128,8 @@ def _gap(pattern: Pattern, rng: np.random.Generator) -> float:
 
 def _angle(pattern: Pattern, number: int, neighbour: float | None, rng: np.random.Generator) -> float:
     """
-    The direction of a nucleus: as one of the pattern's, or turned against its neighbour's, if any, as in the pattern. Of
-    the two ways to turn, that which comes nearer to one of the pattern's: nuclei lie along each other far and wide.
+    The direction of a nucleus: as one of the pattern's, or turned against its neighbour's, if any, as in the pattern.
+    Of the two ways to turn, that which comes nearer to one of the pattern's: nuclei lie along each other far and wide.
     """
     own = float(rng.choice(pattern.shares[number].angles)) + rng.normal(0, 0.2)
     if neighbour is None or not len(pattern.turns):

@@ -184,7 +184,9 @@ def test_classes_are_those_of_the_cropped_nuclei_and_change_no_crop():
     assert seen == {0, 1, 2}
     inst_map = np.kron(np.arange(1, 10, dtype=np.int32).reshape(3, 3), np.ones((16, 16), np.int32))
     example = Example("A", np.repeat((20 * inst_map).astype(np.uint8)[..., None], 3, 2), inst_map)
-    crops = Crops([replace(example, of_nucleus={n: 3 + 4 * (n % 2) for n in range(1, 10)})], 16, 0, colour=False, classes=classes)
+    crops = Crops(
+        [replace(example, of_nucleus={n: 3 + 4 * (n % 2) for n in range(1, 10)})], 16, 0, colour=False, classes=classes
+    )
     image, (*_, of_class) = crops[1]
     exact = (image[..., 0] % 20) == 0  # not between two nuclei
     assert th.equal(of_class[exact], 1 + (image[..., 0] // 20 % 2).float()[exact]) and exact.sum() > 100
