@@ -6,7 +6,8 @@ several have, the first counts. Reads OUT/grid.json and OUT/CELL/segmenters/VARI
 are there. Writes OUT/results.csv, a row a segmenter and test slide, and one of all slides pooled, whose slide is empty;
 OUT/results.md, a table a track and share: means over slides and seeds, and gains in F1, paired by seed and slide, over
 real patches with jitter and without, with 95 % intervals by a hierarchical bootstrap, and p-values of the former,
-corrected for the rows of the table; and OUT/results.png, the gains over real patches with jitter.
+corrected for the rows of the table; a second table, the gains over each rival; and OUT/results.png, the gains over real
+patches with jitter.
 """
 
 import argparse
@@ -46,10 +47,14 @@ class Row(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Variant -> its title, in order; and those of real patches alone, with jitter and without, as far as there are."""
+    """
+    Variant -> its title, in order; those of real patches alone, with jitter and without, as far as there are; and those
+    of what could be done instead.
+    """
 
     variants: dict[str, str]
     baselines: list[str]
+    rivals: list[str]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.out / "grid.json").exists():
         raise FileNotFoundError(f"{args.out} has no grid.json: run experiment.sh first")
     facts = json.loads((args.out / "grid.json").read_text(encoding="utf-8"))
-    grid = Grid(facts["variants"], facts["baselines"])
+    grid = Grid(facts["variants"], facts["baselines"], facts.get("rivals", []))
     found = {row[:4]: row for path in reversed(args.results) for row in read_csv(path)}
     found |= {row[:4]: row for row in read_rows(args.out)}
     order = list(grid.variants)
@@ -158,9 +163,22 @@ def as_markdown(track: str, share: float, rows: Sequence[Row], grid: Grid) -> li
         means = [np.mean([list(slides.values()) for slides in of(rows, name, figure).values()]) for figure in FIGURES]
         pooled = np.mean([row.slides[POOLED][MAIN] for row in own])
         first, *others = map(as_text, gains[name])
-        p = f"{corrected[name]:.3f}" if name in corrected else ""
+        p = as_p(corrected[name]) if name in corrected else ""
         cells = [f"`{name}`: {grid.variants[name]}", str(len(own)), f"{means[0]:.3f}", first, p, *others]
         lines.append(f"| {' | '.join([*cells, *(f'{mean:.3f}' for mean in [*means[1:], pooled])])} |")
+    return [*lines, "", *over_rivals(rows, grid)]
+
+
+def over_rivals(rows: Sequence[Row], grid: Grid) -> list[str]:
+    """:return: the lines of a table: what each variant gains in F1 over each rival; none where there is no rival."""
+    rivals = [name for name in grid.rivals if of(rows, name, MAIN)]
+    others = [name for name in grid.variants if name not in (*rivals, *grid.baselines) and of(rows, name, MAIN)]
+    if not (rivals and others):
+        return []
+    lines = [f"| trained on | {' | '.join(f'gain over {name}' for name in rivals)} |", "|---" * (1 + len(rivals)) + "|"]
+    for name in others:
+        cells = [as_text(gain_over(rows, name, rival)) for rival in rivals]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -169,6 +187,11 @@ def as_text(found: Gain | None) -> str:
     if found is None:
         return ""
     return f"{found.mean:+.3f}" + ("" if found.low is None else f" ({found.low:+.3f} to {found.high:+.3f})")
+
+
+def as_p(value: float) -> str:
+    """:return: "0.012", or "<0.001"."""
+    return f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
 def as_picture(rows: Sequence[Row], grid: Grid) -> bytes:

@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     titles = {name: variant.title for name, variant in variants.items()}
     facts = {"variants": titles, "baselines": protocol.baselines(variants.values())}
+    facts |= {"rivals": protocol.rivals(variants.values())}
     write_json(args.out / GRID, {**facts, "cells": [cell.name for cell in cells]})
     for cell in cells:
         reopen(args.out / "stages", cell)

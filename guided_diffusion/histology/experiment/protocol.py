@@ -184,6 +184,11 @@ def baselines(variants: Iterable[Variant]) -> list[str]:
     return [variant.name for jitter in (True, False) for variant in alone if variant.jitter == jitter]
 
 
+def rivals(variants: Iterable[Variant]) -> list[str]:
+    """:return: of what a lab could do instead with the same images, the variants."""
+    return [variant.name for variant in variants if variant.source in ("pseudo", "transfer")]
+
+
 def parse_grid(rows: Iterable[str], variants: Mapping[str, Variant]) -> dict[str, Cell]:
     """
     :param rows: each "TRACK SHARE SEEDS VARIANTS": per cent; such as 0-4 or 0,3; names with commas between, or all. Of

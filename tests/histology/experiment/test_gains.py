@@ -19,7 +19,8 @@ def test_gains_are_paired_by_seed_and_slide():
 
 
 def test_the_interval_is_that_of_all_resamples():
-    found = np.array([[0.3, -0.1, 0.2], [0.1, 0.0, 0.05], [-0.2, 0.3, 0.1]])
+    """Where slides differ far more than seeds."""
+    found = np.array([[0.9, -0.4, 0.2], [0.88, -0.39, 0.2], [0.9, -0.41, 0.21]])
     # All 27 draws of three seeds with all 27 of three slides, which all seeds share.
     draws = [list(draw) for draw in itertools.product(range(3), repeat=3)]
     exact = np.array([found[np.ix_(seeds, slides)].mean() for seeds in draws for slides in draws])
@@ -36,6 +37,17 @@ def test_without_differences_between_seeds_it_is_the_bootstrap_of_slides():
     one = gains.gain(np.tile(row, (5, 1)))
     own = stats.bootstrap((row,), np.mean, n_resamples=20_000, method="percentile", rng=0).confidence_interval
     assert (one.low, one.high) == pytest.approx((own.low, own.high), abs=0.004)
+
+
+def test_few_seeds_are_few():
+    """Without a gain, where seeds differ, there are no more than so many false ones, and intervals hold the truth."""
+    rng, tries = np.random.default_rng(0), 400
+    found = [gains.gain(rng.normal(0, 0.02, (5, 1)) + rng.normal(0, 0.01, (5, 14)), seed) for seed in range(tries)]
+    assert sum(one.p <= 0.05 for one in found) <= 0.07 * tries
+    assert sum(one.p <= 0.004 for one in found) <= 0.012 * tries
+    assert sum(one.low <= 0 <= one.high for one in found) >= 0.93 * tries
+    real = gains.gain(rng.normal(0.05, 0.02, (5, 1)) + rng.normal(0, 0.01, (5, 14)))
+    assert real.p < 0.05 and real.low > 0
 
 
 def test_holm():
