@@ -61,8 +61,8 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
     choices, within = field.metadata["choices"], field.metadata["within"]
     if choices and value not in choices:
         raise ValueError(f"unknown --{field.name} {value}: choose one of {', '.join(filter(None, choices))}")
-    if within and not _contains(within, value):
-        raise ValueError(f"--{field.name} {value} must {_in_words(within)}")
+    if within and not contains(within, value):
+        raise ValueError(f"--{field.name} {value} must {in_words(within)}")
 
 
 def _bounds(within: str) -> tuple[float, float]:
@@ -75,14 +75,16 @@ def _number(text: str) -> float:
     return float(base) ** float(power or 1)
 
 
-def _contains(within: str, value: float) -> bool:
+def contains(within: str, value: float) -> bool:
+    """:return: whether a number lies in an interval such as "[0, 1)"."""
     low, high = _bounds(within)
     return (low <= value if within[0] == "[" else low < value) and (
         value <= high if within[-1] == "]" else value < high
     )
 
 
-def _in_words(within: str) -> str:
+def in_words(within: str) -> str:
+    """:return: of an interval, what a number must do: "be at least 0", "lie in [0, 1)"."""
     low, _, high = within[1:-1].partition(", ")
     if high == "inf":
         return f"be at least {low}" if within[0] == "[" else f"be above {low}"

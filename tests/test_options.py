@@ -127,4 +127,4 @@ def test_every_flag_is_checked(options, field):
 
 def test_numbers_without_a_range_are_checked_elsewhere():
     free = {p.values[1].name for p in FIELDS if p.values[1].type in (int, float) and not p.values[1].metadata["within"]}
-    assert free == {"num_heads", "num_heads_upsample", "num_head_channels", "in_channels"}
+    assert free == {"num_heads_upsample", "num_head_channels", "in_channels"}

@@ -26,6 +26,7 @@ from guided_diffusion.histology.experiment.protocol import Cell, Variant
 from guided_diffusion.histology.slides import scales
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, find_slides
 from guided_diffusion.histology.slides.patches import patch_count
+from guided_diffusion.options import contains, in_words
 from guided_diffusion.slides import hold_out, keep
 
 GRID = "grid.json"
@@ -34,6 +35,17 @@ RATES = {
     "sample": "a sample",
     "segmenter": "a segmenter's step",
     "filter": "an image in the filter",
+}
+
+
+# Setting of the configuration -> its kind, and the range that it lies in, as flags have them.
+SETTINGS = {
+    "DIFFUSION_STEPS": (int, "[1, inf)"),
+    "DIFFUSION_BATCH": (int, "[1, inf)"),
+    "MAX_EPOCHS": (int, "[1, inf)"),
+    "EMA_RATE": (float, "(0, 1)"),
+    "VAL_SHARE": (float, "[0, 1)"),
+    "S": (float, "[0, inf)"),
 }
 
 
@@ -58,12 +70,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("raw", metavar="RAW", type=Path, help="folder of the unpacked archives")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the experiment")
     args = parser.parse_args(argv)
+    check_settings()
     batch, processes = int(os.environ["DIFFUSION_BATCH"]), int(os.environ["NPROC"])
     if batch < 1 or batch % processes:
         raise ValueError(f"DIFFUSION_BATCH={batch} is no multiple of NPROC={processes}: change one of them")
     variants, cells = from_environment()
     if not protocol.baselines(variants.values()):
         raise ValueError("VARIANTS has none of real patches alone, which the others are compared with: add 'real:'")
+    if not cells:
+        raise ValueError("GRID has no row: give some, such as 'masks 10 0-4 all'")
     cells = chosen(cells, os.environ.get("CELLS", ""))
     counts = count_patches(args.raw, shlex.split(os.environ["SDM_PATCH_FLAGS"]))
     sizes = {cell.name: sizes_of(cell, counts) for cell in cells}
@@ -83,6 +98,31 @@ def main(argv: list[str] | None = None) -> None:
     write_json(args.out / GRID, {**facts, "cells": [cell.name for cell in cells]})
     for cell in cells:
         reopen(args.out / "stages", cell)
+
+
+def check_settings() -> None:
+    """:raises ValueError: naming the first setting that is missing, no number or out of range."""
+    for name, (kind, within) in SETTINGS.items():
+        text = os.environ.get(name, "")
+        try:
+            fits = contains(within, kind(text))
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{name}={text} must {in_words(within)}: mend CONFIG")
+    rates = dict(word.partition("=")[::2] for word in os.environ.get("RATES", "").split())
+    for name, what in RATES.items():
+        try:
+            float(rates[name])
+        except (KeyError, ValueError):
+            raise ValueError(f"RATES={os.environ.get('RATES', '')} does not say {name}=SECONDS of {what}") from None
+    side, flags = patch_side(os.environ["SDM_PATCH_FLAGS"]), os.environ["SDM_SEGMENTER_FLAGS"]
+    if (crop := number_in(flags, "--crop", 128)) > side:
+        raise ValueError(f"SEGMENTER_FLAGS have --crop {crop}, and patches {side} px: give no more")
+    if (size := number_in(os.environ["SDM_MODEL_FLAGS"], "--image_size", 64)) > side:
+        raise ValueError(f"MODEL_FLAGS have --image_size {size}, and patches {side} px: give no more")
+    if clusters(os.environ["SDM_CLUSTER_FLAGS"]) < 1:
+        raise ValueError("CLUSTER_FLAGS have --n_clusters below 1: give more")
 
 
 def reopen(stages: Path, cell: Cell) -> None:
@@ -154,10 +194,10 @@ def sizes_of(cell: Cell, counts: dict[str, int]) -> Sizes:
 # ---- what the configuration's flags say ----
 
 
-def number_in(flags: str, name: str, usual: int) -> int:
+def number_in(flags: str, name: str, usual: int, *aliases: str) -> int:
     """:return: the number that a flag has among words of a shell; `usual` where it is not there."""
     parser = cli.FlagParser(add_help=False)
-    parser.add_argument(name, dest="number", type=int, default=usual)
+    parser.add_argument(name, *aliases, dest="number", type=int, default=usual)
     return parser.parse_known_args(shlex.split(flags))[0].number
 
 
@@ -207,7 +247,7 @@ def seconds_of(cell: Cell, variants: dict[str, Variant], sizes: Sizes, rates: di
     sampled = sum(number for kind, number in kinds.items() if kind in ("samples", "made", "layouts"))
     # A filter looks at all real images, too.
     filtered = {v.choice: sum(kinds[kind] for kind in v.kinds) + sizes.seen + sizes.others for v in wanted if v.choice}
-    steps = number_in(os.environ["SDM_SEGMENTER_FLAGS"], "--max_steps", 4000)
+    steps = number_in(os.environ["SDM_SEGMENTER_FLAGS"], "--max_steps", 4000, "--steps")
     amounts = {
         "model": diffusion_steps(sizes.masks) if sampled else 0,
         "sample": sampled,
@@ -238,7 +278,10 @@ def table(
         lines.append(f"| {' | '.join(words)} |")
     lines += [f"{name}: {variant.title}" for name, variant in variants.items()]
     lines += [f"{rates[name][0]:.3g} s {what} ({rates[name][1]})" for name, what in RATES.items()]
-    return [*lines, f"about {total:.3g} hours of one core or GPU for {len(cells)} cells; {os.environ['RATES_OF']}"]
+    return [
+        *lines,
+        f"about {total:.3g} hours of one core or GPU for {len(cells)} cells; {os.environ.get('RATES_OF', '')}",
+    ]
 
 
 def span(numbers: Iterable[int]) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from scripts.experiment import plan
 
 CONFIGS = sorted(Path(plan.__file__).parent.glob("*.conf"))
-NUMBERS = ("VAL_SHARE", "DIFFUSION_BATCH", "DIFFUSION_STEPS", "MAX_EPOCHS", "RATES", "RATES_OF")
+NUMBERS = ("VAL_SHARE", "DIFFUSION_BATCH", "DIFFUSION_STEPS", "MAX_EPOCHS", "RATES", "RATES_OF", "S", "EMA_RATE")
 FLAGS = ("PATCH", "MODEL", "CLUSTER", "SEGMENTER")
 
 
@@ -116,6 +116,16 @@ def test_patches_are_counted_at_the_magnification_they_are_brought_to(raw):
         ("SDM_GRID", "masks ten 0 all", "GRID: .* share=ten|share=ten is not a number"),
         ("SDM_VARIANTS", "more: ratio=1", "GRID: .* is not of VARIANTS|VARIANTS has none of real patches alone"),
         ("CELLS", "masks-f10-s9", "CELLS names masks-f10-s9: choose of masks-f10-s0"),
+        ("S", "three", "S=three must be at least 0: mend CONFIG"),
+        ("VAL_SHARE", "", r"VAL_SHARE= must lie in \[0, 1\)"),
+        ("DIFFUSION_STEPS", "0", "DIFFUSION_STEPS=0 must be at least 1"),
+        ("EMA_RATE", "2", r"EMA_RATE=2 must lie in \(0, 1\)"),
+        ("RATES", "model=1 sample=fast", "does not say sample=SECONDS of a sample"),
+        ("SDM_GRID", "", "GRID has no row"),
+        ("SDM_GRID", "masks 10 4-0 all", "seeds 4-0 go down"),
+        ("SDM_SEGMENTER_FLAGS", "--crop 512", "have --crop 512, and patches"),
+        ("SDM_MODEL_FLAGS", "--image_size 512", "have --image_size 512, and patches"),
+        ("SDM_CLUSTER_FLAGS", "--n_clusters 0", "--n_clusters below 1"),
     ],
 )
 def test_what_cannot_is_refused(raw, shipped, monkeypatch, tmp_path, name, value, message):

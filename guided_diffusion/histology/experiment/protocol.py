@@ -146,9 +146,14 @@ def _variant(name: str, words: Sequence[str], baseline: str) -> Variant:
     judge = values.get("judge", baseline if source == "pseudo" else "")
     if bool(judge) != (source == "pseudo" or values.get("filter") == "useful"):
         raise ValueError("filter=useful and source=pseudo take a judge, and nothing else does")
+    if "bounds" in values and values.get("filter") != "useful":
+        raise ValueError("bounds are of filter=useful alone")
+    low, _, high = values.get("bounds", "0,1").partition(",")
+    if not re.fullmatch(r"[\d.]+,[\d.]+", f"{low},{high}") or not 0 <= float(low) < float(high) <= 1:
+        raise ValueError(f"bounds={values['bounds']} are no LOW,HIGH between 0 and 1")
     first, last = (_number(key, values.get(key, "0"), 1) for key in ("first", "last"))
-    if (first or last) and (not source or (first and last)):
-        raise ValueError("first and last say when added patches come: give one of them, and what is added")
+    if first and last:
+        raise ValueError("first and last both say when real patches come alone: give one of them")
     given = {key: values[key] for key in ("structures", "filter", "bounds", "size") if key in values}
     return Variant(name, source, ratio=ratio, judge=judge, first=first, last=last, jitter="jitter" in values, **given)
 
@@ -210,6 +215,8 @@ def parse_grid(rows: Iterable[str], variants: Mapping[str, Variant]) -> dict[str
                 raise ValueError(f"GRID: {row!r}: {name} needs training slides beside the share's: leave it out")
         for part in words[2].split(","):
             low, _, high = part.partition("-")
+            if int(high or low) < int(low):
+                raise ValueError(f"GRID: {row!r}: seeds {part} go down: give the smaller one first")
             for seed in range(int(low), int(high or low) + 1):
                 cell = Cell(words[0], share, seed, names)
                 before = cells.get(cell.name, cell).variants
