@@ -4,6 +4,7 @@ each checkpoint and guidance scale. Knows numbers and names of slides, not files
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -19,13 +20,13 @@ class Draw:
     What one folder of samples is made of.
 
     :param order: the items in the order in which samples take them, again and again.
-    :param appearance: an [N] int array: the number of the source that lends an item its appearance.
+    :param appearances: turn, from 0 -> an [N] int array: the number of the source that lends an item its appearance.
     :param seed: of the noise.
     :param epoch: of the first turn through the items: of what is drawn for a condition, such as jitter.
     """
 
     order: np.ndarray
-    appearance: np.ndarray
+    appearances: Callable[[int], np.ndarray]
     seed: int
     epoch: int = 0
 
@@ -35,22 +36,32 @@ class Draw:
 
     def source(self, k: int) -> int:
         """:return: the number of the source of its appearance."""
-        return int(self.appearance[self.structure(k)])
+        return int(self.appearances(k // len(self.order))[self.structure(k)])
 
     def key(self, k: int) -> tuple[int, int, int]:
         """:return: what a data set gives sample k's condition for: (epoch, index, source)."""
         return self.epoch + k // len(self.order), self.structure(k), self.source(k)
 
 
-def shared_draw(slides: Sequence[str], appearance: np.ndarray, seed: int, first: bool) -> Draw:
+def shared_draw(
+    slides: Sequence[str], appearance: np.ndarray, pair: Callable[[int], np.ndarray], seed: int, first: bool
+) -> Draw:
     """
     Make the draw that all folders of a run share.
 
     :param slides: the slide of each item.
+    :param appearance: an [N] array of each item's source, in the first turn.
+    :param pair: seed -> such an array, as another seed chooses it: for the turns after that.
     :param seed: of the run.
-    :param first: take the items by name; else spread over the slides.
+    :param first: take the items by name, and each with the same appearance in every turn, as the reference does; else
+        spread over the slides.
     """
-    return Draw(np.arange(len(slides)) if first else spread(slides, seed), appearance, seed)
+
+    @functools.cache
+    def appearances(turn: int) -> np.ndarray:
+        return appearance if first or not turn else pair(streams.seed(f"turn {turn}", seed))
+
+    return Draw(np.arange(len(slides)) if first else spread(slides, seed), appearances, seed)
 
 
 def own_draw(
@@ -59,11 +70,10 @@ def own_draw(
     """
     Make the draw of one checkpoint and guidance scale, whatever other ones there are. Parameters as shared_draw's, and
 
-    :param pair: seed -> an [N] array of each item's source.
     :param checkpoint: its path, whose last part counts; s: the scale.
     """
     own = streams.seed(f"folder of {PurePath(checkpoint).stem} at s = {s:g}", seed)
-    return dataclasses.replace(shared_draw(slides, pair(own), own, first), epoch=own)
+    return dataclasses.replace(shared_draw(slides, pair(own), pair, own, first), epoch=own)
 
 
 def spread(slides: Sequence[str], seed: int) -> np.ndarray:

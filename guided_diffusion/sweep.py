@@ -142,7 +142,9 @@ class Sweep:
         seed = self.plan.seed
         pairs = [(path, scale) for path in self.checkpoints for scale in self.scales]
         if self.same_noise:
-            self.draws = dict.fromkeys(pairs, shared_draw(slides, self.dataset.appearance, seed, self.first))
+            self.draws = dict.fromkeys(
+                pairs, shared_draw(slides, self.dataset.appearance, self.dataset.pair, seed, self.first)
+            )
         else:
             own = functools.partial(own_draw, slides, self.dataset.pair, seed, first=self.first)
             self.draws = {(path, scale): own(path, scale.s) for path, scale in pairs}

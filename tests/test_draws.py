@@ -50,7 +50,15 @@ def test_draws_of_a_sweep_are_their_own_whatever_others_there_are():
     assert len({d.key(0)[0] for d in draws}) == 3 and draws[0].key(80)[0] == draws[0].key(0)[0] + 1
 
 
+def test_a_structure_has_another_appearance_in_each_turn():
+    draw = shared_draw(SLIDES, np.arange(80), shift, 7, first=False)
+    assert [draw.source(k) for k in range(80)] == draw.order.tolist() == [draw.structure(80 + k) for k in range(80)]
+    shifts = {turn: {(draw.source(80 * turn + k) - draw.structure(k)) % 80 for k in range(80)} for turn in range(4)}
+    assert shifts[0] == {0} and all(len(own) == 1 for own in shifts.values()) and len(set.union(*shifts.values())) == 4
+    assert draw.key(85) == (1, draw.structure(5), draw.source(85))
+
+
 def test_a_shared_draw_is_the_reference_s_where_the_first_are_taken():
-    draw = shared_draw(SLIDES, np.arange(80)[::-1], 7, first=True)
+    draw = shared_draw(SLIDES, np.arange(80)[::-1], shift, 7, first=True)
     assert [draw.key(k) for k in (0, 1, 79, 80)] == [(0, 0, 79), (0, 1, 78), (0, 79, 0), (1, 0, 79)]
     assert draw.seed == 7
