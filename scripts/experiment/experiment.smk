@@ -353,7 +353,8 @@ rule mix:
     params:
         settings=ratio,
         synthetic=added,
-        seed=lambda wildcards: cell_of(wildcards).seed,
+        # A choice at random of some variant's size is another one than that of the same size by its ratio.
+        seed=lambda wildcards: cell_of(wildcards).seed + 1000 * bool(VARIANTS[wildcards.variant].size),
     resources:
         gpu=0,
     shell:
