@@ -5,10 +5,11 @@ Make layouts of nuclei that no slide has: instance masks for image_sample.py --s
 
 DATA is a data folder, of whose training masks they are made. recombine puts whole nuclei of all masks together anew,
 turned, mirrored, scaled and bent a little, as dense, of such sizes, directions and gaps as in one real mask each;
-perturb takes a real layout and moves each nucleus a little. MASKS/inst_masks gets made_000000.tif and so on; layout k
-depends on --seed, k and the other flags alone. MASKS/structures.json says how far the layouts are from real ones,
-figure by figure, beside how far one half of the real slides is from the other (Wasserstein distance, in standard
-deviations of the real ones); structures.png shows it. The same command goes on, also with a larger --count.
+perturb takes a real layout, for a larger --size several side by side, and moves each nucleus a little. MASKS/inst_masks
+gets made_000000.tif and so on; layout k depends on --seed, k and the other flags alone. MASKS/structures.json says how
+far the layouts are from real ones, figure by figure, beside how far one half of the real slides is from the other
+(Wasserstein distance, in standard deviations of the real ones); structures.png shows it. The same command goes on, also
+with a larger --count.
 
 Where DATA has class_masks, MASKS gets class_masks/made_000000.png and classes.json, too: recombine puts in as many
 nuclei of each class as one real mask has, of shapes of that class; with perturb each keeps its own.
@@ -33,7 +34,7 @@ from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.files import check_place, claimed, fingerprint, parse_json, write_json, writing
 from guided_diffusion.histology.structures import statistics
 from guided_diffusion.histology.structures.bank import Bank, Layout
-from guided_diffusion.histology.structures.layouts import perturb, recombine
+from guided_diffusion.histology.structures.layouts import joined, perturb, recombine, window
 from guided_diffusion.histology.structures.picture import SHOWN, draw_structures
 from guided_diffusion.image_files import read_inst_mask, read_mask
 from guided_diffusion.images import STRUCTURES, Item, list_items
@@ -147,13 +148,8 @@ def maker(args: argparse.Namespace, layouts: list[Layout], names: dict[int, str]
     """:return: what makes a layout. :raises ValueError: where --size does not allow it, or no nucleus is whole."""
     if not any(layout.inst_map.any() for layout in layouts):
         raise ValueError(f"DATA {args.data}: no mask has a nucleus")
-    if args.method == "perturb":
-        large = [layout for layout in layouts if min(layout.inst_map.shape) >= args.size]
-        if not large:
-            most = max(min(layout.inst_map.shape) for layout in layouts)
-            raise ValueError(
-                f"--size {args.size}: perturb makes no more than a mask holds, and those of DATA {most} px"
-            )
+    large = [layout for layout in layouts if min(layout.inst_map.shape) >= args.size]
+    if args.method == "perturb" and large:
         return lambda rng: perturb(window(large[int(rng.integers(len(large)))], args.size, rng), rng)
     try:
         bank = Bank.of(layouts)
@@ -166,13 +162,9 @@ def maker(args: argparse.Namespace, layouts: list[Layout], names: dict[int, str]
         logging.getLogger(__name__).warning(
             f"class {names[number]} has no whole nucleus in DATA: layouts have none of it"
         )
+    if args.method == "perturb":
+        return lambda rng: perturb(joined(layouts, bank.stocks, args.size, rng), rng)
     return lambda rng: recombine(bank, args.size, rng)
-
-
-def window(layout: Layout, size: int, rng: np.random.Generator) -> Layout:
-    """:return: a [size x size] part of a layout, anywhere."""
-    top, left = (int(rng.integers(side - size + 1)) for side in layout.inst_map.shape)
-    return Layout(layout.inst_map[top : top + size, left : left + size], layout.classes)
 
 
 def begin(out: Path, settings: dict[str, object], count: int, table: Sequence[CellClass], classes: bool) -> None:

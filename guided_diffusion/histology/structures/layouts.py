@@ -4,6 +4,8 @@ New layouts of nuclei: put together from a bank, or a real one with each nucleus
 Knows no files. All lengths are pixels of the data, whatever their magnification.
 """
 
+import itertools
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.measure import regionprops
 
-from .bank import UNKNOWN, Bank, Layout, Nucleus, Pattern, angle_of, between, distances
+from .bank import UNKNOWN, Bank, Layout, Nucleus, Pattern, Stock, angle_of, between, distances
 
 PLACES = 64  # that are tried for a nucleus
 PAIRED = 0.7  # share of the nuclei that are put beside one that is there; the others fall where there is room
@@ -57,6 +59,44 @@ def perturb(layout: Layout, rng: np.random.Generator) -> Layout:
         if not _alike(made.inst_map, layout.inst_map):
             break
     return made
+
+
+def joined(layouts: Sequence[Layout], stocks: Mapping[int, Stock], size: int, rng: np.random.Generator) -> Layout:
+    """
+    Lay parts of real layouts side by side. Of the nuclei that an inner border cuts, both sides have some: half of them
+    are left out, and whole nuclei, no smaller, lie in place of the others.
+
+    :param layouts: to choose from, those that go together one after another, as of one slide.
+    :param stocks: class -> whole nuclei, see Bank.
+    :param size: height and width, in pixels.
+    :return: a [size x size] int32 instance map, and its classes.
+    """
+    ground, cut = Ground(size), []
+    side = min(min(layout.inst_map.shape) for layout in layouts)
+    corners = list(itertools.product(range(0, size, side), repeat=2))
+    chosen = int(rng.integers(len(layouts))) + rng.permutation(len(corners))
+    for (top, left), place in zip(corners, chosen):
+        layout = window(layouts[place % len(layouts)], side, rng)
+        for region in regionprops(layout.inst_map.astype(np.int32)):
+            at_top, at_bottom, at_left, at_right = _sides(region.bbox, side)
+            outer = (at_top and top == 0) or (at_left and left == 0)
+            outer |= (at_bottom and top + side >= size) or (at_right and left + side >= size)
+            number = layout.class_of(region.label)
+            if outer or not (at_top or at_bottom or at_left or at_right):
+                ground.put(region.image, top + region.bbox[0], left + region.bbox[1], number)
+            elif number in stocks and rng.random() < 0.5:
+                cut.append((region.area, (top + region.centroid[0], left + region.centroid[1]), number))
+    for area, centre, number in cut:
+        larger = stocks[number].from_area(area)
+        mask = changed(larger[int(rng.integers(len(larger)))], rng.uniform(0, np.pi), 1.0)
+        ground.put(mask, *(round(middle - length / 2) for middle, length in zip(centre, mask.shape)), number)
+    return ground.layout()
+
+
+def window(layout: Layout, size: int, rng: np.random.Generator) -> Layout:
+    """:return: a [size x size] part of a layout, anywhere."""
+    top, left = (int(rng.integers(side - size + 1)) for side in layout.inst_map.shape)
+    return Layout(layout.inst_map[top : top + size, left : left + size], layout.classes)
 
 
 def _alike(one: np.ndarray, other: np.ndarray) -> bool:
@@ -252,6 +292,8 @@ class Ground:
         """Put a nucleus at a place, what goes over the side cut off, unless it lies on another."""
         rows = slice(max(0, top), min(self.side, top + mask.shape[0]))
         columns = slice(max(0, left), min(self.side, left + mask.shape[1]))
+        if rows.start >= rows.stop or columns.start >= columns.stop:
+            return False
         part = mask[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
         if self.inst_map[rows, columns][part].any():
             return False

@@ -168,6 +168,24 @@ def test_nuclei_lie_along_each_other_far_and_wide():
     assert len(found) > 200 and np.sqrt(np.mean(away**2)) < 0.5  # of any directions it would be pi / 12**0.5 = 0.91
 
 
+def test_layouts_side_by_side_have_whole_nuclei_where_they_meet():
+    """Each mask has a disc in the middle and one cut in half at each side; there are as many afterwards."""
+    inst_map = np.zeros((60, 60), int)
+    for own, (row, column) in enumerate([(30, 30), (0, 15), (59, 45), (15, 59), (45, 0)], start=1):
+        y, x = np.mgrid[:60, :60]
+        inst_map[(y - row) ** 2 + (x - column) ** 2 <= 49] = own
+    layout = banks.Layout(inst_map)
+    bank = banks.Bank.of([layout])
+    counts = []
+    for seed in range(8):
+        made = layouts.joined([layout], bank.stocks, 240, np.random.default_rng(seed)).inst_map
+        check(made, 240)
+        inner = [region for region in regionprops(made) if not any(layouts._sides(region.bbox, 240))]
+        assert all(region.area == pytest.approx(149, abs=12) for region in inner)  # whole ones alone
+        counts.append(len(inner) - 16)
+    assert np.mean(counts) == pytest.approx(24, abs=6)  # half of 48 halves
+
+
 def test_what_a_mask_says():
     inst_map = np.zeros((20, 30), int)
     inst_map[5:8, 5:10], inst_map[5:8, 10:12], inst_map[15:20, 20:25], inst_map[0:2, 28:30] = 7, 3, 9, 4
