@@ -79,10 +79,10 @@ def joined(layouts: Sequence[Layout], stocks: Mapping[int, Stock], size: int, rn
         layout = window(layouts[place % len(layouts)], side, rng)
         for region in regionprops(layout.inst_map.astype(np.int32)):
             at_top, at_bottom, at_left, at_right = _sides(region.bbox, side)
-            outer = (at_top and top == 0) or (at_left and left == 0)
-            outer |= (at_bottom and top + side >= size) or (at_right and left + side >= size)
+            inner = (at_top and top > 0) or (at_left and left > 0)
+            inner |= (at_bottom and top + side < size) or (at_right and left + side < size)
             number = layout.class_of(region.label)
-            if outer or not (at_top or at_bottom or at_left or at_right):
+            if not inner:
                 ground.put(region.image, top + region.bbox[0], left + region.bbox[1], number)
             elif number in stocks and rng.random() < 0.5:
                 cut.append((region.area, (top + region.centroid[0], left + region.centroid[1]), number))

@@ -219,3 +219,11 @@ def test_a_small_run_learns_to_find_drawn_nuclei_and_their_classes(tmp_path):
     found = validate(load_segmenter(tmp_path, CPU), held)
     assert found == pytest.approx({name: result["validation"][name] for name in found})
     assert found["score"] == pytest.approx((found["f1@0.5"] + found["aji"] + found["class_f1"]) / 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "crop"),
+    [({}, None), ({"synthetic_first": 0.5}, 160), ({"real_last": 0.25}, 240), ({"steps": None, "minutes": 1.0}, None)],
+)
+def test_from_which_crop_on_all_are_real(settings, crop):
+    assert Settings(**{"steps": 40, "batch_size": 8, **settings}).real_from == crop
