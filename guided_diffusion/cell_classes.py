@@ -14,7 +14,7 @@ from typing import Any
 import blobfile as bf
 import numpy as np
 
-from .files import check_path, parse_json, write_json
+from .files import check_path, parse_json, read_bytes, write_json
 from .slides import owners
 
 TABLE = "classes.json"
@@ -64,8 +64,7 @@ def read_classes(folder: str | Path) -> list[CellClass]:
     for place in owners(folder):
         path = bf.join(place, TABLE)
         if bf.exists(path):
-            with bf.BlobFile(path, "rb") as file:
-                return _parsed(file.read(), path)
+            return _parsed(read_bytes(path), path)
     return []
 
 

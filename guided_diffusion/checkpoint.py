@@ -15,7 +15,7 @@ import torch as th
 from torch import nn
 
 from . import dist_util
-from .files import is_file, is_remote, writing
+from .files import is_file, is_remote, read_bytes, writing
 
 BEST = "best"  # the sub-folder of the best set; and what links to its files have in place of the step
 RESULT_NAME = "result.json"
@@ -145,8 +145,7 @@ def _read(path: str) -> bytes:
     try:
         if not is_file(path):
             raise FileNotFoundError(f"checkpoint {path} is not a file: check the path")
-        with bf.BlobFile(path, "rb") as file:
-            return file.read()
+        return read_bytes(path)
     except bf.Error as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import os
+import signal
 import socket
 import sys
 import time
@@ -43,7 +44,7 @@ def setup_dist(device: str = "auto") -> None:
     global _local_rank
     place = environment.torchrun(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun dies of some signals without telling its workers
-        signals.stop_with_parent()
+        signals.end_with_parent(signal.SIGTERM, os.getppid())
     if dist.is_initialized():
         _choose(device)
     elif place and place.size > 1:

@@ -8,6 +8,7 @@ Knows nothing of what the files hold, of flags but by the names it is told, and 
 import contextlib
 import csv
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -59,10 +60,10 @@ def list_files(folder: str | Path, suffixes: Sequence[str], deep: bool = False) 
     :param suffixes: in lower case, with their dots; files may have them in upper case.
     :param deep: those in sub-folders, too.
     :return: paths that begin with the folder as it was given, sorted.
-    :raises ValueError: where a path is not UTF-8 or holds control characters, which no manifest could keep, or a name
-        begins as a spreadsheet's formula does.
+    :raises ValueError: where a path is not UTF-8 or holds control characters, which no manifest could keep, a name
+        begins as a spreadsheet's formula does, or what it names is a pipe or a device.
     """
-    paths = sorted(path for path in _walk(str(folder), deep) if os.path.splitext(path)[1].lower() in suffixes)
+    paths = sorted(_walk(str(folder), deep, suffixes))
     above = "" if is_remote(folder) else os.getcwd()  # features.npz and links hold absolute paths
     for path in (above, *paths):
         check_path(path)
@@ -94,12 +95,16 @@ def nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _walk(folder: str, deep: bool, above: tuple[str, ...] = ()) -> Iterator[str]:
+def _walk(folder: str, deep: bool, suffixes: Sequence[str], above: tuple[str, ...] = ()) -> Iterator[str]:
     """The files below a folder, by paths that begin with it; a link to a folder that holds it is not followed."""
+
+    def wanted(name: str) -> bool:
+        return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
+
     if is_remote(folder):
         for root, _, names in bf.walk(folder):
             if "/." not in root[len(folder) :] and (deep or root.rstrip("/") == folder.rstrip("/")):
-                yield from (bf.join(root, name) for name in names if not name.startswith("."))
+                yield from (bf.join(root, name) for name in names if wanted(name))
         return
     above = (*above, os.path.realpath(folder))
     with os.scandir(folder) as entries:
@@ -108,9 +113,22 @@ def _walk(folder: str, deep: bool, above: tuple[str, ...] = ()) -> Iterator[str]
             if entry.name.startswith("."):
                 continue
             if not entry.is_dir():
-                yield path
+                if wanted(entry.name):
+                    if not entry.is_file():
+                        check_content(path)
+                    yield path
             elif deep and os.path.realpath(path) not in above:
-                yield from _walk(path, deep, above)
+                yield from _walk(path, deep, suffixes, above)
+
+
+def check_content(path: str | Path) -> None:
+    """:raises ValueError: where a local path is a pipe or a device, whose content may never come, or never end."""
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return  # who opens it says why it cannot be read
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):
+        raise ValueError(f"{path} is no file, but a pipe or a device: remove it")
 
 
 def check_path(path: str) -> None:
@@ -298,11 +316,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Delete what killed runs had begun to write in a local folder; only for who holds its lock."""
+def remove_leftovers(folder: str | Path, name: str = "") -> None:
+    """Delete what killed runs had begun to write in a local folder, or of one file in it; for who holds its lock."""
     if not is_remote(folder) and os.path.isdir(folder):
-        for path in Path(folder).glob(".*.part"):
-            path.unlink(missing_ok=True)
+        for path in Path(folder).glob(f".{glob.escape(name)}.*.part" if name else ".*.part"):
+            if path.is_symlink() or not path.is_dir():  # a folder is replace_folder's, which goes on from it
+                path.unlink(missing_ok=True)
 
 
 # ---- one run at a time ----
@@ -344,12 +363,13 @@ def locked(folder: str | Path, flag: str) -> Iterator[None]:
 @contextlib.contextmanager
 def claimed(folder: str | Path, flag: str) -> Iterator[None]:
     """
-    Have a folder to oneself, as by locked, with nothing in it or in its folders that a killed run had begun to write;
-    the lock's file goes at the end, for a folder that others read.
+    Have a folder to oneself, as by locked, with nothing in it or in two floors of its folders that a killed run had
+    begun to write; the lock's file goes at the end, for a folder that others read.
     """
     with locked(folder, flag):
-        for place in (Path(folder), *Path(folder).glob("*/")):
-            remove_leftovers(place)
+        for places in ("", "*/", "*/*/"):
+            for place in Path(folder).glob(places) if places else (folder,):
+                remove_leftovers(place)
         try:
             yield
         finally:
@@ -357,6 +377,21 @@ def claimed(folder: str | Path, flag: str) -> Iterator[None]:
 
 
 # ---- reading what others may have written ----
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """
+    :param path: local, or a blobfile URL.
+    :raises FileNotFoundError, OSError: where it cannot be read. :raises ValueError: as check_content.
+    """
+    check_content(path)
+    with bf.BlobFile(str(path), "rb") as file:
+        return file.read()
+
+
+def read_json(path: str | Path) -> Any:
+    """:return: what a JSON file says. :raises OSError, ValueError: as read_bytes and parse_json."""
+    return parse_json(read_bytes(path))
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -373,6 +408,7 @@ def parse_json(text: str | bytes) -> Any:
 @contextlib.contextmanager
 def reading_table(path: str | Path) -> Iterator[None]:
     """Have what Python's csv module refuses, as a field of 128 KiB, be a ValueError that names the file."""
+    check_content(path)
     try:
         yield
     except (csv.Error, UnicodeDecodeError) as error:

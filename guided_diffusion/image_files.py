@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import blobfile as bf
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from .files import check_content, read_bytes
 from .image_decoding import Decoded, Refused, decode, is_cut, opened
 
 EXTENSIONS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
@@ -162,13 +162,13 @@ def _decoded(path: str | Path) -> Decoded:
 
 
 def _content(path: str | Path) -> bytes:
-    with bf.BlobFile(str(path), "rb") as file:
-        return file.read()
+    return read_bytes(path)
 
 
 @contextlib.contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
     """Name the file in whatever its decoder raises."""
+    check_content(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow warns of on its way to an error is part of the error

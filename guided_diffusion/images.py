@@ -12,7 +12,7 @@ from pathlib import Path
 import blobfile as bf
 
 from .cell_classes import FOLDER as CLASS_FOLDER
-from .files import by_stem, list_files, parse_json
+from .files import by_stem, list_files, read_json
 from .image_files import EXTENSIONS
 from .slides import hold_out, owners, read_manifest, slides_of
 
@@ -151,8 +151,7 @@ def _kind(folder: str) -> str:
     for path in (bf.join(place, STRUCTURES) for place in itertools.islice(owners(folder), 2)):
         if bf.exists(path):
             try:
-                with bf.BlobFile(path) as file:
-                    return str(parse_json(file.read())["settings"]["method"])
+                return str(read_json(path)["settings"]["method"])
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path} is not readable: run make_structures.py again, or remove it") from None
     return GIVEN

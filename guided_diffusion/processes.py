@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from types import FrameType
 from typing import IO, TypeVar
 
@@ -49,7 +50,7 @@ def run(command: list[str], output: IO[str], environment: dict[str, str]) -> tup
         stderr=subprocess.STDOUT,
         env={**os.environ, **environment},
         process_group=0,  # what is sent to this one's whole group reaches it once, from here
-        preexec_fn=lambda: signals.end_with_parent(signal.SIGTERM),
+        preexec_fn=partial(signals.end_with_parent, signal.SIGTERM, os.getpid()),
     )
     if received:  # before there was a child
         child.send_signal(received[-1])
@@ -73,7 +74,7 @@ def each(task: Callable[[Item], Result], items: Sequence[Item], workers: int, fo
         yield from map(task, items)
         return
     context = multiprocessing.get_context("fork" if fork else "spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker) as pool:
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
         waiting: deque[Future] = deque()
         try:
             for item in items:
@@ -89,6 +90,6 @@ def each(task: Callable[[Item], Result], items: Sequence[Item], workers: int, fo
             raise
 
 
-def _begin_worker() -> None:
+def _begin_worker(parent: int) -> None:
     signals.leave_to_parent()
-    signals.end_with_parent(signal.SIGKILL)
+    signals.end_with_parent(signal.SIGKILL, parent)

@@ -46,7 +46,7 @@ def check_same_run(path: str, config: dict[str, Any]) -> None:
             raise ValueError(f"--results_path {path} holds samples of an unknown run: give another folder")
         return
     try:
-        before = dict(files.parse_json(file.read_text()))
+        before = dict(files.read_json(file))
     except (ValueError, TypeError):
         raise ValueError(f"{file} does not parse: give another --results_path, or --overwrite True") from None
     if "mpp" in config:

@@ -152,14 +152,12 @@ def leave_to_parent(worker: int = 0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def end_with_parent(number: int) -> None:
-    """Have the kernel send this process a signal when its parent ends, by SIGKILL even."""
+def end_with_parent(number: int, parent: int) -> None:
+    """
+    Have the kernel send this process a signal when the one that started it ends, by SIGKILL even.
+
+    :param parent: that one's process id; where it has ended by now, the signal comes at once.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-
-
-def stop_with_parent() -> None:
-    """Have this process asked to stop, by SIGTERM, when the one that started it ends, however that comes."""
-    parent = os.getppid()
-    end_with_parent(signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before the line above
-        os.kill(os.getpid(), signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)

@@ -19,7 +19,7 @@ from typing import Any
 
 import blobfile as bf
 
-from .files import is_remote, nfc, parse_json, reading_table, write_text
+from .files import is_remote, nfc, read_bytes, read_json, reading_table, write_text
 
 MANIFEST = "prepare.json"  # of a data folder, which scripts/prepare_monuseg.py writes first and last
 TABLE = "slides.csv"
@@ -96,7 +96,7 @@ def read_manifest(place: str | Path) -> dict[str, Any] | None:
     if not bf.exists(path):
         return None
     try:
-        manifest = parse_json(_read(path))
+        manifest = read_json(path)
     except ValueError:
         manifest = None
     if not isinstance(manifest, dict):
@@ -188,8 +188,7 @@ def _say(text: str) -> None:
 
 def _read(path: str) -> str:
     try:
-        with bf.BlobFile(path, "rb") as file:
-            return file.read().decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8: save it so") from None
 

@@ -9,7 +9,7 @@ from typing import Any
 import blobfile as bf
 
 from . import logger
-from .files import is_file, parse_json
+from .files import is_file, read_json
 from .magnification import REFERENCE_MPP, check, mismatch
 
 CONFIG_NAME = "config.json"
@@ -58,8 +58,7 @@ def load_config(checkpoint_path: str) -> dict[str, Any] | None:
     if not is_file(path):
         return None
     try:
-        with bf.BlobFile(path, "r") as file:
-            config = parse_json(file.read())
+        config = read_json(path)
     except ValueError:
         config = None
     if not isinstance(config, dict):

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 from guided_diffusion import cards, cell_classes, cli, progress, trained_flags
-from guided_diffusion.files import check_apart, is_remote, list_files, parse_json, replace_folder, write_text
+from guided_diffusion.files import check_apart, is_remote, list_files, read_json, replace_folder, write_text
 from guided_diffusion.histology.assembly import (
     Synthetic,
     check_sizes,
@@ -147,7 +147,7 @@ def said_by_filter(folders: Sequence[Path]) -> dict[str, str]:
     lines = []
     for folder in filter(is_kept, folders):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            report = parse_json((folder.parent / "report.json").read_text())
+            report = read_json(folder.parent / "report.json")
             lines.append(f"kept {report['kept']} of {report['synthetic']} samples, AUROC {report['auroc']:.3f}")
     return {"filter": "; ".join(lines) or "none"}
 
@@ -162,7 +162,7 @@ def read_copies(folder: Path | None) -> str:
         return "not looked for"
     path = folder / "metrics.json"
     try:
-        figures = parse_json(path.read_text())
+        figures = read_json(path)
         shares = {name: float(run["copies"]) for name, run in figures["runs"].items()}
         real = float(figures["floor"]["copies"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -27,7 +27,7 @@ from guided_diffusion.files import (
     by_stem,
     check_apart,
     csv_text,
-    parse_json,
+    read_json,
     reading_table,
     replace_folder,
     write_bytes,
@@ -180,7 +180,7 @@ def read_flags(folder: Path) -> dict:
     """The flags that a results folder, or the sweep that it is part of, was made with; none where it does not say."""
     for place in (folder, folder.absolute().parent):
         try:
-            return dict(parse_json((place / RUN).read_text(encoding="utf-8")))
+            return dict(read_json(place / RUN))
         except FileNotFoundError:
             continue
         except (ValueError, TypeError):

@@ -18,17 +18,19 @@ says for how many images the nearest other one is of the same slide.
 """
 
 import argparse
+import contextlib
 import shutil
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 from guided_diffusion import cli, progress
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
+from guided_diffusion.files import claimed, remove_leftovers
 from guided_diffusion.histology.features.embeddings import (
     Features,
     data_root,
@@ -54,8 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     with ThreadPoolExecutor(max(args.num_workers, 1)) as pool:
         digests = list(progress.bar(pool.map(digest, files), "checking", len(files), leave=False))
 
-    parts = args.out.with_name(f"{args.out.name}.parts")
-    with progress.bar(desc=args.backbone, total=len(files), unit="image") as bar:
+    with (
+        folder_of_parts(args.out) as parts,
+        progress.bar(desc=args.backbone, total=len(files), unit="image") as bar,
+    ):
         vectors = extract(
             files,
             digests,
@@ -66,10 +70,10 @@ def main(argv: list[str] | None = None) -> None:
             num_workers=args.num_workers,
             progress=bar.update,
         )
-    paths = [file.relative_to(root).as_posix() for file in files]
-    stems = [file.stem for file in files]
-    save_features(args.out, Features(vectors, paths, stems, backbone.name, backbone.weight_hash))
-    shutil.rmtree(parts)
+        paths = [file.relative_to(root).as_posix() for file in files]
+        stems = [file.stem for file in files]
+        save_features(args.out, Features(vectors, paths, stems, backbone.name, backbone.weight_hash))
+        shutil.rmtree(parts)
     print(f"{args.out}: {len(vectors)} images, {vectors.shape[1]} features each, paths relative to {root}")
     slides = slides_of(root, files)
     if len(set(slides)) < len(slides):
@@ -96,6 +100,19 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=UNSCALED, default="fp32", help="of the network's products")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     return parser
+
+
+@contextlib.contextmanager
+def folder_of_parts(out: Path) -> Iterator[Path]:
+    """Have to oneself the folder of what is finished of a feature file; it goes where that is nothing."""
+    parts = out.with_name(f"{out.name}.parts")
+    try:
+        with claimed(parts, "--results_path"):
+            remove_leftovers(out.parent, out.name)
+            yield parts
+    finally:
+        with contextlib.suppress(OSError):
+            parts.rmdir()
 
 
 def check_out(out: Path) -> None:

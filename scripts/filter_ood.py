@@ -41,7 +41,7 @@ from guided_diffusion import cell_classes, cli, magnification, progress, results
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
-from guided_diffusion.files import check_apart, csv_text, list_files, replace_folder, write_bytes, write_text
+from guided_diffusion.files import check_apart, claimed, csv_text, list_files, replace_folder, write_bytes, write_text
 from guided_diffusion.histology.assembly import Kept, is_kept, write_kept
 from guided_diffusion.histology.evaluation.runs import Run, Sample, add_run_flags, find_runs, slides_of_sample
 from guided_diffusion.histology.features.backbones import Backbone
@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         "runs": by_run([run.name for run, _ in samples], compared, kept),
     }
     picture = draw(extractor, memory, judged, worst, origins, compared, report)
-    write_out(args.out, judged, agreement, kept, picture, report, classes, several=len(runs) > 1)
+    with claimed(args.out, "--results_path"):
+        write_out(args.out, judged, agreement, kept, picture, report, classes, several=len(runs) > 1)
     print(f"{args.out}: kept {kept.sum()} of {len(kept)}, threshold {threshold:.4g}, AUROC {report['auroc']:.3f}")
     if unknown:
         print(
@@ -395,7 +396,6 @@ def write_out(
     several: bool,
 ) -> None:
     """Write all files, the report last: where it is, the others are of the same run."""
-    out.mkdir(parents=True, exist_ok=True)
     (out / REPORT).unlink(missing_ok=True)
     chosen = [item for item, keeps in zip(judged, kept) if keeps]
     folders = results.FOLDERS if classes is None else (*results.FOLDERS, cell_classes.FOLDER)

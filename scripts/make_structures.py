@@ -31,7 +31,7 @@ from PIL import Image
 
 from guided_diffusion import cell_classes, cli, magnification, progress, streams
 from guided_diffusion.cell_classes import CellClass
-from guided_diffusion.files import check_place, claimed, fingerprint, parse_json, write_json, writing
+from guided_diffusion.files import check_place, claimed, fingerprint, read_json, write_json, writing
 from guided_diffusion.histology.structures import statistics
 from guided_diffusion.histology.structures.bank import Bank, Layout
 from guided_diffusion.histology.structures.layouts import joined, perturb, recombine, window
@@ -172,7 +172,7 @@ def begin(out: Path, settings: dict[str, object], count: int, table: Sequence[Ce
     path = out / REPORT
     if path.exists():
         try:
-            before = dict(parse_json(path.read_text(encoding="utf-8"))["settings"])
+            before = dict(read_json(path)["settings"])
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path} is damaged, so what was begun there is not known: give another folder") from None
         for name, value in settings.items():

@@ -29,7 +29,7 @@ import numpy as np
 
 from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.cell_classes import CellClass
-from guided_diffusion.files import parse_json, write_text
+from guided_diffusion.files import claimed, read_json, write_text
 from guided_diffusion.histology.slides import annotations, aperio, patches, scales
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, Slide
 from guided_diffusion.processes import each
@@ -80,21 +80,22 @@ def main(argv: list[str] | None = None) -> None:
     checks = each(partial(look_at, classes=classes, **cut), jobs, args.num_workers)
     findings = list(progress.bar(checks, "checking", len(slides), leave=False))
     jobs, counts = numbered(jobs, findings)
-    check_recorded_slides(args.out, counts, bool(classes))
-
     for line in in_words(findings):
         print(f"WARNING: {line}", file=sys.stderr)
-    make_folders(args.out, counts, bool(classes))
-    # The manifest goes first, so that what an interrupted run leaves is not taken for a finished set of other settings.
     zoom = args.patch_size / (args.resize or args.patch_size)
     facts = {"settings": settings, "mpp": (args.mpp or scales.common(mpp_of)) * zoom, "slides_mpp": known}
-    write_manifest(args.out, facts, counts, complete=False)
-    if classes:
-        cell_classes.write_classes(args.out, classes)
     write = partial(write_patches, out=args.out, resize=args.resize, classes=classes, **cut)
-    for _ in progress.bar(each(write, jobs, args.num_workers), "slides", len(slides)):
-        pass
-    write_manifest(args.out, facts, counts, complete=True)
+    with claimed(args.out, "OUT"):
+        check_manifest(args.out, settings, classes)  # once more: another run may have been there meanwhile
+        check_recorded_slides(args.out, counts, bool(classes))
+        make_folders(args.out, counts, bool(classes))
+        # It goes first, so that what an interrupted run leaves is not taken for a finished set of other settings.
+        write_manifest(args.out, facts, counts, complete=False)
+        if classes:
+            cell_classes.write_classes(args.out, classes)
+        for _ in progress.bar(each(write, jobs, args.num_workers), "slides", len(slides)):
+            pass
+        write_manifest(args.out, facts, counts, complete=True)
     summary = "; ".join(f"{split}: {len(c)} slides, {sum(c.values())} patches" for split, c in counts.items())
     print(f"{args.out}: {summary}")
 
@@ -234,7 +235,7 @@ def read_manifest(out: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        manifest = parse_json(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         return {"settings": dict(manifest["settings"]), "patches": {k: dict(v) for k, v in manifest["patches"].items()}}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not readable; choose another OUT or delete this one") from error

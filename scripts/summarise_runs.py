@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from guided_diffusion import cli
-from guided_diffusion.files import parse_json, writing
+from guided_diffusion.files import read_json, writing
 
 FIELDS = ("cluster", "images", "steps", "best_val_loss", "path")
 
@@ -16,7 +16,7 @@ def row(name: str, folder: str) -> dict[str, object]:
     """:return: FIELDS of one run, from the result.json that image_train.py leaves at its end."""
     path = Path(folder) / "result.json"
     try:
-        result = parse_json(path.read_text(encoding="utf-8"))
+        result = read_json(path)
         values = (name, result["images"], result["step"], result["best"].get("val_loss", ""), result["checkpoint"])
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: that run has not come to its end; run it again") from None

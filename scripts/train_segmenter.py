@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.devices import UNSCALED, find_device
-from guided_diffusion.files import claimed, parse_json, write_json
+from guided_diffusion.files import claimed, read_json, write_json
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.data import Pair
 from guided_diffusion.histology.segmenter.decoding import FILE
@@ -205,7 +205,7 @@ def check_out(out: Path, config: dict[str, Any]) -> None:
     try:
         # Earlier versions knew 40x alone, always adapted, and always mixed.
         usual = {"mpp": magnification.REFERENCE_MPP, "adapt": ADAPT, "synthetic_first": 0.0, "real_last": 0.0}
-        before = {**usual, **parse_json(path.read_text())}
+        before = {**usual, **read_json(path)}
     except (ValueError, TypeError):
         raise ValueError(f"{path} does not parse: give another --results_path") from None
     for name, value in config.items():

@@ -42,7 +42,9 @@ def test_goes_on_after_a_kill(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("guided_diffusion.histology.features.backbones.Stain.embed", killed)
     with pytest.raises(KeyboardInterrupt):
         extract_features.main(command)
-    assert not (tmp_path / "f.npz").exists() and len(list((tmp_path / "f.npz.parts").iterdir())) == 1
+    assert not (tmp_path / "f.npz").exists() and [path.suffix for path in (tmp_path / "f.npz.parts").iterdir()] == [
+        ".npy"
+    ]
     extract_features.main(command)
     assert sum(calls) == 5 + 5 + 7 and (tmp_path / "f.npz").read_bytes() == whole
     assert not (tmp_path / "f.npz.parts").exists()
@@ -110,3 +112,13 @@ def test_runs_as_a_program(quick, tmp_path):
     command = [quick, str(ROOT / "scripts" / "extract_features.py"), str(tmp_path), "--results_path", "x.npz"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 2 and ended.stderr.startswith("error: DIR:") and ended.stderr.count("\n") == 1
+
+
+def test_a_damaged_image_leaves_nothing(data_dir, tmp_path):
+    image = next((data_dir / "MoNuSegTrainingData/images").iterdir())
+    image.write_bytes(image.read_bytes()[:60])
+    with pytest.raises(ValueError, match=image.name):
+        extract_features.main(
+            [str(data_dir), "--results_path", str(tmp_path / "new/f.npz"), "--backbone", "stain", "--num_workers", "0"]
+        )
+    assert not (tmp_path / "new/f.npz.parts").exists()

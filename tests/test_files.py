@@ -219,12 +219,30 @@ def test_a_fingerprint_tells_files_wherever_they_lie(tmp_path):
     assert files.fingerprint(urls) == files.fingerprint([url.replace("data", "other/data") for url in urls])
 
 
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_what_has_no_end_is_no_file(tmp_path, what):
+    path = tmp_path / "a.json"
+    os.mkfifo(path) if what == "pipe" else path.symlink_to("/dev/zero")
+    readers = (files.read_bytes, files.read_json, lambda path: files.list_files(path.parent, (".json",)))
+    for read in readers:
+        with pytest.raises(ValueError, match=f"^{path} is no file, but a pipe or a device: remove it$"):
+            read(path)
+    with pytest.raises(ValueError, match="is no file"), files.reading_table(path):
+        pass
+    assert files.list_files(tmp_path, (".png",)) == []  # nobody asked for it
+
+
 def test_leftovers_of_killed_runs_go(tmp_path):
     for name in (".model.pt.12.part", "model.pt", "mine.part"):
         (tmp_path / name).touch()
     files.remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "mine.part"}
     files.remove_leftovers(tmp_path / "none")
+    touched(tmp_path, ".a[1].npz.12.part", ".b.npz.12.part", ".kept.part/whole.png")  # a folder is replace_folder's
+    files.remove_leftovers(tmp_path, "a[1].npz")
+    assert (tmp_path / ".b.npz.12.part").exists() and not (tmp_path / ".a[1].npz.12.part").exists()
+    files.remove_leftovers(tmp_path)
+    assert (tmp_path / ".kept.part/whole.png").exists() and not (tmp_path / ".b.npz.12.part").exists()
 
 
 @pytest.fixture
@@ -254,7 +272,7 @@ def test_a_folder_is_one_runs_until_it_ends(tmp_path, holder):
 
 def test_a_claimed_folder_is_tidied_and_keeps_no_lock(tmp_path, holder):
     out = tmp_path / "out"
-    touched(out, ".a.json.12.part", "masks/.b.tif.12.part", "masks/b.tif", "mine.part")
+    touched(out, ".a.json.12.part", "masks/.b.tif.12.part", "split/masks/.b.tif.3.part", "masks/b.tif", "mine.part")
     with pytest.raises(OSError, match="disk full"), files.claimed(out, "--out"):
         assert (out / files.LOCK).exists()
         fail(out)

@@ -458,3 +458,20 @@ def test_a_foreign_patch_of_any_number_is_kept(tmp_path):
     with pytest.raises(ValueError, match=f"{stem}_002.png is there but not by this command"):
         prepare_monuseg.main([str(tmp_path / "raw"), str(tmp_path / "out"), "--num_workers", "1"])
     assert not list((tmp_path / "out").rglob("*_000.png"))
+
+
+def test_one_run_at_a_time_that_tidies_up(raw, tmp_path):
+    """Of two at once the second is refused; what a killed one had begun to write goes."""
+    out = tmp_path / "out"
+    prepare(raw, out, *SIZE)
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    (out / TRAIN / "images" / ".a_000.png.12.part").touch()
+    held = "with files.locked(sys.argv[1], ''): print(1, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", f"import sys; from guided_diffusion import files\n{held}", out]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(ValueError, match=f"OUT {out} is in use by process {holder.pid}"):
+            prepare(raw, out, *SIZE)
+        holder.stdin.close()
+    prepare(raw, out, *SIZE)
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before

@@ -185,11 +185,11 @@ cli.run(main)
 
 def test_stops_with_the_process_that_started_it(tmp_path):
     child = f"""
-import os, time
+import os, signal, time
 from pathlib import Path
 from guided_diffusion import signals
 with signals.StopRequest() as stop:
-    signals.stop_with_parent()
+    signals.end_with_parent(signal.SIGTERM, os.getppid())
     print("ready", flush=True)
     while not stop:
         time.sleep(0.01)

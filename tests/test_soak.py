@@ -41,6 +41,13 @@ def test_unknown_kinds(tmp_path, kinds):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_that_no_trial_has(quick, tmp_path):
+    command = [quick, "scripts/benchmarks/soak.py", tmp_path / "out", "--kinds", "hostile,two_runs", "--only", "storm"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --only storm: no trial of hostile,two_runs has that in its name\n"
+
+
 def test_every_program_has_flags_to_spoil():
     found = [flag for name in ("toy", "prepare", "import") for flag, _ in soak.bad_flags.cases(name)]
     assert {"--size", "--patch_size", "--format", "--mpp"} <= {*found}

@@ -32,6 +32,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -245,7 +246,7 @@ def call(log: Path, script: str, *words: object, **more: str) -> None:
             stdout=file,
             stderr=file,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more},
-            preexec_fn=lambda: signals.end_with_parent(signal.SIGTERM),  # at which trainings save
+            preexec_fn=partial(signals.end_with_parent, signal.SIGTERM, os.getpid()),  # at which trainings save
         )
     if code := done.returncode if done.returncode >= 0 else 128 - done.returncode:
         raise ProgramFailed(f"{script} failed with exit code {code}, see {log}", code)

@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(attempt(args.out, kind, number, trial))
                 write_text(args.out / "trials.csv", csv_text(FIELDS, rows))
                 write_text(args.out / "trials.md", as_markdown(rows))
+    if not rows:
+        raise ValueError(f"--only {args.only}: no trial of {args.kinds} has that in its name")
     print(as_markdown(rows), end="")
     sys.exit(any(row["fault"] for row in rows))
 

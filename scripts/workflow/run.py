@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -205,7 +206,7 @@ class Runner:
                 command,
                 env=self.environment,
                 start_new_session=True,
-                preexec_fn=lambda: signals.end_with_parent(signal.SIGKILL),
+                preexec_fn=partial(signals.end_with_parent, signal.SIGKILL, os.getpid()),
             )
         code = self._wait() if self._child else 1
         self._child = None

@@ -40,7 +40,7 @@ LOCKS = STAGES / "locks"
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    signals.end_with_parent(signal.SIGTERM)
+    signals.end_with_parent(signal.SIGTERM, os.getppid())
     failures.path_of(STAGES, args.name).unlink(missing_ok=True)
     try:
         code, printed = attempt(args)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...cell_classes import FOLDER as CLASS_FOLDER
-from ...files import LOCK, by_stem, leading, parse_json, replace_folder, write_bytes, write_json
+from ...files import LOCK, by_stem, leading, read_json, replace_folder, write_bytes, write_json
 from ...image_files import EXTENSIONS
 from ...images import check_complete
 from ...slides import slides_of
@@ -222,6 +222,6 @@ def _read_record(folder: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     try:
-        return dict(parse_json(file.read_text(encoding="utf-8"))["links"])
+        return dict(read_json(file)["links"])
     except (ValueError, TypeError, KeyError, OSError):
         raise ValueError(f"{file} is not readable; choose another --out_name or delete {folder}") from None

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
-from ...files import parse_json
+from ...files import read_json
 from .fields import TEST, TRAIN, DataSet, Field
 from .readers import arrays, coco, folders, matlab
 from .readers.opening import Tree
@@ -98,7 +98,7 @@ def find(src: Path, name: str = AUTO, annotator: str = "") -> tuple[str, DataSet
 def exported_as(src: Path) -> str:
     """:return: the format in which export_set.py wrote a folder; "" where it did not."""
     try:
-        facts = parse_json((src / EXPORT).read_bytes())
+        facts = read_json(src / EXPORT)
     except (OSError, ValueError):
         return ""
     return str(facts.get("format", "")) if isinstance(facts, dict) else ""

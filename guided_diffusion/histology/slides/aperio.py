@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 
+from ...files import read_bytes
+
 SUFFIXES = (".xml",)
 
 _HEAD = 4096  # bytes of an XML that hold its first element
@@ -25,7 +27,7 @@ def read_polygons(path: Path) -> list[np.ndarray]:
     """
     parser = ElementTree.XMLParser(target=_RegionCollector())
     try:
-        parser.feed(Path(path).read_bytes())
+        parser.feed(read_bytes(path))
         regions = parser.close()
     except (ElementTree.ParseError, LookupError, ValueError) as error:
         raise ValueError(f"{path}: not a usable Aperio XML ({error}); export or download it again") from error

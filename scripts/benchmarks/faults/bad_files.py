@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import hostile
+from .bad_flags import limit_memory
 from .toy import STAGES
 from .trials import Bench, Trial, differing, snapshot, stamps
 
@@ -30,6 +31,7 @@ class Kind:
 
 
 PICTURES = ("png bomb", "tiff bomb", "zip bomb", "pickle", "entities")
+EVERY = ("pipe", "device")  # what any file may be in the place of
 TABLES = ("pickle", "odd rows", "deep json")
 ARCHIVES = ("pickle", "torch pickle", "zip bomb", "npy bomb", "npz pickle")
 KINDS = {
@@ -90,7 +92,7 @@ def spoilt(bench: Bench) -> Iterator[Trial]:
 def hostile_files(bench: Bench) -> Iterator[Trial]:
     """:return: trials of files, names and links that were made to do harm."""
     for name, kind in KINDS.items():
-        for how in kind.hostile:
+        for how in (*kind.hostile, *EVERY):
             harmless = dataclasses.replace(kind, optional=kind.optional or how in hostile.ODD_NUMBERS)
             yield f"{name}: {how}", functools.partial(judge, bench, harmless, hostile.CONTENTS[how])
     for how, (stage, make) in hostile.PLACES.items():
@@ -112,7 +114,7 @@ def judge(bench: Bench, kind: Kind, spoil: Callable[[Path, Path], None], folder:
         spoil(path, folder)
     out = stage.prepare(own.toy, folder)
     before, outside = snapshot(out), stamps(folder)
-    done = own.run(stage, folder)
+    done = own.run(stage, folder, harm=limit_memory)
     complaints = [f"it took {done.memory:.0f} MiB"] if done.memory > MEMORY else []
     if (folder / hostile.MARKER).exists():
         complaints.append("code in a file was run")

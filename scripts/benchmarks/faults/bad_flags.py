@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from .toy import STAGES, Stage
-from .trials import ROOT, Bench, Trial, differing, stamps, untouched
+from .trials import ROOT, Bench, Trial, differing, leftovers, stamps, untouched
 
 # Stages that between them have every program once, each at its quickest.
 PROGRAMS = ("toy", "prepare", "import", "features", "clusters", "structures", "segmenter", "segment", "training")
-PROGRAMS += ("sampling", "filter", "assembly", "export", "evaluate")
+PROGRAMS += ("sampling", "filter", "assembly", "export", "evaluate", "publish", "subset", "rival")
 HUGE = "1" + 25 * "0"  # which a flag without a limit may take: it must not end in a traceback, or without memory
 # Flag -> values that are no mistakes. Empty is the same as left out where that is the default, which is not tried.
 FINE: dict[str, set[str]] = {
@@ -68,7 +68,7 @@ def refuse(bench: Bench, stage: Stage, extra: list[str], may: bool, folder: Path
         return complaints
     if out.exists() and not stage.seed:
         complaints.append(f"{out.name} was made")
-    return [*done.refused(), *complaints, *differing(stamps(out), before, "outputs")]
+    return [*done.refused(), *complaints, *differing(stamps(out), before, "outputs"), *leftovers(folder, out)]
 
 
 def limit_memory() -> None:

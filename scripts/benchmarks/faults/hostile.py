@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -104,6 +105,17 @@ def tiff_bomb(path: Path, folder: Path) -> None:
     path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory)
 
 
+def pipe(path: Path, folder: Path) -> None:
+    """One that nobody writes to."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def endless(path: Path, folder: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
 def entities(path: Path, folder: Path) -> None:
     """Ten to the ninth laughs."""
     lines = ['<?xml version="1.0"?>', '<!DOCTYPE a [<!ENTITY e0 "ha">']
@@ -152,6 +164,8 @@ CONTENTS: dict[str, Callable[[Path, Path], None]] = {
     "entities": entities,
     "external entity": external_entity,
     "huge polygon": huge_polygon,
+    "pipe": pipe,
+    "device": endless,
     "deep json": deep_json,
     "huge json": huge_json,
     "odd rows": odd_rows,

@@ -97,6 +97,9 @@ STAGES = {
         "scripts/evaluate.py --predicted {toy}/data/MoNuSegTestData/inst_masks "
         "--truth {toy}/data/MoNuSegTestData/inst_masks --results_path {out}"
     ),
+    "publish": Stage("scripts/publish_model.py {toy}/model/ema_0.9_000004.pt {out}"),
+    "subset": Stage("scripts/experiment/subset_slides.py {toy}/data {out} --subsample 0.5 --val_share 0"),
+    "rival": Stage("scripts/experiment/rival_samples.py transfer {toy}/split --results_path {out} --count 3"),
     "summary": Stage("scripts/summarise_runs.py {out} a={toy}/model", name="out.csv"),
 }
 INPUTS = {
@@ -107,6 +110,7 @@ INPUTS = {
     "segmenter": STAGES["segmenter"],
     "model": STAGES["training"],
     "samples": STAGES["sampling"],
+    "split": STAGES["subset"],
 }
 
 

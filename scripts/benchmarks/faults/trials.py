@@ -124,7 +124,8 @@ class Bench:
         err = folder / f"{said}.err"
         pid = os.fork()
         if pid == 0:
-            become([*stage.words(self.toy, out), *extra], {**os.environ, **environment}, err, harm, stdout)
+            program, *words = [*stage.words(self.toy, out), *extra]
+            become([str(ROOT / program), *words], {**os.environ, **environment}, err, harm, stdout)
         return Running(pid, err)
 
     def run(self, stage: Stage, folder: Path, extra: Sequence[str] = (), **options) -> Done:
@@ -148,13 +149,13 @@ class Bench:
 def become(
     words: list[str], environment: dict[str, str], said: Path, harm: Callable[[], object], stdout: int | None
 ) -> NoReturn:
-    """Have this process, which was forked for it, be a program."""
+    """Have this process, which was forked for it, be a program in the trial's folder, where `said` lies."""
     os.setsid()
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # which a test's runner may have replaced
     err = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     out = os.open(said.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if stdout is None else stdout
     harm()
-    run(words, str(ROOT), environment, [os.open(os.devnull, os.O_RDONLY), out, err])
+    run(words, str(said.parent), environment, [os.open(os.devnull, os.O_RDONLY), out, err])
 
 
 def orphans(before: set[int], seconds: float = 10) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ....cell_classes import MOST, CellClass, named
-from ....files import nfc, parse_json
+from ....files import nfc, parse_json, read_bytes
 from ....image_files import EXTENSIONS, read_image
 from ..fields import DataSet, Field, Labelled, safe
 from .opening import Tree
@@ -34,7 +34,7 @@ def find_coco(tree: Tree) -> DataSet | None:
 
 def _parsed(path: Path) -> dict[str, list[dict]] | None:
     """A file's lists; None where it is of another kind."""
-    data = path.read_bytes()
+    data = read_bytes(path)
     if not any(f'"{key}"'.encode() in data for key in _KEYS[1:]):
         return None
     try:
