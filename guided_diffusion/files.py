@@ -139,20 +139,28 @@ def check_path(path: str) -> None:
         raise ValueError(f"{_UNWRITABLE.sub(_shown, path)}: a name that {what} fits no manifest: rename it")
 
 
-def check_place(path: str) -> None:
-    """:raises ValueError: where a folder to write to cannot be made at the path."""
-    if not path:
-        raise ValueError("--results_path is empty: give the folder to write to")
-    if "://" in path:
-        raise ValueError(f"--results_path {path} is a URL: give a local folder")
-    check_path(path)
-    nearest = Path(path)
+def check_place(path: str | Path, flag: str = "--results_path") -> None:
+    """:raises ValueError: where a folder to write to cannot be made at the path, which was given by a flag."""
+    if not str(path):
+        raise ValueError(f"{flag} is empty: give the folder to write to")
+    if is_remote(path):
+        raise ValueError(f"{flag} {path} is a URL: give a local folder")
+    check_path(str(path))
+    missing, nearest = None, Path(path)
     while not os.path.lexists(nearest) and nearest != nearest.parent:
-        nearest = nearest.parent
+        missing, nearest = nearest, nearest.parent
     if not nearest.is_dir():
-        raise ValueError(f"--results_path {path}: {nearest} is a file; give a folder")
-    if not os.access(nearest, os.W_OK):
-        raise ValueError(f"--results_path {path}: {nearest} cannot be written to; give another folder")
+        raise ValueError(f"{flag} {path}: {nearest} is a file, or a link that leads nowhere: give a folder")
+    try:
+        if not os.access(nearest, os.W_OK):
+            raise PermissionError
+        if missing:  # the mode does not tell of all that may stand against it
+            os.mkdir(missing)
+            os.rmdir(missing)
+    except FileExistsError:
+        pass  # another run has made it meanwhile
+    except OSError:
+        raise ValueError(f"{flag} {path}: {nearest} cannot be written to; give another folder") from None
 
 
 def _shown(match: re.Match) -> str:
@@ -257,8 +265,7 @@ def check_apart(out: Path, inputs: Sequence[Path], replaced: Path, flag: str = "
     :param flag: what `out` was given by.
     :raises ValueError: naming the two.
     """
-    if os.path.lexists(out) and not out.is_dir():
-        raise ValueError(f"{flag} {out} is a file, or a link that leads nowhere: give a folder")
+    check_place(out, flag)
     for folder in inputs:
         if out.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{flag} {out} lies in the input {folder}: give a folder outside")

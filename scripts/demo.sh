@@ -28,7 +28,7 @@ fresh() {
     if [[ -e $1 && ! -e $1/.demo && -n $(ls -A "$1") ]]; then
         die "$1 is there but not by this script: move it away, or set DEMO_DIR to another folder"
     fi
-    mkdir -p "$1"
+    make_folder "$1" DEMO_DIR
     touch "$1/.demo"
     find "$1" -mindepth 1 ! -name .demo -delete
 }

@@ -27,7 +27,7 @@ import numpy as np
 from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.bridge import load_backbone
 from guided_diffusion.devices import PRECISIONS, UNSCALED, find_device
-from guided_diffusion.files import claimed, nfc, write_json, writing
+from guided_diffusion.files import check_place, claimed, nfc, write_json, writing
 from guided_diffusion.histology.evaluation import image_metrics, instance_metrics, mask_folders, runs
 from guided_diffusion.histology.evaluation import report as evaluation_report
 from guided_diffusion.histology.evaluation.evaluator import (
@@ -142,8 +142,7 @@ def check(args: argparse.Namespace) -> list[str]:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
     if not 0 <= args.adapt <= 1:
         raise ValueError(f"--adapt {args.adapt} must be between 0 and 1")
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--results_path {args.out} is a file: give a folder")
+    check_place(args.out)
     return metrics
 
 

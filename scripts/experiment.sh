@@ -23,6 +23,7 @@ NPROC=${NPROC:-1}
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 
 need 2 "bash scripts/experiment.sh RAW OUT [CONFIG] [flags of snakemake ...]" "$@"
+need_python
 raw=$1 target=$2 config=$ROOT/scripts/experiment/experiment.conf
 shift 2
 if (($#)) && [[ $1 != -* ]]; then
@@ -31,7 +32,6 @@ if (($#)) && [[ $1 != -* ]]; then
 fi
 need_file "$config" CONFIG
 [[ -d $raw ]] || die "RAW $raw is not a folder: give the one the archives were unpacked in"
-[[ ! -e $target || -d $target ]] || die "OUT $target is a file: give a folder"
 # shellcheck source=experiment/experiment.conf
 source "$config"
 [[ -n ${GRID:-} && -n ${VARIANTS:-} ]] || die "CONFIG $config has no GRID or no VARIANTS: begin with a copy of another"
@@ -48,6 +48,8 @@ for name in PATCH TEST CLUSTER MODEL DIFFUSION SAMPLE FILTER PATCHCORE SEGMENTER
 done
 # First of all, so that what cannot be trained shows before days of training do.
 "${PYTHON:-python}" "$ROOT/scripts/experiment/plan.py" "$raw" "$target"
+check_flags image_train.py "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" --ema_rate "$EMA_RATE"
+check_flags image_sample.py "${SAMPLE_FLAGS[@]}" --s "$S"
 cp -- "$config" "$target/config"
 cells=$(grep -cE '^ *"(slides|masks|patches)-f' "$target/grid.json" || true) # one a line
 workflow experiment/experiment.smk "$raw" "$target" --test_slides --parallel "$((cells ? cells : 1))" --keep-going "$@"

@@ -13,6 +13,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 
 need 2 "bash scripts/finetune.sh DATA CHECKPOINT [LABEL ...] [-- flags of image_train.py ...]" "$@"
+need_python
 data=${1%/}
 checkpoint=$2
 shift 2
@@ -41,6 +42,11 @@ for folder in "${folders[@]}"; do
         || die "$folder has no MoNuSegTrainingData: check DATA and LABEL"
 done
 need_file "$checkpoint" checkpoint
+train_flags=(
+    "${DATA_FLAGS[@]}" "${MODEL_FLAGS[@]}" "${CONDITION_FLAGS[@]}" "${TRAIN_FLAGS[@]}" --drop_rate .2
+    --max_steps "${MAX_STEPS:-50000}"
+)
+check_flags image_train.py "${train_flags[@]}" "$@" # once, and not for each cluster
 
 runs=() failed=() code=0
 for i in "${!labels[@]}"; do
@@ -49,9 +55,8 @@ for i in "${!labels[@]}"; do
     run=$OPENAI_LOGDIR-clus${labels[i]//\//_}
     status=0
     OPENAI_LOGDIR=$run forwarding \
-        "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "${folders[i]}" "${DATA_FLAGS[@]}" \
-        "${MODEL_FLAGS[@]}" "${CONDITION_FLAGS[@]}" "${TRAIN_FLAGS[@]}" --drop_rate .2 \
-        --max_steps "${MAX_STEPS:-50000}" --init_checkpoint "$checkpoint" "$@" || status=$?
+        "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "${folders[i]}" "${train_flags[@]}" \
+        --init_checkpoint "$checkpoint" "$@" || status=$?
     if [[ -n $stopped ]] || ((status == 75)); then
         echo "stopped: the same command goes on"
         exit 75

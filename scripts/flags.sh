@@ -41,9 +41,31 @@ need() {
     done
 }
 
+# need_python: stop where there is none to launch.
+need_python() {
+    command -v -- "${PYTHON:-python}" >/dev/null \
+        || die "${PYTHON:+PYTHON=}${PYTHON:-python} is not a program: run scripts/setup.sh, or set PYTHON to one"
+}
+
 # need_file PATH WHAT: stop unless there is such a file; a URL is left to the program that reads it.
 need_file() {
     [[ $1 == *://* || -f $1 ]] || die "$2 $1 is not a file: check the path"
+}
+
+# join ITEM...: with commas between them.
+join() {
+    local IFS=,
+    echo "$*"
+}
+
+# make_folder PATH WHAT: make it, with those above it; or stop.
+make_folder() {
+    { mkdir -p -- "$1" 2>/dev/null && [[ -w $1 ]]; } || die "$2 $1 cannot be made or written to: give another folder"
+}
+
+# check_flags PROGRAM FLAG...: stop, with its one line, unless a program takes these flags.
+check_flags() {
+    "${PYTHON:-python}" "$ROOT/$1" --dry_run True "${@:2}" >/dev/null || exit $?
 }
 
 # forwarding COMMAND...: run it to its end. Signals to this shell go to it as SIGTERM, at which the programs save, and
@@ -126,7 +148,7 @@ check_structures() {
 # workflow FILE.smk RAW OUT [flags of run.py and snakemake ...]: run a workflow, in place of this shell.
 workflow() {
     local python pinned
-    python=$(command -v -- "${PYTHON:-python}") || die "PYTHON=$PYTHON is not a program: check the path"
+    python=$(command -v -- "${PYTHON:-python}")
     pinned=$(sed -n 's/^snakemake==//p' "$ROOT/requirements-workflow.txt")
     if [[ -z ${ENGINE:-} ]]; then
         ENGINE=$python

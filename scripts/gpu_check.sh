@@ -41,7 +41,7 @@ cli.run(main)'
 device=$("$python" -c "$ask") || exit 2
 read -r memory device <<<"$device"
 device="$device, $memory GiB"
-mkdir -p "$out"
+make_folder "$out" OUT
 out=$(realpath -- "$out")
 : >"$out/parts.csv"
 

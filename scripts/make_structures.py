@@ -106,7 +106,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"unknown --method {args.method}: choose one of {', '.join(METHODS)}")
     if args.size > LARGEST:
         raise ValueError(f"--size {args.size} is more than {LARGEST}: give less")
-    check_place(str(args.out))
+    check_place(args.out)
     if args.out.resolve().is_relative_to(args.data.resolve()):
         raise ValueError(f"--results_path {args.out} lies among the data of {args.data}: give another folder")
 

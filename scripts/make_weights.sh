@@ -12,6 +12,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 
 need 2 "bash scripts/make_weights.sh RAW OUT [WEIGHTS]" "$@"
+need_python
 raw=$1 out=$2 weights=${3:-$2/weights}
 every=${STEP:-1000} patience=${PATIENCE:-2} most=${MAX_STEPS:-20000}
 for number in "$every" "$patience" "$most"; do
@@ -26,7 +27,9 @@ run() {
     [[ -z $stopped ]] || exit 75
 }
 
-mkdir -p "$out"
+[[ -d $raw ]] || die "RAW $raw is not a folder: give one of slides"
+((most % every == 0)) || die "MAX_STEPS=$most is no multiple of STEP=$every: there would be no last mark"
+make_folder "$out" OUT
 run scripts/prepare_monuseg.py "$raw" "$out/patches" --patch_size 128 --stride 64 --resize 64
 # The test slides, where samples take structures and colours from, and what they are held against.
 mkdir -p "$out/tests"

@@ -40,6 +40,7 @@ RECIPE=${RECIPE:-v}
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 
 need 2 "bash scripts/pipeline.sh RAW OUT [--toy] [flags of snakemake ...]" "$@"
+need_python
 raw=$1 out=$2
 [[ -n $toy || -d $raw ]] || die "RAW $raw is not a folder: give the one the archives were unpacked in"
 
@@ -82,6 +83,17 @@ if [[ -n $toy ]]; then
 fi
 SDM_TRAIN_FLAGS+="--ema_rate $EMA_RATE"
 [[ -z ${CLASSES:-} ]] || SDM_MODEL_FLAGS+=" --class_cond True --num_classes $CLASSES"
+[[ $EMA_RATE =~ ^0?\.[0-9]+$ ]] || die "EMA_RATE=$EMA_RATE is not one rate between 0 and 1, such as 0.9999"
+[[ $RATIO == all || $RATIO =~ ^[0-9]*\.?[0-9]+$ && $RATIO =~ [1-9] ]] \
+    || die "RATIO=$RATIO: give a number above 0, such as 1 or 0.5, or all"
+read -ra flags_of_model <<<"$SDM_MODEL_FLAGS"
+read -ra flags_of_training <<<"$SDM_TRAIN_FLAGS"
+read -ra s_values <<<"$S_VALUES"
+check_flags image_train.py "${MODEL_FLAGS[@]}" "${CONDITION_FLAGS[@]}" "${TRAIN_FLAGS[@]}" "${flags_of_model[@]}" \
+    "${flags_of_training[@]}"
+check_flags image_sample.py "${MODEL_FLAGS[@]}" "${CONDITION_FLAGS[@]}" "${SAMPLE_FLAGS[@]}" "${flags_of_model[@]}" \
+    --s "$(join "${s_values[@]}")"
+
 if [[ -n $toy && ! -d $raw && ! " ${flags[*]} " =~ \ (-n|--dry-?run)\  ]]; then
     # Aside, since half a RAW would pass for a whole one; what a kill left of it is drawn over.
     "${PYTHON:-python}" "$ROOT/scripts/make_toy_monuseg.py" "$raw.part"

@@ -29,7 +29,7 @@ import numpy as np
 
 from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.cell_classes import CellClass
-from guided_diffusion.files import claimed, read_json, write_text
+from guided_diffusion.files import check_place, claimed, read_json, write_text
 from guided_diffusion.histology.slides import annotations, aperio, patches, scales
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, Slide
 from guided_diffusion.processes import each
@@ -217,8 +217,7 @@ def write_patches(
 
 def check_out(raw: Path, out: Path, slides: Iterable[Slide]) -> None:
     """Refuse an OUT that is a file, or where patches would lie among the raw data."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"OUT: {out} is a file; give a folder")
+    check_place(out, "OUT")
     if out.resolve() == raw.resolve():
         raise ValueError(f"OUT: {out} is RAW itself; choose another folder")
     splits = [(out / split).resolve() for split in (TRAIN_SPLIT, TEST_SPLIT)]

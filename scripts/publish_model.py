@@ -22,7 +22,7 @@ import torch as th
 
 from guided_diffusion import checkpoint, cli
 from guided_diffusion.cards import NAME as CARD
-from guided_diffusion.files import replace_folder, write_json, write_text
+from guided_diffusion.files import check_place, read_bytes, replace_folder, write_json, write_text
 from guided_diffusion.trained_flags import CONFIG_NAME, load_config
 
 SUMS = "SHA256SUMS"
@@ -35,12 +35,13 @@ def main(argv: list[str] | None = None) -> None:
     card = args.checkpoint.parent / CARD
     if config is None or not card.is_file():
         raise FileNotFoundError(f"CHECKPOINT {args.checkpoint}: beside it there must be {CONFIG_NAME} and {CARD}")
+    check_place(args.out, "OUT")
     if args.out.exists() and not (args.out / SUMS).is_file():
         raise ValueError(f"OUT {args.out} is there, and no folder of this program: choose another or remove it")
     weights = halved(checkpoint.load(str(args.checkpoint)), str(args.checkpoint))
     text = card.read_text(encoding="utf-8")
     if args.figures:
-        text += "\n" + args.figures.read_text(encoding="utf-8")
+        text += "\n" + appended(args.figures)
 
     def fill(folder: Path) -> None:
         checkpoint.save(weights, str(folder), args.checkpoint.name)
@@ -60,6 +61,14 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     parser.add_argument("--figures", type=Path, help="Markdown for the card's end")
     return parser
+
+
+def appended(path: Path) -> str:
+    """:return: what a text file holds. :raises ValueError: where it is none."""
+    try:
+        return read_bytes(path).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--figures {path} is no text file ({error}): give Markdown") from None
 
 
 def halved(state: Mapping[str, Any], path: str) -> dict[str, th.Tensor]:

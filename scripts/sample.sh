@@ -11,6 +11,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 
 need 3 "bash scripts/sample.sh DATA MODEL_DIR OUT_DIR [flags of image_sample.py ...]" "$@"
+need_python
 data=$1 model_dir=${2%/} out_dir=$3
 shift 3
 read -ra iterations <<<"${ITERATIONS:-030000 040000 050000}"
@@ -28,12 +29,6 @@ for iteration in "${iterations[@]}"; do
     need_file "$checkpoint" checkpoint
     checkpoints+=("$checkpoint")
 done
-
-# join ITEM...: with commas between them.
-join() {
-    local IFS=,
-    echo "$*"
-}
 
 exec "${LAUNCH[@]}" "$ROOT/image_sample.py" --data_dir "$data" "${DATA_FLAGS[@]}" \
     "${MODEL_FLAGS[@]}" "${CONDITION_FLAGS[@]}" "${SAMPLE_FLAGS[@]}" \

@@ -8,6 +8,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 
 need 3 "bash scripts/sample_single.sh DATA CHECKPOINT OUT_DIR [flags of image_sample.py ...]" "$@"
+need_python
 data=$1 checkpoint=$2 out_dir=$3
 shift 3
 

@@ -26,7 +26,7 @@ from PIL import Image
 from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.devices import find_device
-from guided_diffusion.files import claimed, write_json, writing
+from guided_diffusion.files import check_place, claimed, write_json, writing
 from guided_diffusion.histology.evaluation import class_metrics, instance_metrics
 from guided_diffusion.histology.evaluation.class_metrics import ClassTally
 from guided_diffusion.histology.evaluation.instance_metrics import Tally
@@ -103,8 +103,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def check_out(args: argparse.Namespace, classes: Sequence[CellClass]) -> None:
     """:raises ValueError: where the folder is none, input would be overwritten, or what is there contradicts it."""
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--results_path {args.out} is a file: give a folder")
+    check_place(args.out)
     folders = ("inst_masks", "overlays", cell_classes.FOLDER)
     written = {args.out.resolve(), *((args.out / name).resolve() for name in folders)}
     for name, folder in (("IMAGES", args.images), ("--truth", args.truth)):

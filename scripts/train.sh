@@ -9,6 +9,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 
 need 1 "bash scripts/train.sh DATA [flags of image_train.py ...]" "$@"
+need_python
 data=$1
 shift
 

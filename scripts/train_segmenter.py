@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from guided_diffusion import cell_classes, cli, magnification, progress
 from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.devices import UNSCALED, find_device
-from guided_diffusion.files import claimed, read_json, write_json
+from guided_diffusion.files import check_place, claimed, read_json, write_json
 from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.data import Pair
 from guided_diffusion.histology.segmenter.decoding import FILE
@@ -192,8 +192,7 @@ def config_of(
 
 def check_out(out: Path, config: dict[str, Any]) -> None:
     """:raises ValueError: where the folder is none, lies in the data, or belongs to another run."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--results_path {out} is a file: give a folder")
+    check_place(out)
     if out.resolve() == Path(config["data"]):
         raise ValueError(f"--results_path {out} is DATA itself: give another folder")
     path = out / CONFIG

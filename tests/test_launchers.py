@@ -70,7 +70,9 @@ class Run:
 
     @property
     def trainings(self) -> list[Call]:
-        return [call for call in self.calls if str(ROOT / "image_train.py") in call.argv]
+        """But for those that check flags alone."""
+        program, trial = str(ROOT / "image_train.py"), ["--dry_run", "True"]
+        return [call for call in self.calls if program in call.argv and call.argv[1:3] != trial]
 
 
 Launch = Callable[..., Run]
@@ -196,7 +198,7 @@ def test_a_recipe_is_of_training_and_sampling_alike(launch, words, program):
 # ---- how the programs are started ----
 
 
-def test_train_starts_one_process_or_several(launch):
+def test_train_starts_one_process_or_several(launch, tmp_path):
     (alone,) = launch("train.sh", "data", "--lr", "3e-4", "--dry_run", "True").calls
     assert alone.program == "python"
     assert alone.argv[:3] == [str(ROOT / "image_train.py"), "--data_dir", "data"]
@@ -204,8 +206,10 @@ def test_train_starts_one_process_or_several(launch):
     (several,) = launch("train.sh", "data", "--lr", "3e-4", "--dry_run", "True", NPROC="8").calls
     assert several.program == "mpiexec"
     assert several.argv == ["-n", "8", "python", *alone.argv]
-    (chosen,) = launch("train.sh", "data", NPROC="2", PYTHON="other", MPIEXEC="mpiexec -v").calls
-    assert chosen.argv[:4] == ["-v", "-n", "2", "other"]
+    other = str(tmp_path / "other")
+    write_stub(tmp_path / "other")
+    (chosen,) = launch("train.sh", "data", NPROC="2", PYTHON=other, MPIEXEC="mpiexec -v").calls
+    assert chosen.argv[:4] == ["-v", "-n", "2", other]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +275,24 @@ def test_mistaken_environment(launch):
     assert_stopped(launch("train.sh", "data", NPROC="0"), "NPROC=0")
     assert_stopped(launch("train.sh", "data", RECIPE="x"), "RECIPE=x is neither reference nor v")
     assert_stopped(launch("train.sh", "data", NPROC="2", MPIEXEC="no-such-launcher"), "no-such-launcher")
+    for script in ("train.sh data", "finetune.sh data m.pt", "sample.sh data m out", "sample_single.sh data m.pt out"):
+        assert_stopped(launch(*script.split(), PYTHON="no-such-python"), "PYTHON=no-such-python is not a program")
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "make_weights.sh slides {}", "gpu_check.sh data {}"])
+def test_a_folder_that_cannot_be_made(launch, tmp_path, script):
+    (tmp_path / "here" / "slides").mkdir()
+    run = launch(*script.format("/proc/new").split(), DEMO_DIR="/proc/new")
+    assert run.code == 2 and run.err[-1] == "error: " + run.err[-1].removeprefix("error: ")
+    assert "/proc/new" in run.err[-1] and len(run.err) == 1
+
+
+def test_mistakes_with_weights(launch, tmp_path):
+    assert_stopped(launch("make_weights.sh", "none", "out"), "RAW none is not a folder")
+    (tmp_path / "here" / "slides").mkdir()
+    assert_stopped(launch("make_weights.sh", "slides", "out", STEP="many"), "not many")
+    assert_stopped(launch("make_weights.sh", "slides", "out", MAX_STEPS="5", STEP="10"), "MAX_STEPS=5 is no multiple")
+    assert not (tmp_path / "here" / "out").exists()
 
 
 # ---- fine-tuning ----
@@ -332,7 +354,7 @@ def test_finetune_goes_on_after_a_failure_and_fails_at_its_end(launch, clusters)
 
 # Saves at SIGTERM, as image_train.py does, and ends well.
 SAVES = """#!/usr/bin/env bash
-case $1 in *image_train.py | *make_toy*) ;; *) exit 0 ;; esac
+case "$1 $2" in *--dry_run) exit 0 ;; *image_train.py* | *make_toy*) ;; *) exit 0 ;; esac
 trap 'sleep .5; echo saved >>"$RECORD.saved"; exit 0' TERM
 echo begun >>"$RECORD.saved"
 for ((i = 0; i < 100; i++)); do sleep .1; done
@@ -370,7 +392,7 @@ def test_a_signal_to_a_launcher_stops_its_program_which_saves(clusters, repo, tm
 
 
 def test_finetune_ends_where_its_training_was_stopped(launch, clusters, tmp_path):
-    write_stub(tmp_path / "stubs" / "python", "#!/bin/sh\nexit 75\n")
+    write_stub(tmp_path / "stubs" / "python", '#!/bin/sh\n[ "$2" = --dry_run ] || exit 75\n')
     run = launch("finetune.sh", "data", "model.pt")
     assert run.code == 75 and run.out == ["cluster -1 (1 of 3)", "stopped: the same command goes on"]
 

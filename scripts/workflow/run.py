@@ -59,8 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     limit = os.environ.get("TIME_LIMIT") or None
     if limit is not None and not (limit.isdecimal() and int(limit)):
         raise ValueError(f"TIME_LIMIT={limit} is not a number of seconds")
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"OUT {args.out} is a file: give a folder")
+    files.check_place(args.out, "OUT")
     names = {flag.partition("=")[0] for flag in flags}
     slides = find_slides(args.raw) if args.raw.exists() else []
     if args.test_slides and not any(slide.split == TEST_SPLIT for slide in slides):

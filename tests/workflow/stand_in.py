@@ -20,6 +20,8 @@ def main() -> None:
     if sys.argv[1] == "-c":
         sys.exit(1)  # it has no Snakemake
     program, arguments = Path(sys.argv[1]).stem, sys.argv[2:]
+    if arguments[:1] == ["--dry_run"]:
+        return
     with open(os.environ["RECORD"], "a") as record:
         record.write(f"{program} {' '.join(arguments)}\n")
     failing, _, words = os.environ.get("FAIL", "").partition(" ")

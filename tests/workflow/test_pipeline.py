@@ -308,10 +308,30 @@ def test_slides_that_were_not_drawn_to_the_end_are_drawn_again(toy, tmp_path):
         ({"CLASSES": "many"}, "CLASSES=many is not a number of classes"),
         ({"NUM_SAMPLES": "few"}, "NUM_SAMPLES=few is not a number of samples"),
         ({"PYTHON": "nowhere/python"}, "PYTHON=nowhere/python is not a program"),
+        ({"RATIO": "half"}, "RATIO=half: give a number above 0, such as 1 or 0.5, or all"),
+        ({"RATIO": "0.0"}, "RATIO=0.0: give a number above 0"),
     ],
 )
 def test_mistakes(toy, tmp_path, raw, environment, message):
     code, text = toy.run(raw, "out", **environment)
+    assert code == 2 and message in text and text.count("\n") == 1, text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"LR": "fast"}, "--lr"),
+        ({"BATCH_SIZE": "0"}, "--batch_size 0 must be at least 1"),
+        ({"S_VALUES": "1.3 a"}, "--s 1.3,a does not parse"),
+        ({"SAMPLER": "new"}, "unknown --sampler new: choose one of ddpm"),
+        ({"NUM_STEPS": "2000"}, "--num_steps 2000 is out of range"),
+        ({"IMAGE_SIZE": "17"}, "--image_size"),
+    ],
+)
+def test_mistakes_that_programs_see(toy, tmp_path, quick, raw, environment, message):
+    """Not when their stage comes, but before the first."""
+    code, text = toy.run(raw, "out", PYTHON=str(quick), **environment)
     assert code == 2 and message in text and text.count("\n") == 1, text
     assert not (tmp_path / "out").exists()
 
@@ -323,7 +343,9 @@ def test_mistaken_places(toy, tmp_path, raw):
         ([raw], "usage: bash scripts/pipeline.sh RAW OUT"),
         (["none", "out"], "RAW none is not a folder"),
         (["empty", "out"], "empty"),
-        ([raw, "file"], "OUT file is a file"),
+        ([raw, "file"], "OUT file: file is a file, or a link"),
+        ([raw, "/proc/new/out"], "OUT /proc/new/out: /proc cannot be written to"),
+        ([raw, "file/out"], "OUT file/out: file is a file"),
     ):
         process = toy.start(*arguments)
         text = process.communicate(timeout=60)[0]
