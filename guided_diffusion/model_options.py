@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .options import Options, flag
+from .options import COUNT, SIZE, Options, flag
 from .schedules import NOISE_SCHEDULES
 from .spade import HIDDEN_CHANNELS
 
@@ -13,14 +13,14 @@ LOSS_WEIGHTS = ("none", "min_snr")
 class ModelOptions(Options):
     """The U-Net, without what its condition decides (see ConditionSpec)."""
 
-    image_size: int = flag(64, "height and width of the images, in pixels", within="[1, inf)")
-    num_channels: int = flag(128, "channels of the first level", within="[1, inf)")
-    num_res_blocks: int = flag(2, "residual blocks a level", within="[1, inf)")
+    image_size: int = flag(64, "height and width of the images, in pixels", within=SIZE)
+    num_channels: int = flag(128, "channels of the first level", within=SIZE)
+    num_res_blocks: int = flag(2, "residual blocks a level", within="[1, 1000]")
     channel_mult: str = flag(
         "",
         "multiples of --num_channels, one a level, such as 1,1,2,3,4; empty: by --image_size, for 64, 128, 256 and 512",
     )
-    num_heads: int = flag(4, "attention heads, where --num_head_channels is -1", within="[1, inf)")
+    num_heads: int = flag(4, "attention heads, where --num_head_channels is -1", within=SIZE)
     num_heads_upsample: int = flag(-1, "the same in the decoder; -1: as --num_heads")
     num_head_channels: int = flag(-1, "channels of an attention head; -1: by --num_heads")
     attention_resolutions: str = flag("16,8", "heights of the feature maps that get attention, in pixels")
@@ -37,7 +37,7 @@ class ModelOptions(Options):
     spade_channels: int = flag(
         HIDDEN_CHANNELS,
         "channels of the hidden layers by which the decoder sees the condition; fewer are cheaper",
-        within="[1, inf)",
+        within=SIZE,
         ours=True,
     )
 
@@ -59,7 +59,7 @@ class DiffusionOptions(Options):
     """
 
     learn_sigma: bool = flag(False, "the model predicts the reverse process's variance, too")
-    diffusion_steps: int = flag(1000, "steps of the process that the model is trained on", within="[1, inf)")
+    diffusion_steps: int = flag(1000, "steps of the process that the model is trained on", within=COUNT)
     noise_schedule: str = flag("linear", "how noise grows over the steps", choices=NOISE_SCHEDULES)
     timestep_respacing: str = flag("", "how many of the steps to keep: 250, 10,15,20 for sections, ddim25; empty: all")
     use_kl: bool = flag(False, "train on the variational bound rather than the squared error")

@@ -34,6 +34,13 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# Ranges that several flags share. What takes memory has an end, for beyond it a program does not fail, but hangs.
+SIZE = "[1, 65536]"  # of a batch, or of a layer
+WORKERS = "[0, 1024]"
+SOME_WORKERS = "[1, 1024]"
+COUNT = "[1, 1000000]"  # of what is listed before it is made
+
+
 class Options:
     """
     The base of dataclasses whose fields are flags; making one checks ranges and choices.
@@ -63,6 +70,17 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
         raise ValueError(f"unknown --{field.name} {value}: choose one of {', '.join(filter(None, choices))}")
     if within and not contains(within, value):
         raise ValueError(f"--{field.name} {value} must {in_words(within)}")
+
+
+def check_ranges(flags: Mapping[str, Any], **within: str) -> None:
+    """
+    :param flags: flag -> value; None is in any range.
+    :param within: flag -> the interval that its value must lie in.
+    :raises ValueError: naming the first that does not.
+    """
+    for name, interval in within.items():
+        if flags[name] is not None and not contains(interval, flags[name]):
+            raise ValueError(f"--{name} {flags[name]} must {in_words(interval)}")
 
 
 def _bounds(within: str) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .devices import PRECISIONS
 from .images import LAYOUTS
-from .options import Options, flag
+from .options import SIZE, WORKERS, Options, flag
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class DataOptions(Options):
 class RunOptions(Options):
     """How a program runs."""
 
-    batch_size: int = flag(1, "samples at once, on each process", within="[1, inf)", changeable=True)
+    batch_size: int = flag(1, "samples at once, on each process", within=SIZE, changeable=True)
     num_workers: int = flag(
         1,
         "processes that read and prepare data; 0 does it in the main one",
-        within="[0, inf)",
+        within=WORKERS,
         changeable=True,
         ours=True,
     )

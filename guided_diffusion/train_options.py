@@ -21,7 +21,7 @@ class TrainOptions(RunOptions):
         0,
         "samples a step on all processes together, a multiple of their number, so that a run is the same on any; 0: "
         "--batch_size on each",
-        within="[0, inf)",
+        within="[0, 65536]",
         changeable=True,
         ours=True,
     )
@@ -107,7 +107,7 @@ class TrainOptions(RunOptions):
     preview_samples: int = flag(
         4,
         "held-out and training conditions, each, that are sampled at each checkpoint",
-        within="[0, inf)",
+        within="[0, 1000]",
         changeable=True,
         ours=True,
     )

@@ -48,7 +48,7 @@ from guided_diffusion.histology.features.clustering import (
 from guided_diffusion.histology.features.embeddings import Features, load_features
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from guided_diffusion.image_files import read_image
-from guided_diffusion.options import str2bool
+from guided_diffusion.options import COUNT, check_ranges, str2bool
 
 LARGE = 0.4  # of the training patches
 OWN_FILES = ("clusters.csv", "scores.json", "clusters.png")
@@ -122,8 +122,7 @@ def check(args: argparse.Namespace) -> tuple[Options | None, list[int]]:
     options = None if by_slide else Options(cluster=args.cluster, **{name: getattr(args, name) for name in names})
     if not by_slide and args.features is None:
         raise ValueError(f"--cluster {args.cluster} needs --features: make them with scripts/extract_features.py")
-    if args.trials < 1:
-        raise ValueError(f"--trials {args.trials} must be at least 1")
+    check_ranges(vars(args), trials=COUNT)
     if not 0 <= args.seed < 2**32 - args.trials:
         raise ValueError(f"--seed {args.seed} is out of range: give 0 to {2**32 - args.trials - 1}")
     if args.out_name in (".", "..", TRAIN_SPLIT, TEST_SPLIT) or "/" in args.out_name:

@@ -45,6 +45,7 @@ from guided_diffusion.histology.segmenter.net import ADAPT
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT
 from guided_diffusion.image_files import read_image, read_inst_mask, read_mask
 from guided_diffusion.images import REAL, Item, list_items
+from guided_diffusion.options import SIZE, check_ranges
 from guided_diffusion.slides import slides_of, without_number
 from guided_diffusion.windows import tiles
 
@@ -137,11 +138,7 @@ def check(args: argparse.Namespace) -> list[str]:
         metrics.remove("structure")
     if args.precision not in UNSCALED:
         raise ValueError(f"unknown --precision {args.precision}: choose one of {', '.join(UNSCALED)}")
-    for name, least in (("batch_size", 1), ("limit", 0), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
-    if not 0 <= args.adapt <= 1:
-        raise ValueError(f"--adapt {args.adapt} must be between 0 and 1")
+    check_ranges(vars(args), batch_size=SIZE, limit="[0, inf)", seed="[0, inf)", adapt="[0, 1]")
     check_place(args.out)
     return metrics
 

@@ -44,6 +44,7 @@ from guided_diffusion.histology.formats.writers.webdataset import Shards, WebDat
 from guided_diffusion.histology.formats.writers.writer import Record, Writer
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 from guided_diffusion.image_files import EXTENSIONS
+from guided_diffusion.options import SOME_WORKERS, check_ranges
 from guided_diffusion.processes import each
 from guided_diffusion.results import RUN
 
@@ -52,8 +53,7 @@ FIRST_FIELDS = ("file", "split", "source", "slide", "nuclei")
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    if args.num_workers < 1:
-        raise ValueError(f"--num_workers {args.num_workers} must be at least 1")
+    check_ranges(vars(args), num_workers=SOME_WORKERS)
     if args.window is not None and args.format != "hovernet":
         raise ValueError(f"--window {args.window} is for --format hovernet: leave it out")
     check_apart(args.out, [args.set], args.out, "OUT")

@@ -41,14 +41,13 @@ from guided_diffusion.histology.features.embeddings import (
     same_slide_share,
     save_features,
 )
+from guided_diffusion.options import SIZE, WORKERS, check_ranges
 from guided_diffusion.slides import slides_of
 
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    for name, least in (("batch_size", 1), ("num_workers", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+    check_ranges(vars(args), batch_size=SIZE, num_workers=WORKERS)
     check_out(args.out)
     files = find_images(args.dirs)
     root = data_root(files, args.root)

@@ -52,7 +52,7 @@ from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmen
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
 from guided_diffusion.image_files import EXTENSIONS, check_image, read_image, read_inst_mask
 from guided_diffusion.images import check_complete
-from guided_diffusion.options import str2bool
+from guided_diffusion.options import SIZE, check_ranges, str2bool
 from guided_diffusion.slides import slides_of
 from guided_diffusion.windows import tiles
 
@@ -160,16 +160,9 @@ def check_flags(args: argparse.Namespace) -> tuple[float, float]:
         raise ValueError(
             f"--mode {args.mode} with --top_n {args.top_n}: give --top_n N with --mode top_n, and only there"
         )
-    for name in ("batch_size", "max_bank", "top_n"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
-    for name in ("fraction", "tau", "quantile"):
-        if not 0 < getattr(args, name) <= 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be above 0 and at most 1")
-    if not 0 < args.held_out < 1:
-        raise ValueError(f"--val_share {args.held_out} must be between 0 and 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed} must not be negative")
+    check_ranges(vars(args), batch_size=SIZE, max_bank="[1, inf)", top_n="[1, inf)", seed="[0, inf)")
+    check_ranges(vars(args), fraction="(0, 1]", tau="(0, 1]", quantile="(0, 1]")
+    check_ranges({"val_share": args.held_out}, val_share="(0, 1)")
     patchcore.check_windows(args.neighbourhood, args.stride)
     if (args.mode == "useful") != (args.model_path is not None):
         raise ValueError(f"--mode {args.mode} with --model_path {args.model_path}: give it with useful, and only there")

@@ -26,6 +26,7 @@ from guided_diffusion.histology.formats import data_sets, raw_layout
 from guided_diffusion.histology.formats.fields import ALLOWED, TEST, TRAIN, DataSet
 from guided_diffusion.histology.formats.raw_layout import Written
 from guided_diffusion.histology.formats.readers.folders import ANNOTATORS
+from guided_diffusion.options import SOME_WORKERS, check_ranges
 from guided_diffusion.processes import each
 
 RECORD = "import.json"  # in OUT, which is replaced by another import only
@@ -85,8 +86,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace, allowed: list[str]) -> None:
     """:raises ValueError: where a flag is out of range, or OUT is not for this program to write to."""
-    if args.num_workers < 1:
-        raise ValueError(f"--num_workers {args.num_workers} must be at least 1")
+    check_ranges(vars(args), num_workers=SOME_WORKERS)
     if args.mpp is not None:
         magnification.check(args.mpp, "--mpp is")
     for what in allowed:

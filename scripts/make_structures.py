@@ -38,6 +38,7 @@ from guided_diffusion.histology.structures.layouts import joined, perturb, recom
 from guided_diffusion.histology.structures.picture import SHOWN, draw_structures
 from guided_diffusion.image_files import read_inst_mask, read_mask
 from guided_diffusion.images import STRUCTURES, Item, list_items
+from guided_diffusion.options import COUNT, SOME_WORKERS, check_ranges
 from guided_diffusion.processes import each
 from guided_diffusion.slides import write_table
 
@@ -99,13 +100,9 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """:raises ValueError: where a flag is out of range, or MASKS lies among the data."""
-    for name, least in (("count", 1), ("size", 1), ("seed", 0), ("num_workers", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+    check_ranges(vars(args), count=COUNT, size=f"[1, {LARGEST}]", seed="[0, inf)", num_workers=SOME_WORKERS)
     if args.method not in METHODS:
         raise ValueError(f"unknown --method {args.method}: choose one of {', '.join(METHODS)}")
-    if args.size > LARGEST:
-        raise ValueError(f"--size {args.size} is more than {LARGEST}: give less")
     check_place(args.out)
     if args.out.resolve().is_relative_to(args.data.resolve()):
         raise ValueError(f"--results_path {args.out} lies among the data of {args.data}: give another folder")

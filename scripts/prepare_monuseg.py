@@ -32,6 +32,7 @@ from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.files import check_place, claimed, read_json, write_text
 from guided_diffusion.histology.slides import annotations, aperio, patches, scales
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, Slide
+from guided_diffusion.options import SIZE, SOME_WORKERS, check_ranges
 from guided_diffusion.processes import each
 from guided_diffusion.slides import MANIFEST
 
@@ -57,10 +58,7 @@ class Findings(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    if args.num_workers < 1:
-        raise ValueError(f"--num_workers is {args.num_workers}; give at least 1")
-    if args.resize is not None and args.resize < 1:
-        raise ValueError(f"--resize is {args.resize}; give a side of at least 1 px, or leave it out")
+    check_ranges(vars(args), num_workers=SOME_WORKERS, resize=SIZE)
     if args.mpp is not None:
         magnification.check(args.mpp, "--mpp is")
     patches.mirror_margins(args.patch_size, args.stride, args.mode)

@@ -34,7 +34,7 @@ from guided_diffusion.histology.segmenter import data as segmenter_data
 from guided_diffusion.histology.segmenter.decoding import Segmenter, load_segmenter, outlined
 from guided_diffusion.histology.segmenter.net import ADAPT
 from guided_diffusion.image_files import EXTENSIONS, read_image
-from guided_diffusion.options import str2bool
+from guided_diffusion.options import check_ranges, str2bool
 from guided_diffusion.slides import slides_of
 
 METRICS = "metrics.json"
@@ -44,10 +44,7 @@ SHOWN = ("f1@0.5", "aji", "aji+", "pq", "dq", "sq", "dice")
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    if args.centre < 0 or args.seed < 0:
-        raise ValueError(f"--centre {args.centre} and --seed {args.seed} must be at least 0")
-    if not 0 <= args.adapt <= 1:
-        raise ValueError(f"--adapt {args.adapt} must be between 0 and 1")
+    check_ranges(vars(args), centre="[0, inf)", seed="[0, inf)", adapt="[0, 1]")
     segmenter = load_segmenter(args.model, find_device(args.device), args.flips, args.adapt)
     images = segmenter_data.files_in(args.images)
     if not images:

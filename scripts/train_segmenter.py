@@ -31,7 +31,7 @@ from guided_diffusion.histology.segmenter.decoding import FILE
 from guided_diffusion.histology.segmenter.net import ADAPT, STRIDE
 from guided_diffusion.histology.segmenter.training import CHECKPOINT, Settings, Training
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT
-from guided_diffusion.options import str2bool
+from guided_diffusion.options import WORKERS, check_ranges, str2bool
 from guided_diffusion.slides import slides_of
 
 CONFIG, RESULT = "config.json", "result.json"
@@ -134,21 +134,13 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """:raises ValueError: where a flag is out of range."""
-    least = dict(max_steps=1, batch_size=2, crop=STRIDE, seed=0, val_interval=1, patience=0, num_workers=0)
-    for name, value in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < value:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least {value}")
-    for name in ("minutes", "lr"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name} {getattr(args, name)} must be above 0")
+    check_ranges(vars(args), max_steps="[1, inf)", batch_size="[2, 65536]", crop=f"[{STRIDE}, 65536]")
+    check_ranges(vars(args), seed="[0, inf)", val_interval="[1, inf)", patience="[0, inf)", num_workers=WORKERS)
+    check_ranges(vars(args), minutes="(0, inf)", lr="(0, inf)", val_share="[0, 1)", adapt="[0, 1]")
     if args.mpp:
         magnification.check(args.mpp, "--mpp")
     if args.crop % STRIDE:
         raise ValueError(f"--crop {args.crop} must be a multiple of {STRIDE}")
-    if not 0 <= args.val_share < 1:
-        raise ValueError(f"--val_share {args.val_share} must be in [0, 1)")
-    if not 0 <= args.adapt <= 1:
-        raise ValueError(f"--adapt {args.adapt} must be between 0 and 1")
     for name in ("synthetic_first", "real_last"):
         share = getattr(args, name)
         if not 0 <= share < 1 or (share and args.minutes is not None):

@@ -468,8 +468,8 @@ MISTAKES = {
     "backbone": (nothing, ["--backbone", "vgg"], r"vgg"),
     "precision": (nothing, ["--precision", "fp8"], r"--precision fp8: choose one of fp32, bf16"),
     "device": (nothing, ["--device", "gpu"], r"--device gpu"),
-    "adapt": (nothing, ["--adapt", "-1"], r"--adapt -1.0 must be between 0 and 1"),
-    "batch": (nothing, ["--batch_size", "0"], r"--batch_size 0 must be at least 1"),
+    "adapt": (nothing, ["--adapt", "-1"], r"--adapt -1.0 must lie in"),
+    "batch": (nothing, ["--batch_size", "0"], r"--batch_size 0 must lie in"),
     "both": (nothing, ["--truth", "x", "--predicted", "x"], r"give either --data_dir and --synthetic, or"),
     "half": (nothing, ["--truth", "x"], r"--predicted with --truth"),
 }

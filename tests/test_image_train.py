@@ -496,7 +496,7 @@ def test_images_without_masks_are_none_to_validate_on(data_dir, tmp_path, split)
 
 
 MISTAKES = {
-    "no heads": (["--num_heads", "-7"], "--num_heads -7 must be at least 1"),
+    "no heads": (["--num_heads", "-7"], "--num_heads -7 must lie in"),
     "heads above": (["--num_heads_upsample", "0"], "--num_heads_upsample 0 must be -1 or at least 1"),
     "no device": (["--device", ""], "--device : give auto, cpu, cuda"),
     "no folder": (["--data_dir", "nowhere"], "--data_dir 'nowhere' is not a folder"),

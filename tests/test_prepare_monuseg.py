@@ -369,7 +369,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(raw, tmp_path, capsys, fla
         (("--stride", -1), "--stride is -1"),
         (("--mode", "odd"), "--mode is 'odd'"),
         (("--mode", "mirror", "--patch_size", 8, "--stride", 16), "--stride is 16"),
-        (("--resize", 0), "--resize is 0"),
+        (("--resize", 0), "--resize 0 must lie in"),
         (("--patch_size", 41), "41 px"),
     ],
 )
@@ -400,7 +400,7 @@ def test_bad_folders(raw, tmp_path, capsys):
     assert snapshot(tmp_path) == before
     (tmp_path / "empty").mkdir()
     assert "no slides" in refusal(capsys, tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(ValueError, match="--num_workers is 0"):
+    with pytest.raises(ValueError, match="--num_workers 0 must lie in"):
         prepare_monuseg.main([str(raw), str(tmp_path / "out"), "--num_workers", "0"])
 
 

@@ -184,7 +184,7 @@ def test_a_script_that_knows_only_the_reference_s_flags_builds():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(image_size=0), "--image_size 0 must be at least 1"),
+        (dict(image_size=0), "--image_size 0 must lie in"),
         (dict(num_res_blocks=0), "--num_res_blocks 0"),
         (dict(dropout=1.0), "--dropout 1.0"),
         (dict(diffusion_steps=0), "--diffusion_steps 0"),

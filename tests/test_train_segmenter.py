@@ -170,7 +170,7 @@ def test_too_few_slides_to_hold_one_out_are_reported(tmp_path, capsys):
         ("--minutes 0", "--minutes 0"),
         ("--minutes nan", "--minutes nan"),
         ("--crop 40", "--crop 40 must be a multiple of 16"),
-        ("--adapt 2", "--adapt 2.0 must be between 0 and 1"),
+        ("--adapt 2", "--adapt 2.0 must lie in"),
         ("--crop 48", "--crop 48 is larger than slide"),
         ("--lr -1", "--lr -1"),
         ("--batch_size 1", "--batch_size 1"),

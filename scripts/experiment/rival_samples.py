@@ -42,6 +42,7 @@ from guided_diffusion.histology.segmenter.pseudo import confident
 from guided_diffusion.histology.slides.patches import IGNORE_MASKS
 from guided_diffusion.image_files import read_image, read_inst_mask, read_mask
 from guided_diffusion.images import REAL, Item, list_images, list_items
+from guided_diffusion.options import COUNT, check_ranges
 from guided_diffusion.results import count_classes
 from guided_diffusion.stains import colour_statistics, transfer_colours
 
@@ -124,8 +125,7 @@ def check(args: argparse.Namespace) -> None:
     """:raises ValueError: where flags are out of range or do not go together, or the folders are others."""
     if args.kind not in KINDS:
         raise ValueError(f"unknown KIND {args.kind}: choose one of {', '.join(KINDS)}")
-    if args.count < 1 or args.seed < 0:
-        raise ValueError(f"--count {args.count} must be at least 1, --seed {args.seed} at least 0")
+    check_ranges(vars(args), count=COUNT, seed="[0, inf)")
     if (args.kind == "pseudo") != (args.model_path is not None):
         raise ValueError(f"{args.kind} with --model_path {args.model_path}: give it with pseudo, and only there")
     if args.slides_dir and args.kind != "pseudo":

@@ -231,7 +231,7 @@ def test_tables_of_classes_that_differ_are_refused(classed, tmp_path):
         ("pseudo split", "pseudo with --model_path None"),
         ("unseen data", "SPLIT data has no seen/"),
         ("unseen all", "SPLIT all has no unlabelled/"),
-        ("unseen split --count 0", "--count 0 must be at least 1"),
+        ("unseen split --count 0", "--count 0 must lie in"),
     ],
 )
 def test_mistakes(split, tmp_path, monkeypatch, capsys, words, message):

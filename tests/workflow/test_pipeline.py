@@ -322,7 +322,7 @@ def test_mistakes(toy, tmp_path, raw, environment, message):
     ("environment", "message"),
     [
         ({"LR": "fast"}, "--lr"),
-        ({"BATCH_SIZE": "0"}, "--batch_size 0 must be at least 1"),
+        ({"BATCH_SIZE": "0"}, "--batch_size 0 must lie in"),
         ({"S_VALUES": "1.3 a"}, "--s 1.3,a does not parse"),
         ({"SAMPLER": "new"}, "unknown --sampler new: choose one of ddpm"),
         ({"NUM_STEPS": "2000"}, "--num_steps 2000 is out of range"),
