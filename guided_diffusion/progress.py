@@ -24,7 +24,9 @@ def bar(
     :param options: tqdm's.
     """
     notebook = auto.notebook_tqdm is not std.tqdm  # whose stderr is no terminal either
-    if notebook or sys.stderr.isatty():
+    if sys.stderr is None:  # it was closed before Python began
+        options["disable"] = True
+    elif notebook or sys.stderr.isatty():
         return auto.tqdm(iterable, desc, total, **{"dynamic_ncols": True, **options})
     return _Lines(iterable, desc, total, **{**options, "mininterval": INTERVAL, "maxinterval": INTERVAL})
 
@@ -40,6 +42,7 @@ class _Lines(std.tqdm):
     def __init__(self, *args: Any, **options: Any) -> None:
         # Without a delay, tqdm draws at the start. Its smoothed rate takes no account of lines that others asked for,
         # and would be too high; the mean so far is not.
+        self._told = -1  # how much was done by the last line
         super().__init__(*args, **{**options, "delay": 1e-9, "smoothing": 0})
 
     def refresh(self, *args: Any, **options: Any) -> None:
@@ -51,6 +54,7 @@ class _Lines(std.tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if msg is None:
+            self._told = self.n
             self.fp.write(f"{self}\n")
             self.fp.flush()
         return False
@@ -61,5 +65,5 @@ class _Lines(std.tqdm):
     def close(self) -> None:
         ended, self.leave = self.leave and not self.disable, False
         super().close()
-        if ended:
+        if ended and self._told != self.n:
             self.display()

@@ -296,8 +296,8 @@ class Extractor:
 
 def fit(features: th.Tensor, parts: np.ndarray, args: argparse.Namespace) -> patchcore.Memory:
     """:param parts: [N] int64, the fold of each real patch."""
-    total = int(features.shape[0] * features.shape[1] * args.fraction)
-    with progress.bar(desc="coreset", total=min(total, args.max_bank), unit="vector") as bar:
+    total = sum(patchcore.bank_sizes(parts, features.shape[1], args.fraction, args.max_bank))
+    with progress.bar(desc="coreset", total=total, unit="vector") as bar:
         return patchcore.Memory.fit(features, parts, args.fraction, args.max_bank, args.seed, bar.update)
 
 

@@ -1,10 +1,21 @@
 """How progress looks where nobody watches."""
 
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import struct
 import subprocess
+import sys
+import termios
+from pathlib import Path
 
 import pytest
 
 from guided_diffusion import progress
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -72,3 +83,39 @@ def test_no_program_draws_bars_of_its_own():
     command = ["git", "grep", "-nE", r"\btqdm\(", "--", "*.py", ":!tests", ":!scripts/benchmarks"]
     found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     assert [line for line in found if not line.startswith("guided_diffusion/progress.py")] == []
+
+
+def test_the_end_is_said_once(clock, capsys):
+    """Where the last line fell due with the last piece of work."""
+    for _ in progress.bar(range(2), "work"):
+        clock[0] += 31
+    assert told(capsys.readouterr().err) == [1, 2]
+
+
+def test_no_stderr_no_progress(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)  # as Python has it where it was closed
+    assert list(progress.bar(range(3), "work")) == [0, 1, 2]
+
+
+def in_a_terminal(code: str, columns: int) -> str:
+    """:return: what a program shows in a terminal so wide."""
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=writer, stderr=writer, cwd=ROOT):
+        os.close(writer)
+        shown = b""
+        with contextlib.suppress(OSError):  # its end, in a terminal
+            while part := os.read(reader, 4096):
+                shown += part
+    os.close(reader)
+    return shown.decode()
+
+
+def test_a_narrow_terminal():
+    """A bar is redrawn in its line, which it never outgrows."""
+    code = "import time\nfrom guided_diffusion import progress\n"
+    code += "for _ in progress.bar(range(4), 'a long description'): time.sleep(0.15)"
+    shown = in_a_terminal(code, 30)
+    lines = [line for line in re.split(r"[\r\n]+|\x1b\[A", shown) if line]
+    assert len(lines) > 3 and "100%" in lines[-1] and max(map(len, lines)) <= 30, lines
+    assert not re.search(r"\x1b\[[\d;]*m", shown)  # no colours, with or without NO_COLOR

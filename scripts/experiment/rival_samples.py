@@ -73,9 +73,9 @@ def main(argv: list[str] | None = None) -> None:
         others = list_items(str(args.split / "others"), "monuseg", classes=True)
     else:
         others = list_images(str(args.split / "unlabelled"), "SPLIT")
-    segmenter = None
+    device, segmenter = find_device(args.device), None
     if args.kind == "pseudo":
-        segmenter = load_segmenter(args.model_path, find_device(args.device))
+        segmenter = load_segmenter(args.model_path, device)
     rows = list(plan(args, others))
     classes = classes_of(args, rows, segmenter)
     if segmenter:

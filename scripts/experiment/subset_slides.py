@@ -35,6 +35,7 @@ from guided_diffusion.histology.experiment.protocol import TRACKS
 from guided_diffusion.histology.features.cluster_folders import Patch, largest_cluster, list_patches
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT
 from guided_diffusion.magnification import pass_on
+from guided_diffusion.options import check_ranges
 from guided_diffusion.slides import MANIFEST, TABLE, hold_out, keep, write_table
 
 SEEN, HELD, OTHERS, GENERATOR = "seen", "held", "others", "generator"
@@ -123,10 +124,11 @@ def check(args: argparse.Namespace) -> None:
     """:raises ValueError: where flags are out of range or do not go together."""
     if not 0 < args.percent <= 100:
         raise ValueError(f"--subsample {args.percent / 100:g} must lie in (0, 1]")
-    if args.val_share is not None and not 0 <= args.val_share < 1:
-        raise ValueError(f"--val_share {args.val_share:g} must lie in [0, 1)")
     if args.track not in TRACKS:
         raise ValueError(f"unknown --track {args.track}: choose one of {', '.join(TRACKS)}")
+    check_ranges(vars(args), seed="[0, inf)", val_share="[0, 1)")
+    if args.cluster and args.track != "patches":
+        raise ValueError(f"--track {args.track} with --cluster {args.cluster}: give it with patches, and only there")
     if (args.track == "patches") != (args.clusters is not None):
         raise ValueError(f"--track {args.track} with --clusters {args.clusters}: give it with patches, and only there")
 

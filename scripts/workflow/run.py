@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     environment |= images_without_masks(os.environ.get("UNLABELLED", ""))
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(args.workflow.resolve())]
     command += ["--directory", str(args.out), *ENGINE]
+    command += ["--nocolor"] if os.environ.get("NO_COLOR") else []
     if not names & (REMOTE | PLACES):
         command += ["--cores", environment["SDM_ALL_CORES"]]
     if not names & REMOTE and environment["SDM_GPUS"]:

@@ -215,12 +215,11 @@ class Memory:
         :param seed: of the projection to 128 dimensions.
         """
         moments, banks = [], []
-        for part in range(parts.max() + 1):
+        for part, count in enumerate(bank_sizes(parts, features.shape[1], fraction, max_bank)):
             own = th.from_numpy(parts == part).to(features.device)
             x = features[own].flatten(0, 1)
             moments.append(Moments.of(x))
             mean, whiten = moments[-1].whitening(x)
-            count = bank_size(len(x), fraction, max_bank * int(own.sum()) // len(parts))
             chosen = greedy_coreset(projected((x - mean) @ whiten, seed), count, progress)
             banks.append(x[chosen.to(x.device)])
         return cls(moments, banks)
@@ -297,6 +296,10 @@ class PatchCore:
         return (self.bank.square().sum(1) - 2 * x @ self.bank.T).topk(count, dim=1, largest=False).indices
 
 
-def bank_size(vectors: int, fraction: float, max_bank: int) -> int:
-    """:return: how many of its vectors a bank keeps: fraction * vectors, but at least 1 and at most max_bank."""
-    return max(1, min(int(vectors * fraction), max_bank))
+def bank_sizes(parts: np.ndarray, places: int, fraction: float, max_bank: int) -> list[int]:
+    """
+    :param parts: the part of each patch, and the other parameters, see Memory.fit. :param places: vectors of a patch.
+    :return: how many of its vectors each part's bank keeps: that fraction, but at least 1 and at most its share.
+    """
+    patches = np.bincount(parts).tolist()
+    return [max(1, min(int(own * places * fraction), max_bank * own // len(parts))) for own in patches]

@@ -161,6 +161,8 @@ def test_order_and_batches_do_not_matter():
 
 
 def test_bank_sizes():
-    assert [patchcore.bank_size(*case) for case in ((1000, 0.1, 50), (1000, 0.1, 500), (3, 0.1, 9))] == [50, 100, 1]
+    parts = np.array([0, 1, 0, 0])
+    cases = ((1000, 0.1, 40), (1000, 0.1, 5000), (1, 0.1, 90))  # places of a patch, share, limit
+    assert [patchcore.bank_sizes(parts, *case) for case in cases] == [[30, 10], [300, 100], [1, 1]]
     assert [len(bank) for bank in remembered(fraction=0.1)[1].banks] == [5] * 4
     assert [len(bank) for bank in remembered(max_bank=14)[1].banks] == [3] * 4
