@@ -166,7 +166,8 @@ def parse(source: io.BytesIO | str, path: str, **options: Any) -> dict[str, Any]
     except OSError:
         raise
     except Exception as error:  # torch raises half a dozen types for a broken file
-        if "weights_only" in str(error) or "Weights only" in str(error):
+        said = "weights_only" in str(error) or "Weights only" in str(error)  # as torch also says of what is no pickle
+        if said and _beginning(source).startswith((b"\x80", b"PK")):
             reason = "holds more than tensors and would run code if it were loaded: refused"
         else:
             reason = "is truncated or no checkpoint"
@@ -174,6 +175,14 @@ def parse(source: io.BytesIO | str, path: str, **options: Any) -> dict[str, Any]
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {path} holds no state_dict; use a file that image_train.py wrote")
     return state
+
+
+def _beginning(source: io.BytesIO | str) -> bytes:
+    """:return: a file's first two bytes, as parse takes it."""
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()[:2]
+    with open(source, "rb") as file:
+        return file.read(2)
 
 
 def check_weights(model: nn.Module, path: str) -> None:

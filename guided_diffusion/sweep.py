@@ -88,6 +88,8 @@ def find_checkpoints(text: str) -> list[str]:
         paths.update(dict.fromkeys(matches))
     for path in paths:
         files.check_path(path)
+        if not files.is_file(path):
+            raise FileNotFoundError(f"--model_path {path} is not a file: check the path")
     stems = [PurePath(path).stem for path in paths]
     for stem in stems:
         if stems.count(stem) > 1:

@@ -74,13 +74,15 @@ def main(argv: list[str] | None = None) -> None:
     synthetic = name_synthetic(chosen, patches)
     check_sizes(real[0], synthetic)
 
+    filtered = said_by_filter(args.synthetic)
+
     distinct = count_distinct(chosen)
     settings = {name: getattr(args, name) for name in ("ratio", "weighted", "seed", "copy")}
     with progress.bar(desc="writing", total=len(real) + len(synthetic), unit="patch", leave=False) as bar:
 
         def fill(folder: Path) -> None:
             write_set(folder, args.real, patches, synthetic, args.copy, bar.update)
-            facts = {**describe(patches, synthetic, folder), **said_by_filter(args.synthetic), "copies": copies}
+            facts = {**describe(patches, synthetic, folder), **filtered, "copies": copies}
             write_text(folder / cards.NAME, cards.data_sheet(facts, licences(chosen)))
             made = {"settings": settings, "real": len(real), "synthetic": len(synthetic), "distinct": distinct}
             write_text(folder / RECORD, json.dumps(made, indent=1) + "\n")
@@ -143,12 +145,20 @@ def describe(patches: Sequence[Patch], synthetic: Sequence[Synthetic], folder: P
 
 
 def said_by_filter(folders: Sequence[Path]) -> dict[str, str]:
-    """:return: what the filter did, for the card, where folders are what it has kept and its report lies above them."""
+    """
+    :return: what the filter did, for the card, where folders are what it has kept and its report lies above them.
+    :raises ValueError: where a report is damaged.
+    """
     lines = []
     for folder in filter(is_kept, folders):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            report = read_json(folder.parent / "report.json")
+        path = folder.parent / "report.json"
+        try:
+            report = read_json(path)
             lines.append(f"kept {report['kept']} of {report['synthetic']} samples, AUROC {report['auroc']:.3f}")
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is not what filter_ood.py wrote: run it again, or remove it") from None
     return {"filter": "; ".join(lines) or "none"}
 
 

@@ -32,6 +32,7 @@ if (($#)) && [[ $1 != -* ]]; then
 fi
 need_file "$config" CONFIG
 [[ -d $raw ]] || die "RAW $raw is not a folder: give the one the archives were unpacked in"
+grep -q '^GRID=(' "$config" || die "CONFIG $config has no GRID: begin with a copy of another"
 # shellcheck source=experiment/experiment.conf
 source "$config"
 [[ -n ${GRID:-} && -n ${VARIANTS:-} ]] || die "CONFIG $config has no GRID or no VARIANTS: begin with a copy of another"

@@ -36,7 +36,7 @@ def parted(run: str) -> tuple[str, str]:
 def main(argv: list[str] | None = None) -> None:
     """Write the table, whole or not at all."""
     parser = cli.FlagParser(description=__doc__)
-    parser.add_argument("out", metavar="OUT.csv", help="file to write")
+    parser.add_argument("out", metavar="OUT.csv", type=Path, help="file to write")
     parser.add_argument("runs", metavar="NAME=FOLDER", nargs="*", help="a cluster and its training's folder")
     args = parser.parse_args(argv)
     rows = [row(*parted(run)) for run in args.runs]

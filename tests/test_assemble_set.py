@@ -97,6 +97,10 @@ def test_the_card_says_what_there_is(data_dir, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--evaluation .*metrics.json says nothing of copies"):
         assemble(data_dir, kept, tmp_path / "new", "--ratio", "1", "--evaluation", tmp_path / "run")
     assert not (tmp_path / "new").exists()
+    write_json(tmp_path / "filtered" / "report.json", {"kept": 8})
+    with pytest.raises(ValueError, match="report.json is not what filter_ood.py wrote: run it again"):
+        assemble(data_dir, kept, tmp_path / "other", "--ratio", "1")
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_real_files_are_the_real_files(data_dir, synthetic, tmp_path):

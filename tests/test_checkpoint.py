@@ -68,7 +68,8 @@ def test_broken_files(tmp_path):
     (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "text.pt").write_text("hello")
-    for name in ("cut.pt", "empty.pt", "text.pt"):
+    (tmp_path / "facts.json").write_text('{"settings": {}}')
+    for name in ("cut.pt", "empty.pt", "text.pt", "facts.json"):
         with pytest.raises(ValueError, match=rf"{name} is truncated or no checkpoint"):
             checkpoint.load(str(tmp_path / name))
     th.save([1, 2], tmp_path / "list.pt")

@@ -667,6 +667,10 @@ MISTAKES = {
     "both samplers": (["--sampler", "unipc", "--use_ddim", "True"], "--use_ddim True with --sampler unipc"),
     "scale": (["--s", "1.5,high"], "--s 1.5,high does not parse"),
     "scale nan": (["--s", "nan"], "--s nan does not parse"),
+    "no such model": (
+        ["--model_path", "nowhere/ema_1.pt"],
+        "--model_path nowhere/ema_1.pt is not a file: check the path",
+    ),
     "glob": (["--model_path", "nowhere/*.pt"], r"--model_path nowhere/\*.pt matches no file"),
     "interval": (["--guidance_interval", "5,1"], "--guidance_interval 5,1: .*the lower first"),
     "guide": (["--guide_path", "nowhere.pt"], "nowhere.pt is not a file"),
