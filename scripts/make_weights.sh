@@ -7,7 +7,7 @@
 # checkpoint. Every STEP (1000) steps 216 samples are made with structures and colours of RAW's test slides, and their
 # kernel distance to these is measured: OUT/marks.csv. Training ends where none of PATIENCE (2) marks in a row is 3 %
 # below the best before, or at MAX_STEPS (20000): some hours of two CPU cores; the same command goes on. The images in
-# weights/appearances, whose colours demo.sh takes, are samples of the last mark, chosen by eye.
+# weights/appearances, whose colours demo.sh takes, are samples of the last mark, chosen by eye; add their sums.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 

@@ -31,7 +31,8 @@ def model(tmp_path) -> Path:
 
 def sums_hold(folder: Path) -> bool:
     lines = (folder / publish_model.SUMS).read_text().splitlines()
-    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    found = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     del found[publish_model.SUMS]
     return {name: digest for digest, name in (line.split("  ") for line in lines)} == found
 
