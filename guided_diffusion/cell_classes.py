@@ -82,13 +82,14 @@ def write_classes(folder: Path, classes: Sequence[CellClass]) -> None:
 
 def shared(folders: Sequence[str | Path]) -> list[CellClass]:
     """
-    :return: the classes of several folders, see read_classes.
+    :return: the classes of several folders, see read_classes; in the first one's colours.
     :raises ValueError: where two have others, so that a number would mean two things.
     """
     first, *others = folders
     classes = read_classes(first)
+    named = [(one.id, one.name) for one in classes]  # colours say nothing of what they are
     for other in others:
-        if read_classes(other) != classes:
+        if [(one.id, one.name) for one in read_classes(other)] != named:
             raise ValueError(
                 f"{first} and {other} have not the same classes of cells by their {TABLE}: use one of them"
             )

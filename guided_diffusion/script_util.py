@@ -201,6 +201,8 @@ def create_gaussian_diffusion(
     """
     if steps < 1:
         raise ValueError(f"--diffusion_steps {steps} must be at least 1")
+    if predict_v and predict_xstart:
+        raise ValueError("--predict_v True with --predict_xstart True: a model predicts one of them")
     if learn_sigma:
         var_type = gd.ModelVarType.LEARNED_RANGE
     else:

@@ -1,5 +1,6 @@
 """classes.json and class masks: what is kept, and that each thing that is wrong is named."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -109,6 +110,8 @@ def test_folders_that_are_put_together_have_the_same_classes(tmp_path):
             cell_classes.write_classes(tmp_path / name, classes)
     assert cell_classes.shared([tmp_path / "a", tmp_path / "b"]) == CLASSES
     assert cell_classes.shared([tmp_path / "d"]) == []
+    cell_classes.write_classes(tmp_path / "b", [dataclasses.replace(one, colour=(1, 2, one.id)) for one in CLASSES])
+    assert cell_classes.shared([tmp_path / "a", tmp_path / "b"]) == CLASSES
     for other in "cd":
         with pytest.raises(
             ValueError, match=rf"/a and .*/{other} have not the same classes of cells by their classes.j"

@@ -273,6 +273,7 @@ FLAWS = [
     ("conic", text("patch_info.csv", f"x\n{200_000 * 'a'}-0\n"), "patch_info.csv is no table in UTF-8"),
     ("conic", text("patch_info.csv", "x\na-0\n"), "has 1 rows for 3 patches"),
     ("conic", text("patch_info.csv", "x\na-0\na-0\na-1\n"), "'a-0' is no name such as"),
+    ("conic", text("patch_info.csv", f"x\na-0\na-1\na-{5000 * '9'}\n"), "9' is no name such as"),
     ("consep", cut(TILE, 60), "train_1.mat is not a whole .mat"),
     ("consep", mat(TILE, inst_map=None), "has no inst_map"),
     ("consep", mat(TILE, inst_map=ONES / 2), "inst_map holds numbers other than whole"),

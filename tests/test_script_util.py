@@ -226,6 +226,8 @@ def test_mean_type():
     assert create_gaussian_diffusion().model_mean_type == ModelMeanType.EPSILON
     assert create_gaussian_diffusion(predict_xstart=True).model_mean_type == ModelMeanType.START_X
     assert create_gaussian_diffusion(predict_v=True).model_mean_type == ModelMeanType.VELOCITY
+    with pytest.raises(ValueError, match="a model predicts one of them"):
+        create_gaussian_diffusion(predict_v=True, predict_xstart=True)
 
 
 def test_loss_weights():

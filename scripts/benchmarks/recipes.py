@@ -47,7 +47,7 @@ from guided_diffusion import cli, logger, magnification, signals
 from guided_diffusion.data_stream import stream
 from guided_diffusion.devices import keep_memory
 from guided_diffusion.figures import save_png
-from guided_diffusion.files import leading, replace_folder, write_json, write_text, writing
+from guided_diffusion.files import leading, locked, replace_folder, write_json, write_text, writing
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.histology.features.cluster_folders import list_patches
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, find_slides
@@ -153,7 +153,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--minutes, --samples and --jobs must be above 0")
     find_slides(args.raw)  # which raises where there are none
     try:
-        work(args, names, seeds, minutes)
+        with locked(args.out, "OUT"):
+            work(args, names, seeds, minutes)
     except ProgramFailed as failed:
         line, code = failed.args
         sys.stderr.write(f"error: {line}\n")
@@ -162,7 +163,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def work(args: argparse.Namespace, names: list[str], seeds: list[int], minutes: tuple[float, ...]) -> None:
     """Train and measure what OUT lacks, and write it. :raises ProgramFailed: where a program that it runs fails."""
-    args.out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(args.out)
     done = {(row["recipe"], int(row["seed"]), float(row["minutes"])) for row in rows}
     # Seed by seed, so that what there is after each compares.

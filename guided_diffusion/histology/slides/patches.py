@@ -96,13 +96,16 @@ def parted(inst_map: np.ndarray) -> np.ndarray:
     Give each 4-connected part of an id a number of its own, as a nucleus and its mirror image need.
 
     :param inst_map: an [H x W] integer array, 0 = background.
-    :return: an array of its type: the first part of an id keeps it, others get numbers above the largest.
+    :return: an array of its type: the first part of an id keeps it, others get numbers above the largest; where its
+        type has not as many, all are numbered anew.
     """
     parts = label(inst_map, background=0, connectivity=1)
     numbers, first = np.unique(parts, return_index=True)
     ids = inst_map.reshape(-1)[first]
     again = np.ones(len(ids), bool)
     again[np.unique(ids, return_index=True)[1]] = False
+    if int(ids.max()) + int(again.sum()) > np.iinfo(inst_map.dtype).max:
+        return parts.astype(inst_map.dtype)
     ids[again] = ids.max() + 1 + np.arange(again.sum())
     return ids[np.searchsorted(numbers, parts)]
 

@@ -118,6 +118,8 @@ def test_parts_of_an_id_get_numbers_of_their_own():
             assert ndimage.label(parts == number)[1] == 1 and len(np.unique(inst_map[parts == number])) == 1
         ids = set(np.unique(inst_map))
         assert ids <= set(np.unique(parts)) and all(inst_map[parts == i].max() == i for i in ids)
+    last = np.iinfo(np.int32).max  # beyond which there are no numbers
+    assert patches.parted(np.array([[last, 0, last, 5]], np.int32)).tolist() == [[1, 0, 2, 3]]
 
 
 def saved(folder, image, inst_map, size=None, index=7):

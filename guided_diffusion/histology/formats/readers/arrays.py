@@ -125,7 +125,7 @@ def _patch_names(path: Path, count: int) -> list[str]:
     if len(names) != count:
         raise ValueError(f"{path} has {len(names)} rows for {count} patches: download both again")
     for name, times in Counter(names).items():
-        if times > 1 or not re.fullmatch(r".+-\d+", name):
+        if times > 1 or not re.fullmatch(r".+-\d{1,9}", name):
             raise ValueError(f"{path}: {name!r} is no name such as consep_1-0000, or is there twice")
     return names
 
