@@ -146,19 +146,18 @@ def check_place(path: str | Path, flag: str = "--results_path") -> None:
     if is_remote(path):
         raise ValueError(f"{flag} {path} is a URL: give a local folder")
     check_path(str(path))
-    missing, nearest = None, Path(path)
+    nearest = Path(path)
     while not os.path.lexists(nearest) and nearest != nearest.parent:
-        missing, nearest = nearest, nearest.parent
+        nearest = nearest.parent
     if not nearest.is_dir():
         raise ValueError(f"{flag} {path}: {nearest} is a file, or a link that leads nowhere: give a folder")
     try:
         if not os.access(nearest, os.W_OK):
             raise PermissionError
-        if missing:  # the mode does not tell of all that may stand against it
-            os.mkdir(missing)
-            os.rmdir(missing)
-    except FileExistsError:
-        pass  # another run has made it meanwhile
+        if nearest != Path(path):  # its mode does not tell of all that may stand against it
+            trial = nearest / f".{os.getpid()}.part"
+            os.mkdir(trial)
+            os.rmdir(trial)
     except OSError:
         raise ValueError(f"{flag} {path}: {nearest} cannot be written to; give another folder") from None
 

@@ -339,3 +339,24 @@ def test_nothing_else_reads_json():
         "failures.py",
         "files.py",
     ]  # the former reads what the engine's stages wrote
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("", "--out is empty"),
+        ("gs://bucket/out", "--out gs://bucket/out is a URL: give a local folder"),
+        ("file", "--out file: file is a file, or a link that leads nowhere: give a folder"),
+        ("gone/new", "--out gone/new: gone is a file, or a link that leads nowhere: give a folder"),
+        ("/proc/new/er", "--out /proc/new/er: /proc cannot be written to; give another folder"),
+    ],
+)
+def test_places_that_cannot_be_written_to(tmp_path, monkeypatch, path, why):
+    monkeypatch.chdir(tmp_path)
+    touched(tmp_path, "file")
+    (tmp_path / "gone").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"^{re.escape(why)}"):
+        files.check_place(path, "--out")
+    files.check_place("a/new/place", "--out")
+    files.check_place(tmp_path, "--out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "gone"]
