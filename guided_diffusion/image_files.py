@@ -72,7 +72,7 @@ def check_image(path: str | Path) -> tuple[int, int]:
     :raises FileNotFoundError, ValueError: see read_image.
     """
     with _naming(path):
-        data = _content(path)
+        data = read_bytes(path)
         if data.startswith(b"\x89PNG") and not any(mark in data for mark in _TURNED):
             with opened(data) as image:
                 wide = is_cut(image) or image.mode.startswith("I")
@@ -158,11 +158,7 @@ def _one_channel(numbers: np.ndarray) -> np.ndarray:
 
 
 def _decoded(path: str | Path) -> Decoded:
-    return decode(_content(path))
-
-
-def _content(path: str | Path) -> bytes:
-    return read_bytes(path)
+    return decode(read_bytes(path))
 
 
 @contextlib.contextmanager
