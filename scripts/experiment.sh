@@ -32,7 +32,7 @@ if (($#)) && [[ $1 != -* ]]; then
 fi
 need_file "$config" CONFIG
 [[ -d $raw ]] || die "RAW $raw is not a folder: give the one the archives were unpacked in"
-grep -q '^GRID=(' "$config" || die "CONFIG $config has no GRID: begin with a copy of another"
+grep -q '^ *GRID=(' "$config" || die "CONFIG $config has no GRID: begin with a copy of another"
 # shellcheck source=experiment/experiment.conf
 source "$config"
 [[ -n ${GRID:-} && -n ${VARIANTS:-} ]] || die "CONFIG $config has no GRID or no VARIANTS: begin with a copy of another"
@@ -47,10 +47,10 @@ for name in PATCH TEST CLUSTER MODEL DIFFUSION SAMPLE FILTER PATCHCORE SEGMENTER
     declare "SDM_${name}_FLAGS=$words"
     export "SDM_${name}_FLAGS"
 done
-# First of all, so that what cannot be trained shows before days of training do.
+# First of all, so that what cannot be trained shows before days of training do. What is missing, plan.py says.
+check_flags image_train.py "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" --ema_rate "${EMA_RATE:-0.9999}"
+check_flags image_sample.py "${SAMPLE_FLAGS[@]}" --s "${S:-1.5}"
 "${PYTHON:-python}" "$ROOT/scripts/experiment/plan.py" "$raw" "$target"
-check_flags image_train.py "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" --ema_rate "$EMA_RATE"
-check_flags image_sample.py "${SAMPLE_FLAGS[@]}" --s "$S"
 cp -- "$config" "$target/config"
 cells=$(grep -cE '^ *"(slides|masks|patches)-f' "$target/grid.json" || true) # one a line
 workflow experiment/experiment.smk "$raw" "$target" --test_slides --parallel "$((cells ? cells : 1))" --keep-going "$@"

@@ -168,10 +168,15 @@ def check_cell(cell: Path, variants: list[str]) -> None:
 def test_mistakes(slides, experiment, tmp_path):
     (tmp_path / "file").touch()
     make_toy_monuseg.main([str(tmp_path / "train"), "--train", "1", "--test", "0", "--size", "256"])
+    for name, more in (("steps", "SAMPLE_FLAGS+=(--num_steps 5000)"), ("rate", "DIFFUSION_FLAGS+=(--lr fast)")):
+        (tmp_path / f"{name}.conf").write_text(f"{CONFIG.read_text()}\n{more}\n")
     for arguments, cells, message in (
         ([slides], "", "usage: bash scripts/experiment.sh RAW OUT"),
         ([tmp_path / "none", tmp_path / "out"], "", "RAW .*/none is not a folder"),
-        ([slides, tmp_path / "file"], "", "OUT .*/file is a file"),
+        ([slides, tmp_path / "file"], "", "OUT .*/file: .*/file is a file"),
+        ([slides, tmp_path / "out", tmp_path / "file"], "", "CONFIG .*/file has no GRID: begin with a copy"),
+        ([slides, tmp_path / "out", tmp_path / "steps.conf"], "", "--num_steps 5000"),
+        ([slides, tmp_path / "out", tmp_path / "rate.conf"], "", "--lr"),
         ([slides, tmp_path / "out", tmp_path / "no.conf"], "", "CONFIG .*/no.conf is not a file"),
         ([slides, tmp_path / "out", CONFIG], "masks-f50-s1", "names masks-f50-s1: choose of masks-f50-s0, slides-f50"),
         ([tmp_path / "train", tmp_path / "out", CONFIG], "", "RAW .*/train has no test slides"),
