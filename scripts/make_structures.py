@@ -40,7 +40,9 @@ from guided_diffusion.image_files import read_inst_mask, read_mask
 from guided_diffusion.images import STRUCTURES, Item, list_items
 from guided_diffusion.options import COUNT, SOME_WORKERS, check_ranges
 from guided_diffusion.processes import each
+from guided_diffusion.sample_options import SampleOptions
 from guided_diffusion.slides import write_table
+from guided_diffusion.structures import fragments
 
 METHODS = ("recombine", "perturb")
 REPORT, PICTURE, FOLDER = STRUCTURES, "structures.png", "inst_masks"
@@ -63,7 +65,11 @@ def main(argv: list[str] | None = None) -> None:
         read(item.inst_mask, mask) for item, mask in zip(progress.bar(items, "reading", leave=False, delay=1), own)
     ]
     names = class_names(table, layouts)
-    _make = maker(args, layouts, names)
+    mpp = magnification.of_data(str(args.data)) or magnification.REFERENCE_MPP
+    least = magnification.area(SampleOptions.flags()["min_nucleus"], mpp)
+    layouts = [without_specks(layout, least) for layout in layouts]
+    make = maker(args, layouts, names)
+    _make = lambda rng: without_specks(make(rng), least)  # noqa: E731 - workers inherit it, and are sent nothing
     masks = [item.inst_mask for item in items] + [mask for mask in own if mask]
     settings = dict(method=args.method, seed=args.seed, size=args.size, masks=fingerprint(masks))
     with claimed(args.out, "--results_path"):
@@ -123,6 +129,14 @@ def read_layout(inst_mask: str | Path, class_mask: str | Path | None, known: Col
         return Layout(inst_map).numbered()
     of_nucleus = cell_classes.of_nuclei(inst_map, read_mask(class_mask), known, str(class_mask))
     return Layout(inst_map, of_nucleus).numbered()
+
+
+def without_specks(layout: Layout, least: float) -> Layout:
+    """
+    :param least: the smallest area of a nucleus that the border does not cut, in pixels.
+    :return: the layout without smaller ones, which annotations have, and which sampling refuses.
+    """
+    return layout.without({number for number, _ in fragments(layout.inst_map, least)})
 
 
 def class_names(table: Sequence[CellClass], layouts: Sequence[Layout]) -> dict[int, str]:

@@ -68,6 +68,25 @@ def test_layouts_report_and_going_on(data, tmp_path, capsys, method):
     assert "4 layouts; look at" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", make_structures.METHODS)
+@pytest.mark.parametrize("mpp", [0.5, 0.25])
+def test_specks_of_the_annotation_come_into_no_layout(data, tmp_path, method, mpp):
+    """Sampling would refuse them: --min_nucleus, 10 px at 40x."""
+    (data / "prepare.json").write_text(json.dumps({"mpp": mpp}))
+    rng = np.random.default_rng(0)
+    for path in (data / "MoNuSegTrainingData/inst_masks").iterdir():
+        mask = np.array(Image.open(path))
+        for _ in range(60):
+            top, left = rng.integers(1, 94, 2)
+            if not mask[top - 1 : top + 2, left - 1 : left + 2].any():
+                mask[top, left] = mask.max() + 1
+        Image.fromarray(mask).save(path)
+    made = make(data, tmp_path / "out", "--count", "4", "--size", "64", "--method", method)
+    for layout in made.values():
+        assert len(np.unique(layout)) == layout.max() + 1 > 3
+        assert fragments(layout, magnification.area(10, mpp)) == []
+
+
 @pytest.fixture
 def with_classes(data):
     """The same, with two classes of nuclei, by their area."""
