@@ -50,9 +50,11 @@ def setup_dist(device: str = "auto") -> None:
     elif place and place.size > 1:
         _local_rank = place.local_rank
         _choose(device)
-        _meet_by_torchrun(place)
+        with signals.at_once():  # there is nothing to save yet
+            _meet_by_torchrun(place)
     elif not place and environment.by_mpi(os.environ):
-        _meet_by_mpi(device)
+        with signals.at_once():
+            _meet_by_mpi(device)
     else:
         _choose(device)
         _stay_alone()

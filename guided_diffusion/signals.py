@@ -47,6 +47,13 @@ def raised() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """In a with block, a request ends the process at once: where libraries wait, which hear of none."""
+    with _handled_by(signal.SIG_DFL):
+        yield
+
+
 class StopRequest:
     """
     While the with block runs, remembers that this process was asked to stop rather than stopping it; a second Ctrl-C
@@ -90,7 +97,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _handled_by(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number in SIGNALS}

@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -302,3 +305,23 @@ def test_two_nodes_by_mpi(tmp_path, monkeypatch):
     assert run.returncode == 0, run.stderr
     told = {(tmp_path / f"ranks{rank}").read_text() for rank in range(3)}
     assert told == {"[(0, 0), (1, 0), (2, 1)]"}
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_waits_for_the_others_can_be_stopped(rank):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    environment = {**os.environ, **place, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+    code = (
+        "from guided_diffusion import cli, dist_util\ndef main():\n print(flush=True)\n dist_util.setup_dist('cpu')\n"
+    )
+    command = [sys.executable, "-c", f"{code}cli.run(main)"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as waits:
+        waits.stdout.readline()
+        time.sleep(1)
+        waits.terminate()
+        try:
+            assert waits.wait(5) == -signal.SIGTERM
+        finally:
+            waits.kill()
