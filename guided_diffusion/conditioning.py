@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .hv_maps import gen_instance_hv_map, vis_hv_map
 from .magnification import REFERENCE_MPP
-from .options import SIZE, Options, flag
+from .options import Options, flag
 from .stains import haematoxylin
 
 Ids = TypeVar("Ids", th.Tensor, np.ndarray)
@@ -41,7 +41,7 @@ class ConditionSpec(Options):
     num_classes: int = flag(
         2,
         "channels of the whole condition; with --class_cond True the number of classes, which edges and colours add to",
-        within=SIZE,
+        within="[1, inf)",
     )
     in_channels: int = flag(3, "channels of the images: 1 (grey) or 3 (RGB)")
     mpp: float = flag(

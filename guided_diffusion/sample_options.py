@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from .options import flag
 from .run_options import RunOptions
 from .samplers import SAMPLERS
+from .structures import LEAST
 
 SPADE_CACHE = ("auto", "on", "off")
 NULL_CONDITIONS = ("zeros", "keep_colour")
@@ -62,7 +63,7 @@ class SampleOptions(RunOptions):
         ours=True,
     )
     min_nucleus: float = flag(
-        10.0,
+        LEAST,
         "of --structure_dir: parts of nuclei below so many px at 40x, but for those that the border cuts, are an error",
         within="[0, inf)",
         ours=True,

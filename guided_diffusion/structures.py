@@ -3,6 +3,7 @@
 import numpy as np
 from scipy import ndimage
 
+LEAST = 10.0  # pixels at 40x: what is smaller is no nucleus
 _ANY_NEIGHBOUR = 2  # pixels that touch at a corner are of one part
 
 

@@ -40,9 +40,8 @@ from guided_diffusion.image_files import read_inst_mask, read_mask
 from guided_diffusion.images import STRUCTURES, Item, list_items
 from guided_diffusion.options import COUNT, SOME_WORKERS, check_ranges
 from guided_diffusion.processes import each
-from guided_diffusion.sample_options import SampleOptions
 from guided_diffusion.slides import write_table
-from guided_diffusion.structures import fragments
+from guided_diffusion.structures import LEAST, fragments
 
 METHODS = ("recombine", "perturb")
 REPORT, PICTURE, FOLDER = STRUCTURES, "structures.png", "inst_masks"
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     names = class_names(table, layouts)
     mpp = magnification.of_data(str(args.data)) or magnification.REFERENCE_MPP
-    least = magnification.area(SampleOptions.flags()["min_nucleus"], mpp)
+    least = magnification.area(LEAST, mpp)
     layouts = [without_specks(layout, least) for layout in layouts]
     make = maker(args, layouts, names)
     _make = lambda rng: without_specks(make(rng), least)  # noqa: E731 - workers inherit it, and are sent nothing

@@ -71,7 +71,7 @@ def test_unknown_device(text):
     "main, flag, missing",
     [
         (image_train.main, "--data_dir", "--data_dir 'nowhere'"),
-        (image_sample.main, "--model_path", "--results_path"),
+        (image_sample.main, "--model_path", "--model_path nowhere is not a file"),
     ],
 )
 def test_programs_compute_where_they_are_told(driver, capsys, main, flag, missing):
