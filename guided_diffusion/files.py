@@ -373,9 +373,8 @@ def claimed(folder: str | Path, flag: str) -> Iterator[None]:
     begun to write; the lock's file goes at the end, for a folder that others read.
     """
     with locked(folder, flag):
-        for places in ("", "*/", "*/*/"):
-            for place in Path(folder).glob(places) if places else (folder,):
-                remove_leftovers(place)
+        for place in (Path(folder), *Path(folder).glob("*/"), *Path(folder).glob("*/*/")):
+            remove_leftovers(place)
         try:
             yield
         finally:

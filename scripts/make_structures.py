@@ -49,11 +49,12 @@ LARGEST = 10_000  # px of a layout's side, a gigabyte of arrays
 
 Make = Callable[[np.random.Generator], Layout]
 Measured = dict[str, np.ndarray]
-_make: Make | None = None  # the workers get it by being forked
+_make: Make | None = None  # the workers get both by being forked
+_least = 0.0  # see without_specks
 
 
 def main(argv: list[str] | None = None) -> None:
-    global _make
+    global _make, _least
     args = create_argparser().parse_args(argv)
     check(args)
     items = masked_items(args.data)
@@ -67,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     mpp = magnification.of_data(str(args.data)) or magnification.REFERENCE_MPP
     least = magnification.area(LEAST, mpp)
     layouts = [without_specks(layout, least) for layout in layouts]
-    make = maker(args, layouts, names)
-    _make = lambda rng: without_specks(make(rng), least)  # noqa: E731 - workers inherit it, and are sent nothing
+    _make, _least = maker(args, layouts, names), least
     masks = [item.inst_mask for item in items] + [mask for mask in own if mask]
     settings = dict(method=args.method, seed=args.seed, size=args.size, masks=fingerprint(masks))
     with claimed(args.out, "--results_path"):
@@ -207,7 +207,7 @@ def begin(out: Path, settings: dict[str, object], count: int, table: Sequence[Ce
 
 def make_one(job: tuple[int, int, Path, Path | None]) -> None:
     number, seed, path, class_path = job
-    layout = _make(streams.rng("layout of nuclei", seed, number))
+    layout = without_specks(_make(streams.rng("layout of nuclei", seed, number)), _least)
     if class_path:
         with writing(class_path, durable=False) as file:
             Image.fromarray(cell_classes.painted(layout.inst_map, layout.classes)).save(file, format="PNG")

@@ -70,6 +70,10 @@ case $STRUCTURES in real) least=0 ;; recombine) least=1 ;; both) least=2 ;; esac
 [[ ${CLASSES:-2} =~ ^0*[1-9][0-9]*$ ]] || die "CLASSES=$CLASSES is not a number of classes"
 
 export CLUSTERS=${CLUSTERS:-} BACKBONE=${BACKBONE:-efficientnet_lite0} RATIO=${RATIO:-1} EMA_RATE=${EMA_RATE:-0.9999}
+[[ $EMA_RATE =~ ^0?\.[0-9]*[1-9]0*$ ]] || die "EMA_RATE=$EMA_RATE is not one rate between 0 and 1, such as 0.9999"
+# As training names its checkpoints: 0.99 for .990.
+EMA_RATE=0.${EMA_RATE#*.}
+while [[ $EMA_RATE == *0 ]]; do EMA_RATE=${EMA_RATE%0}; done
 export SDM_PATCH_FLAGS="--patch_size 128 --stride 128" SDM_CLUSTER_FLAGS="--reduce pca --cluster kmeans"
 export SDM_FILTER_FLAGS='' SDM_MODEL_FLAGS=${RECIPE_FLAGS[*]} SDM_TRAIN_FLAGS=''
 if [[ -n $toy ]]; then
@@ -83,8 +87,7 @@ if [[ -n $toy ]]; then
 fi
 SDM_TRAIN_FLAGS+="--ema_rate $EMA_RATE"
 [[ -z ${CLASSES:-} ]] || SDM_MODEL_FLAGS+=" --class_cond True --num_classes $CLASSES"
-[[ $EMA_RATE =~ ^0?\.[0-9]+$ ]] || die "EMA_RATE=$EMA_RATE is not one rate between 0 and 1, such as 0.9999"
-[[ $RATIO == all || $RATIO =~ ^[0-9]*\.?[0-9]+$ && $RATIO =~ [1-9] ]] \
+[[ $RATIO == all || $RATIO =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ && ${RATIO%%[eE]*} =~ [1-9] ]] \
     || die "RATIO=$RATIO: give a number above 0, such as 1 or 0.5, or all"
 read -ra flags_of_model <<<"$SDM_MODEL_FLAGS"
 read -ra flags_of_training <<<"$SDM_TRAIN_FLAGS"

@@ -107,6 +107,12 @@ def toy(tmp_path, quick) -> Toy:
     return Toy(tmp_path, quick)
 
 
+def write_program(path: Path, text: str) -> None:
+    """Write a shell script."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
 def content(out: Path) -> dict[str, bytes]:
     """What the stages made: path -> content."""
     skipped = (".snakemake", "stages", "logs")
@@ -259,9 +265,8 @@ def test_one_run_at_a_time(toy, raw, tmp_path):
 
 
 def test_a_training_takes_all_gpus_unless_it_is_told_how_many(toy, raw, tmp_path):
-    for name, text in (("nvidia-smi", "echo GPU 0: A; echo GPU 1: A"), ("engine", "echo $NPROC $SDM_LAUNCH")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    write_program(tmp_path / "nvidia-smi", "echo GPU 0: A; echo GPU 1: A")
+    write_program(tmp_path / "engine", "echo $NPROC $SDM_LAUNCH")
     environment = {"ENGINE": str(tmp_path / "engine"), "PATH": f"{tmp_path}:{os.environ['PATH']}", "MPIEXEC": "env"}
     assert toy.run(raw, "out", NPROC="", **environment)[1].startswith("2 env -n 2 ")
     assert toy.run(raw, "out", NPROC="1", **environment)[1].startswith(f"1 {tmp_path}/a\\ python")
@@ -334,6 +339,24 @@ def test_mistakes_that_programs_see(toy, tmp_path, quick, raw, environment, mess
     code, text = toy.run(raw, "out", PYTHON=str(quick), **environment)
     assert code == 2 and message in text and text.count("\n") == 1, text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [("0.9", "0.9"), (".990", "0.99"), ("0.9,0.99", ""), ("1", ""), ("0.0", ""), ("9e-1", "")],
+)
+def test_a_rate_is_spelt_as_checkpoints_are_named(toy, tmp_path, raw, rate, expected):
+    write_program(tmp_path / "engine", "echo $SDM_TRAIN_FLAGS")
+    process = toy.start(raw, "out", ENGINE=str(tmp_path / "engine"), EMA_RATE=rate)
+    text = process.communicate(timeout=60)[0]
+    wanted = f"error: EMA_RATE={rate} is not one rate between 0 and 1, such as 0.9999\n"
+    assert (process.returncode, text) == ((0, f"--ema_rate {expected}\n") if expected else (2, wanted))
+
+
+@pytest.mark.parametrize("ratio", ["1", "1.", "0.5", ".5", "5e-1", "all"])
+def test_ratios_that_the_assembly_takes(toy, tmp_path, raw, ratio):
+    write_program(tmp_path / "engine", "echo $RATIO")
+    assert toy.run(raw, "out", ENGINE=str(tmp_path / "engine"), RATIO=ratio) == (0, f"{ratio}\n")
 
 
 def test_mistaken_places(toy, tmp_path, raw):

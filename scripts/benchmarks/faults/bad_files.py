@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import hostile
-from .bad_flags import limit_memory
 from .toy import STAGES
-from .trials import Bench, Trial, differing, snapshot, stamps
+from .trials import Bench, Trial, differing, limit_memory, snapshot, stamps
 
 MEMORY = 2048  # MiB that no file may make a program hold
 

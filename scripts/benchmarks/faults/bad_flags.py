@@ -2,14 +2,13 @@
 nothing written. What is tried follows from the parsers."""
 
 import argparse
-import resource
 import runpy
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from .toy import STAGES, Stage
-from .trials import ROOT, Bench, Trial, differing, leftovers, stamps, untouched
+from .trials import ROOT, Bench, Trial, differing, leftovers, limit_memory, stamps, untouched
 
 # Stages that between them have every program once, each at its quickest.
 PROGRAMS = ("toy", "prepare", "import", "features", "clusters", "structures", "segmenter", "segment", "training")
@@ -69,8 +68,3 @@ def refuse(bench: Bench, stage: Stage, extra: list[str], may: bool, folder: Path
     if out.exists() and not stage.seed:
         complaints.append(f"{out.name} was made")
     return [*done.refused(), *complaints, *differing(stamps(out), before, "outputs"), *leftovers(folder, out)]
-
-
-def limit_memory() -> None:
-    """Let no program take the machine's memory."""
-    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))

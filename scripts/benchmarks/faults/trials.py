@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import re
+import resource
 import select
 import shutil
 import signal
@@ -156,6 +157,11 @@ def become(
     out = os.open(said.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if stdout is None else stdout
     harm()
     run(words, str(said.parent), environment, [os.open(os.devnull, os.O_RDONLY), out, err])
+
+
+def limit_memory() -> None:
+    """Let no program take the machine's memory."""
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 
 
 def orphans(before: set[int], seconds: float = 10) -> list[str]:
