@@ -20,6 +20,7 @@ from guided_diffusion.image_datasets import NucleiDataset, count_patches, load_d
 from guided_diffusion.model_options import DiffusionOptions, ModelOptions
 from guided_diffusion.options import add_flags, changeable, defaults
 from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.results_path import check_outside
 from guided_diffusion.run_options import DataOptions, RunOptions
 from guided_diffusion.script_util import (
     args_to_dict,
@@ -51,7 +52,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """:raises ValueError: where a flag's value is out of range, or contradicts another's."""
+    """:raises ValueError: where a flag is out of range or contradicts another, or the run's folder lies in its data."""
     check_data_flags(vars(args))
     for name in ("shuffle_masks", "match_struct", "match_app"):
         if getattr(args, name):
@@ -60,6 +61,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--unlabelled_dir with --mark_unknown False: an unknown structure would look like none; leave that out"
         )
+    if folder := logger.environment_dir():
+        check_outside(folder, "OPENAI_LOGDIR", args.data_dir, unlabelled_dir=args.unlabelled_dir)
 
 
 def check_last_step(options: TrainOptions, resume_checkpoint: str) -> None:

@@ -18,7 +18,7 @@ def flag(
     ours: bool = False,
 ) -> Any:
     """
-    Declare a flag: `lr: float = flag(1e-4, "learning rate", within="(0, inf)")`.
+    Declare a flag: `lr: float = flag(1e-4, "learning rate", within="(0, 1]")`.
 
     :param default: its value where it is not given.
     :param help: what it means, for --help and the docs.

@@ -1,5 +1,5 @@
-"""What --results_path may be, and which run it belongs to: run.json holds the flags that decide what is written. Knows
-nothing of how samples are made."""
+"""What --results_path may be, and which run it belongs to: run.json holds the flags that decide what is written; and
+that nothing is written among data. Knows nothing of how samples are made."""
 
 import contextlib
 import os
@@ -11,6 +11,25 @@ from . import files
 from .magnification import REFERENCE_MPP
 from .results import FOLDERS, MANIFEST, RUN, ResultFolder, folder_name
 from .sample_options import SampleOptions
+from .unlabelled import folder_names
+
+
+def check_outside(path: str, flag: str, data_dir: str = "", **folders: str) -> None:
+    """
+    Refuse a folder to write to where pictures in it would pass for data.
+
+    :param flag: what the path was given by; data_dir: with images in the folders below it.
+    :param folders: flag -> folders of images or masks, with commas between them.
+    :raises ValueError: naming the flag of what the path lies in.
+    """
+    data, place = Path(data_dir).resolve(), Path(path).resolve()
+    split = place.relative_to(data).parts[:1] if data_dir and place.is_relative_to(data) else None
+    if split is not None and (not split or (data.joinpath(*split) / "images").is_dir()):
+        raise ValueError(f"{flag} {path} lies among the images of --data_dir {data_dir}: give another folder")
+    for name, text in folders.items():
+        for folder in folder_names(text):
+            if place.is_relative_to(Path(folder).resolve()):
+                raise ValueError(f"{flag} {path} lies in --{name} {folder}: give another folder")
 
 
 def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "", structure_dir: str = "") -> None:
@@ -20,13 +39,7 @@ def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "", 
     :raises ValueError: where a results folder cannot be made at the path, or would mix with the data.
     """
     files.check_place(path)
-    data, results = Path(data_dir).resolve(), Path(path).resolve()
-    split = results.relative_to(data).parts[:1] if data_dir and results.is_relative_to(data) else None
-    if (split is not None and (data.joinpath(*split) / "images").is_dir()) or split == ():
-        raise ValueError(f"--results_path {path} lies among the images of --data_dir {data_dir}: give another folder")
-    for flag, folder in (("--appearance_dir", appearance_dir), ("--structure_dir", structure_dir)):
-        if folder and results.is_relative_to(Path(folder).resolve()):
-            raise ValueError(f"--results_path {path} lies in {flag} {folder}: give another folder")
+    check_outside(path, "--results_path", data_dir, appearance_dir=appearance_dir, structure_dir=structure_dir)
     strangers = [name for name in FOLDERS if os.path.lexists(Path(path) / name)]
     known = (Path(path) / MANIFEST).is_file() or (Path(path) / RUN).is_file()
     if strangers and not known:

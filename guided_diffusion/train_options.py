@@ -25,8 +25,8 @@ class TrainOptions(RunOptions):
         changeable=True,
         ours=True,
     )
-    lr: float = flag(1e-4, "learning rate", within="(0, inf)", changeable=True)
-    weight_decay: float = flag(0.0, "of AdamW", within="[0, inf)", changeable=True)
+    lr: float = flag(1e-4, "learning rate", within="(0, 1]", changeable=True)
+    weight_decay: float = flag(0.0, "of AdamW", within="[0, 1000]", changeable=True)
     lr_anneal_steps: int = flag(
         0,
         "steps over which the learning rate falls to 0, and training ends; 0: neither",
@@ -46,7 +46,7 @@ class TrainOptions(RunOptions):
         0.0, "scale gradients down to this norm; 0 leaves them", within="[0, inf)", changeable=True, ours=True
     )
     fp16_scale_growth: float = flag(
-        1e-3, "log2 by which the loss scale grows at each step in fp16", within="[0, inf)", changeable=True
+        1e-3, "log2 by which the loss scale grows at each step in fp16", within="[0, 1]", changeable=True
     )
     max_steps: int = flag(
         0,

@@ -54,6 +54,8 @@ def list_unlabelled(folders: str, labelled: Sequence[Item], hidden: Sequence[Ite
 
 def folder_names(folders: str) -> list[str]:
     """:return: the folders that a text names, with commas between them; a comma may be part of one that is alone."""
+    if not folders:
+        return []
     names = [folders] if bf.isdir(folders) else folders.split(",")
     return list(dict.fromkeys(name.rstrip("/") or name for name in names))
 

@@ -136,7 +136,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """:raises ValueError: where a flag is out of range."""
     check_ranges(vars(args), max_steps="[1, inf)", batch_size="[2, 65536]", crop=f"[{STRIDE}, 65536]")
     check_ranges(vars(args), seed="[0, inf)", val_interval="[1, inf)", patience="[0, inf)", num_workers=WORKERS)
-    check_ranges(vars(args), minutes="(0, inf)", lr="(0, inf)", val_share="[0, 1)", adapt="[0, 1]")
+    check_ranges(vars(args), minutes="(0, inf)", lr="(0, 1]", val_share="[0, 1)", adapt="[0, 1]")
     if args.mpp:
         magnification.check(args.mpp, "--mpp")
     if args.crop % STRIDE:

@@ -495,6 +495,13 @@ def test_images_without_masks_are_none_to_validate_on(data_dir, tmp_path, split)
     assert all("other" not in source.image for source in held.sources)
 
 
+def test_a_run_does_not_lie_among_its_images(data_dir, monkeypatch):
+    """Previews of it would be images to learn from."""
+    monkeypatch.setenv("OPENAI_LOGDIR", str(data_dir / "MoNuSegTrainingData" / "images"))
+    with pytest.raises(ValueError, match="OPENAI_LOGDIR .* lies among the images of --data_dir"):
+        image_train.main(["--data_dir", str(data_dir), *TINY])
+
+
 MISTAKES = {
     "no heads": (["--num_heads", "-7"], "--num_heads -7 must lie in"),
     "heads above": (["--num_heads_upsample", "0"], "--num_heads_upsample 0 must be -1 or at least 1"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from guided_diffusion.results_path import check_results_path, check_same_run, claimed
+from guided_diffusion.results_path import check_outside, check_results_path, check_same_run, claimed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,6 +37,26 @@ def test_results_do_not_mix_with_appearances(tmp_path):
     for path in (tmp_path / "unannotated", tmp_path / "unannotated" / "out"):
         with pytest.raises(ValueError, match=r"--results_path .* lies in --appearance_dir"):
             check_results_path(str(path), appearance_dir=str(tmp_path / "unannotated"))
+
+
+def test_nothing_is_written_among_what_is_read(tmp_path):
+    for folder in ("data/train/images", "slides,a", "more"):
+        (tmp_path / folder).mkdir(parents=True)
+    data, folders = str(tmp_path / "data"), f"{tmp_path / 'slides,a'}"
+
+    def check(place, images=folders):
+        check_outside(str(tmp_path / place), "OPENAI_LOGDIR", data, unlabelled_dir=images)
+
+    for place in ("out", "data/out", "more"):
+        check(place)
+    for place in ("data", "data/train", "data/train/images/run"):
+        with pytest.raises(ValueError, match="OPENAI_LOGDIR .* lies among the images of --data_dir"):
+            check(place)
+    for place in ("slides,a", "slides,a/run"):
+        with pytest.raises(ValueError, match="OPENAI_LOGDIR .* lies in --unlabelled_dir .*slides,a: give another"):
+            check(place)
+    with pytest.raises(ValueError, match="lies in --unlabelled_dir .*more"):
+        check("more/run", f"{tmp_path / 'elsewhere'},{tmp_path / 'more'}")
 
 
 def begin(path, run, overwrite=False):

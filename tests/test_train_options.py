@@ -17,6 +17,8 @@ from guided_diffusion.train_options import TrainOptions
         ({"ema_rate": ""}, "--ema_rate"),
         ({"ema_rate": "0.9,x"}, "--ema_rate 0.9,x"),
         ({"ema_rate": "1.0"}, "--ema_rate 1.0"),
+        ({"lr": 1e308}, "--lr 1e\\+308"),  # after one step of which no weight is finite
+        ({"weight_decay": 1e308}, "--weight_decay 1e\\+308"),
     ],
 )
 def test_options_are_checked(options, flag):

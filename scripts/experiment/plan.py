@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from PIL import Image
 
 from guided_diffusion import cli
-from guided_diffusion.files import check_place, write_json, write_text
+from guided_diffusion.files import check_apart, write_json, write_text
 from guided_diffusion.histology.experiment import protocol
 from guided_diffusion.histology.experiment.protocol import Cell, Variant
 from guided_diffusion.histology.slides import scales
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("raw", metavar="RAW", type=Path, help="folder of the unpacked archives")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the experiment")
     args = parser.parse_args(argv)
-    check_place(args.out, "OUT")
+    check_apart(args.out, [args.raw], args.out / "patches", "OUT")
     check_settings()
     batch, processes = int(os.environ["DIFFUSION_BATCH"]), int(os.environ["NPROC"])
     if batch < 1 or batch % processes:

@@ -59,14 +59,16 @@ def main(argv: list[str] | None = None) -> None:
     limit = os.environ.get("TIME_LIMIT") or None
     if limit is not None and not (limit.isdecimal() and int(limit)):
         raise ValueError(f"TIME_LIMIT={limit} is not a number of seconds")
-    files.check_place(args.out, "OUT")
+    without_masks = os.environ.get("UNLABELLED", "")
+    inputs = [args.raw, *map(Path, folder_names(without_masks))]
+    files.check_apart(args.out, inputs, args.out / "patches", "OUT")
     names = {flag.partition("=")[0] for flag in flags}
     slides = find_slides(args.raw) if args.raw.exists() else []
     if args.test_slides and not any(slide.split == TEST_SPLIT for slide in slides):
         raise ValueError(f"RAW {args.raw} has no test slides: the experiment needs some")
     resources = settings(args.parallel, remote=bool(names & REMOTE))
     environment = {"SDM_RAW": str(args.raw.absolute()), "SDM_SLIDES": checksum(args.raw, slides), **resources}
-    environment |= images_without_masks(os.environ.get("UNLABELLED", ""))
+    environment |= images_without_masks(without_masks)
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(args.workflow.resolve())]
     command += ["--directory", str(args.out), *ENGINE]
     command += ["--nocolor"] if os.environ.get("NO_COLOR") else []

@@ -307,6 +307,7 @@ def test_slides_that_were_not_drawn_to_the_end_are_drawn_again(toy, tmp_path):
         ({"PRETRAIN_STEPS": "many"}, "PRETRAIN_STEPS=many is not a number of steps"),
         ({"TIME_LIMIT": "soon"}, "TIME_LIMIT=soon is not a number of seconds"),
         ({"UNLABELLED": "nowhere"}, "UNLABELLED=nowhere: 'nowhere' is not a folder"),
+        ({"UNLABELLED": "."}, "OUT out lies in the input ."),
         ({"STRUCTURES": "new"}, "STRUCTURES=new: give real, recombine or both"),
         ({"STRUCTURES": "recombine", "NUM_SAMPLES": "0"}, "with NUM_SAMPLES=0: give 1 samples at least"),
         ({"STRUCTURES": "both", "NUM_SAMPLES": "1"}, "STRUCTURES=both with NUM_SAMPLES=1: give 2 samples at least"),
@@ -369,6 +370,8 @@ def test_mistaken_places(toy, tmp_path, raw):
         ([raw, "file"], "OUT file: file is a file, or a link"),
         ([raw, "/proc/new/out"], "OUT /proc/new/out: /proc cannot be written to"),
         ([raw, "file/out"], "OUT file/out: file is a file"),
+        ([raw, raw / "out"], "lies in the input"),
+        ([raw, raw], "lies in the input"),
     ):
         process = toy.start(*arguments)
         text = process.communicate(timeout=60)[0]

@@ -195,13 +195,14 @@ class Training:
                 bar.update()
                 if self.step % self.settings.eval_interval == 0 or self._finished():
                     report(self._evaluate(float(np.mean(losses))))
-                    bar.set_postfix(loss=f"{np.mean(losses):.3f}", best=f"{self.best['score']:.3f}")
+                    best = {"best": f"{self.best['score']:.3f}"} if self.held else {}
+                    bar.set_postfix(loss=f"{np.mean(losses):.3f}", **best)
                     losses.clear()
                     self.seconds = time.monotonic() - started
                     self._save()
-        best = self.best["net"] if self.held else None
-        if best is not None:
-            self.net.load_state_dict(best)
+        chosen = self.best["net"] if self.held else None
+        if chosen is not None:
+            self.net.load_state_dict(chosen)
         held_slides = {example.slide for example in self.held}
         content = as_content(self.net, self.slides, held_slides, self.settings.mpp, self.classes)
         save_atomically(content, self.out / FILE)
