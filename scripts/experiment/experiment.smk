@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir).parents[1]))
 from guided_diffusion.histology.experiment import protocol
-from scripts.experiment.plan import chosen, diffusion_steps, from_environment, patch_side
+from scripts.experiment.plan import FLAGS as PROGRAMS
+from scripts.experiment.plan import chosen, diffusion_steps, from_environment, patch_side, settings_of
 from scripts.workflow.wiring import (
     CORES,
     GPUS,
@@ -30,9 +31,7 @@ from scripts.workflow.wiring import (
 VARIANTS, ALL_CELLS = from_environment()
 CELLS = [cell.name for cell in chosen(ALL_CELLS, os.environ["CELLS"])]
 CHOICES = {variant.choice: variant for variant in VARIANTS.values() if variant.choice}
-NAMES = ("PATCH", "TEST", "CLUSTER", "MODEL", "DIFFUSION", "SAMPLE")
-NAMES += ("FILTER", "PATCHCORE", "SEGMENTER", "PLAIN", "COLOUR")
-FLAGS = {name: os.environ[f"SDM_{name}_FLAGS"] for name in NAMES}
+FLAGS = {name: os.environ[f"SDM_{name}_FLAGS"] for name in PROGRAMS}
 BATCH, RATE, VAL_SHARE = (os.environ[name] for name in ("DIFFUSION_BATCH", "EMA_RATE", "VAL_SHARE"))
 SIDE, SCALE, CLUSTERS = patch_side(FLAGS["PATCH"]), os.environ["S"], "patches/clusters"
 TRAIN = "MoNuSegTrainingData/images"
@@ -402,7 +401,8 @@ rule tested:
     log:
         "logs/{cell}-{variant}-test.log",
     params:
-        settings="",
+        # By which the results know figures of another configuration.
+        settings=lambda wildcards: settings_of(wildcards.variant, VARIANTS),
     resources:
         gpu=ONE_GPU,
     threads: CORES

@@ -3,17 +3,16 @@ Sum up scripts/experiment.sh: python scripts/experiment/experiment_results.py OU
 
 RESULTS are results.csv of the same experiment in other folders, as of machines that share no disk; of segmenters that
 several have, the first counts. Reads OUT/grid.json and OUT/CELL/segmenters/VARIANT/test/metrics.json, as far as they
-are there. Writes OUT/results.csv, a row a segmenter and test slide, and one of all slides pooled, whose slide is empty;
-OUT/results.md, a table a track and share: means over slides and seeds, and gains in F1, paired by seed and slide, over
-real patches with jitter and without, with 95 % intervals by a hierarchical bootstrap, and p-values of the former,
-corrected for the rows of the table; a second table, the gains over each rival; and OUT/results.png, the gains over real
-patches with jitter.
+are there, and made with the settings that grid.json has. Writes OUT/results.csv, a row a segmenter and test slide, and
+one of all slides pooled, whose slide is empty; OUT/results.md, a table a track and share: means over slides and seeds,
+and gains in F1, paired by seed and slide, over real patches with jitter and without, with 95 % intervals by a
+hierarchical bootstrap, and p-values of the former, corrected for the rows of the table; a second table, the gains over
+each rival; and OUT/results.png, the gains over real patches with jitter.
 """
 
 import argparse
 import csv
 import io
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import numpy as np
 
 from guided_diffusion import cli
 from guided_diffusion.figures import save_png
-from guided_diffusion.files import csv_text, write_bytes, write_text
+from guided_diffusion.files import csv_text, read_json, write_bytes, write_text
 from guided_diffusion.histology.experiment.gains import Gain, differences, gain, holm
 
 FIGURES = ("f1@0.5", "aji", "aji+", "pq", "dice")
@@ -61,10 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     if not (args.out / "grid.json").exists():
         raise FileNotFoundError(f"{args.out} has no grid.json: run experiment.sh first")
-    facts = json.loads((args.out / "grid.json").read_text(encoding="utf-8"))
+    facts = read_json(args.out / "grid.json")
     grid = Grid(facts["variants"], facts["baselines"], facts.get("rivals", []))
     found = {row[:4]: row for path in reversed(args.results) for row in read_csv(path)}
-    found |= {row[:4]: row for row in read_rows(args.out)}
+    found |= {row[:4]: row for row in read_rows(args.out, facts["settings"])}
     order = list(grid.variants)
     rows = sorted(
         (row for row in found.values() if row.variant in grid.variants),
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not rows:
         raise FileNotFoundError(
-            f"{args.out} holds no CELL/segmenters/VARIANT/test/metrics.json: run experiment.sh first"
+            f"{args.out} holds no CELL/segmenters/VARIANT/test/metrics.json of its settings: run experiment.sh first"
         )
     write_text(args.out / "results.csv", as_csv(rows))
     text = "\n".join("\n".join(as_markdown(*part, grid)) for part in parts_of(rows))
@@ -88,16 +87,27 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_rows(out: Path) -> list[Row]:
-    """:return: the segmenters that have been tested."""
-    rows = []
+def read_rows(out: Path, settings: dict[str, str]) -> list[Row]:
+    """
+    :param settings: variant -> a checksum of what its figures are to be made with.
+    :return: the segmenters that have been tested. It warns of those that were made with other settings.
+    """
+    rows, others = [], set()
     for path in out.glob("*/segmenters/*/test/metrics.json"):
-        variant, match = path.parents[1].name, CELL.fullmatch(path.parents[3].name)
-        if match:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            slides = {POOLED: found["pooled"], **found["slides"]}
-            own = {slide: {name: figures[name] for name in FIGURES} for slide, figures in slides.items()}
-            rows.append(Row(match[1], float(match[2]), int(match[3]), variant, own))
+        cell, variant = path.parents[3].name, path.parents[1].name
+        match, seal = CELL.fullmatch(cell), out / "stages" / f"{cell}-{variant}-test.json"
+        if not (match and variant in settings and seal.exists()):  # it may be under way
+            continue
+        if read_json(seal)["made_with"]["settings"] != settings[variant]:
+            others.add(cell)
+            continue
+        found = read_json(path)
+        slides = {POOLED: found["pooled"], **found["slides"]}
+        own = {slide: {name: figures[name] for name in FIGURES} for slide, figures in slides.items()}
+        rows.append(Row(match[1], float(match[2]), int(match[3]), variant, own))
+    if others:
+        names = ", ".join(sorted(others))
+        sys.stderr.write(f"WARNING: left out, as they were made with another CONFIG: segmenters of {names}\n")
     return rows
 
 

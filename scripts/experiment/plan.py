@@ -2,16 +2,19 @@
 Say what the experiment will train on what, and about how long: python scripts/experiment/plan.py RAW OUT
 
 What cannot be trained is refused here, not after the days that other cells take. Settings come from the environment,
-see experiment.sh, which calls this before anything else. Writes OUT/grid.json: cells, and the variants' titles; and
-OUT/stages/CELL.variants.
+see experiment.sh, which calls this before anything else. Writes OUT/grid.json: cells, the variants' titles, and what
+their figures are to be made with; and OUT/stages/CELL.variants.
 """
 
+import hashlib
 import json
 import os
+import re
 import shlex
 import statistics
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +41,20 @@ RATES = {
 }
 
 
+# Programs, or parts of the data, whose flags the configuration says.
+FLAGS = (
+    "PATCH",
+    "TEST",
+    "CLUSTER",
+    "MODEL",
+    "DIFFUSION",
+    "SAMPLE",
+    "FILTER",
+    "PATCHCORE",
+    "SEGMENTER",
+    "PLAIN",
+    "COLOUR",
+)
 # Setting of the configuration -> its kind, and the range that it lies in, as flags have them.
 SETTINGS = {
     "DIFFUSION_STEPS": (int, "[1, inf)"),
@@ -96,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     titles = {name: variant.title for name, variant in variants.items()}
     facts = {"variants": titles, "baselines": protocol.baselines(variants.values())}
     facts |= {"rivals": protocol.rivals(variants.values())}
+    facts |= {"settings": {name: settings_of(name, variants) for name in variants}}
     write_json(args.out / GRID, {**facts, "cells": [cell.name for cell in cells]})
     for cell in cells:
         reopen(args.out / "stages", cell)
@@ -136,6 +154,14 @@ def reopen(stages: Path, cell: Cell) -> None:
         stages.mkdir(exist_ok=True)
         (stages / cell.name).unlink(missing_ok=True)
         write_text(path, text)
+
+
+def settings_of(name: str, variants: dict[str, Variant]) -> str:
+    """:return: a checksum of what decides a variant's figures: all settings but the grid, and the variants it needs."""
+    told = {setting: os.environ[setting] for setting in (*SETTINGS, "CLUSTER", "BACKBONE")}
+    told |= {flags: os.environ[f"SDM_{flags}_FLAGS"] for flags in FLAGS}
+    needed = [asdict(variant) for variant in protocol.involved([name], variants)]
+    return hashlib.sha256(json.dumps([told, needed], sort_keys=True).encode()).hexdigest()
 
 
 def from_environment() -> tuple[dict[str, Variant], dict[str, Cell]]:
@@ -222,12 +248,15 @@ def diffusion_steps(patches: int) -> int:
 
 
 def measured(out: Path) -> dict[str, tuple[float, str]]:
-    """:return: what takes time -> seconds, by what is finished in OUT, else by RATES; and which of the two."""
+    """
+    :return: what takes time -> seconds, by what is finished in OUT, else by RATES; and which of the two. Of stages that
+        were broken off and went on, it is not known how long they took.
+    """
     assumed = dict(word.split("=") for word in os.environ["RATES"].split())
     found: dict[str, list[float]] = {name: [] for name in RATES}
     for seal in (out / "stages").glob("*.json"):
         begun, kind = seal.with_suffix(".begun"), seal.stem.rpartition("-")[2]
-        if kind in ("model", "samples", "made", "layouts") and begun.exists():
+        if kind in ("model", "samples", "made", "layouts") and begun.exists() and starts(out, seal.stem) == 1:
             seconds, names = seal.stat().st_mtime - begun.stat().st_mtime, json.loads(seal.read_text())["files"]
             units = [int(Path(name).stem.rpartition("_")[2]) for name in names if kind == "model"]
             units = units or [sum(Path(name).parent.name == "samples" for name in names)]
@@ -239,6 +268,12 @@ def measured(out: Path) -> dict[str, tuple[float, str]]:
         name: (statistics.median(own), f"measured, median of {len(own)}") if own else (float(assumed[name]), "assumed")
         for name, own in found.items()
     }
+
+
+def starts(out: Path, stage: str) -> int:
+    """:return: how often a stage was begun or gone on with, by the lines that stage.py writes in its log."""
+    with open(out / "logs" / f"{stage}.log", encoding="utf-8", errors="replace") as log:
+        return sum(bool(re.match(r"# \d{4}-\d\d-\d\d ", line)) for line in log)
 
 
 def seconds_of(cell: Cell, variants: dict[str, Variant], sizes: Sizes, rates: dict[str, tuple[float, str]]) -> float:

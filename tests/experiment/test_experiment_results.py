@@ -15,18 +15,22 @@ VARIANTS = {"real": "real", "jitter": "real, jitter", "both2": "real + 2 synthet
 SLIDES = ("a", "b")
 
 
-def put(out, cell, variant, f1):
+def put(out, cell, variant, f1, settings="these"):
     """:param f1: of each slide; other figures are a tenth less, one after another, and the pooled one 0.01 more."""
     folder = out / cell / "segmenters" / variant / "test"
     folder.mkdir(parents=True)
     figures = [{name: value - 0.1 * i for i, name in enumerate(results.FIGURES)} for value in (*f1, np.mean(f1) + 0.01)]
     facts = {"slides": dict(zip(SLIDES, figures)), "pooled": figures[-1]}
     (folder / "metrics.json").write_text(json.dumps(facts))
+    seal = out / f"stages/{cell}-{variant}-test.json"
+    seal.parent.mkdir(exist_ok=True)
+    seal.write_text(json.dumps({"made_with": {"settings": settings}}))
 
 
 @pytest.fixture
 def out(tmp_path):
     facts = {"variants": VARIANTS, "baselines": ["jitter", "real"], "rivals": ["pseudo"]}
+    facts["settings"] = dict.fromkeys(VARIANTS, "these")
     (tmp_path / "grid.json").write_text(json.dumps(facts))
     for seed in range(3):
         base = 0.6 + 0.05 * seed
@@ -51,6 +55,20 @@ def test_every_segmenter_and_slide_is_a_row(out, capsys):
     ]
     assert [float(rows[0][name]) for name in results.FIGURES] == pytest.approx([0.56, 0.46, 0.36, 0.26, 0.16])
     assert capsys.readouterr().out == (out / "results.md").read_text()
+
+
+def test_figures_of_another_configuration_are_left_out(out, capsys):
+    results.main([str(out)])
+    rows = (out / "results.csv").read_text()
+    put(out, "masks-f10-s3", "jitter", (0.1, 0.1), "others")
+    put(out, "masks-f10-s4", "jitter", (0.1, 0.1))
+    (out / "stages/masks-f10-s4-jitter-test.json").unlink()  # under way
+    capsys.readouterr()
+    results.main([str(out)])
+    assert (out / "results.csv").read_text() == rows
+    assert capsys.readouterr().err == (
+        "WARNING: left out, as they were made with another CONFIG: segmenters of masks-f10-s3\n"
+    )
 
 
 def test_gains_with_intervals_and_corrected_tests(out):
@@ -109,7 +127,9 @@ def test_what_is_no_table_of_results(out, tmp_path_factory, text):
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no grid.json: run experiment.sh first"):
         results.main([str(tmp_path)])
-    (tmp_path / "grid.json").write_text(json.dumps({"variants": VARIANTS, "baselines": ["jitter", "real"]}))
-    with pytest.raises(FileNotFoundError, match=r"test/metrics.json: run experiment.sh first"):
+    (tmp_path / "grid.json").write_text(
+        json.dumps({"variants": VARIANTS, "baselines": ["jitter", "real"], "settings": {}})
+    )
+    with pytest.raises(FileNotFoundError, match=r"test/metrics.json of its settings: run experiment.sh first"):
         results.main([str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["grid.json"]

@@ -11,8 +11,10 @@ from PIL import Image
 from scripts.experiment import plan
 
 CONFIGS = sorted(Path(plan.__file__).parent.glob("*.conf"))
-NUMBERS = ("VAL_SHARE", "DIFFUSION_BATCH", "DIFFUSION_STEPS", "MAX_EPOCHS", "RATES", "RATES_OF", "S", "EMA_RATE")
-FLAGS = ("PATCH", "MODEL", "CLUSTER", "SEGMENTER")
+SETTINGS = (
+    *("VAL_SHARE", "DIFFUSION_BATCH", "DIFFUSION_STEPS", "MAX_EPOCHS", "RATES", "RATES_OF", "S", "EMA_RATE"),
+    *("CLUSTER", "BACKBONE"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +34,11 @@ def shipped(monkeypatch):
     """:return: a function that puts the settings of a configuration into the environment."""
 
     def settle(config=CONFIGS[0]):
-        words = " ".join([*(f'"${name}"' for name in NUMBERS), *(f'"${{{name}_FLAGS[*]}}"' for name in FLAGS)])
+        words = " ".join([*(f'"${name}"' for name in SETTINGS), *(f'"${{{name}_FLAGS[*]}}"' for name in plan.FLAGS)])
         lines = " ".join(f'"$(printf \'%s\\n\' "${{{name}[@]}}")"' for name in ("GRID", "VARIANTS"))
         script = f'set -eu; source {config}; printf "%s\\0" {words} {lines}'
         values = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")
-        names = (*NUMBERS, *(f"SDM_{name}_FLAGS" for name in FLAGS), "SDM_GRID", "SDM_VARIANTS")
+        names = (*SETTINGS, *(f"SDM_{name}_FLAGS" for name in plan.FLAGS), "SDM_GRID", "SDM_VARIANTS")
         for name, value in zip(names, values):
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("NPROC", "1")
@@ -76,9 +78,31 @@ def test_what_a_cell_comes_to(raw, shipped, monkeypatch, capsys, tmp_path, proce
     assert rows[2][3:8] == ["30", "4", "14", "1664", "0"]
 
 
+def test_settings_that_decide_figures(raw, shipped, monkeypatch, tmp_path):
+    """All but the grid; of variants, those that it needs."""
+    monkeypatch.setenv("SDM_VARIANTS", "real:\njitter: jitter\npseudo: source=pseudo\nratio1: ratio=1")
+
+    def settings():
+        plan.main([str(raw), str(tmp_path)])
+        return json.loads((tmp_path / "grid.json").read_text())["settings"]
+
+    def changed(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return {name for name, value in settings().items() if value != before[name]}
+
+    monkeypatch.setenv("SDM_GRID", "masks 10 0 all")
+    before = settings()
+    assert len(set(before.values())) == 4
+    assert changed(SDM_GRID="masks 10 0-1 real,jitter") == set()
+    assert changed(SDM_VARIANTS="real:\njitter: jitter\npseudo: source=pseudo\nratio1: ratio=2") == {"ratio1"}
+    assert changed(S="2.5") == set(before)
+
+
 def test_finished_stages_say_how_long_others_take(shipped, tmp_path):
-    stages = tmp_path / "stages"
+    stages, logs = tmp_path / "stages", tmp_path / "logs"
     stages.mkdir()
+    logs.mkdir()
     for name, files, seconds in (
         ("masks-f10-s0-model", ["masks-f10-s0/model/ema_0.9_000200.pt"], 100),
         (
@@ -87,7 +111,10 @@ def test_finished_stages_say_how_long_others_take(shipped, tmp_path):
             6,
         ),
         ("masks-f10-s0-made", ["masks-f10-s0/made/samples/0.png", "masks-f10-s0/made/labels/0.png"], 2.5),
+        ("masks-f10-s1-made", ["masks-f10-s0/made/samples/0.png"], 0.1),  # the end of what was broken off
     ):
+        starts = 1 + name.startswith("masks-f10-s1")
+        (logs / f"{name}.log").write_text(starts * "# 2026-11-28 08:00:00 python ...\n# one of the program's\n")
         for path, at in ((stages / f"{name}.begun", 1000), (stages / f"{name}.json", 1000 + seconds)):
             path.write_text(json.dumps({"files": dict.fromkeys(files)}))
             os.utime(path, (at, at))
