@@ -90,8 +90,11 @@ class AdaptiveNorm(nn.BatchNorm2d):
         """:param x: [N x C x H x W]."""
         if self.training:
             return super().forward(x)
-        variance, mean = th.var_mean(x.float(), dim=(2, 3), correction=0)
-        mean = th.lerp(self.running_mean.float(), mean, self.adapt)
+        # On a CPU var_mean, in one pass, takes ten times as long as these two.
+        wide = x.float()
+        mean = wide.mean((2, 3), keepdim=True)
+        variance = (wide - mean).square_().mean((2, 3))
+        mean = th.lerp(self.running_mean.float(), mean[..., 0, 0], self.adapt)
         variance = th.lerp(self.running_var.float(), variance, self.adapt)
         scale = self.weight * th.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
