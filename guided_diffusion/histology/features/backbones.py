@@ -24,7 +24,7 @@ import torch as th
 import torch.nn.functional as F
 
 from ...stains import OD_QUANTILES, ROUNDED, optical_density
-from .lite0 import Lite0, load_weights, shipped_weights
+from .lite0 import Lite0, fold_norms, load_weights, shipped_weights
 
 LITE_SIZE = 128  # px; see EfficientNetLite0
 LITE_STAGES = (2, 4)  # the last one at stride 8, and the last at stride 16
@@ -118,7 +118,9 @@ class EfficientNetLite0:
         self.weight_hash = hash_weights(weights)
         self.device = device
         self.dtype = dtype
-        self.net = net.to(device, memory_format=th.channels_last).eval().requires_grad_(False)
+        net.eval().requires_grad_(False)
+        fold_norms(net)
+        self.net = net.to(device, memory_format=th.channels_last)
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """See Backbone; D = 1280."""

@@ -86,6 +86,15 @@ class ConvNorm(nn.Sequential):
         super().__init__(*layers)
 
 
+def fold_norms(net: nn.Module) -> None:
+    """Fold the norms of a network in evaluation into its convolutions: the same but for rounding, in less time."""
+    for layers in net.modules():
+        if isinstance(layers, ConvNorm):
+            (at,) = (number for number, layer in enumerate(layers) if isinstance(layer, nn.BatchNorm2d))
+            layers[at - 1] = th.nn.utils.fuse_conv_bn_eval(layers[at - 1], layers[at])
+            layers[at] = nn.Identity()
+
+
 class InvertedBottleneck(nn.Module):
     """Widen, filter each channel, narrow; a residual where shapes allow (Sandler et al., CVPR 2018)."""
 
