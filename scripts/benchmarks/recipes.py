@@ -112,6 +112,7 @@ RECIPES = {
     "v": Recipe(WIDE),
     "v+min_snr": Recipe(f"{WIDE} {MIN_SNR}"),
     "v+spade32": Recipe(),
+    "v+spade32+min_snr": Recipe(MIN_SNR),
     "few": Recipe(few=True),
     "few+unlabelled": Recipe(few=True, unlabelled=True),
 }
