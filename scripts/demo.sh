@@ -79,7 +79,7 @@ stage "painting $samples patches with the model in weights/, in $sampling_steps 
 model_flags=(
     --image_size 32 --num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --num_head_channels 32
     --attention_resolutions 8 --resblock_updown True --use_scale_shift_norm True --use_fp16 True
-    --noise_schedule cosine --learn_sigma False --predict_v True --spade_channels 32
+    --noise_schedule cosine --learn_sigma False --predict_v True --loss_weights min_snr --spade_channels 32
     --num_classes 6 --use_hv_map True --use_col_map True
 )
 stage "training a small model for $steps steps, of up to 1 s each on two cores" \

@@ -120,7 +120,7 @@ MODEL_FLAGS=(
 )
 case ${RECIPE:=reference} in
     reference) RECIPE_FLAGS=() ;;
-    v) RECIPE_FLAGS=(--learn_sigma False --predict_v True) ;;
+    v) RECIPE_FLAGS=(--learn_sigma False --predict_v True --loss_weights min_snr) ;;
     *) die "RECIPE=$RECIPE is neither reference nor v" ;;
 esac
 MODEL_FLAGS+=("${RECIPE_FLAGS[@]}")

@@ -192,7 +192,8 @@ def test_a_recipe_is_of_training_and_sampling_alike(launch, words, program):
         for env in ({}, {"RECIPE": "reference"}, {"RECIPE": "v"})
     )
     assert plain == reference
-    assert {name: now for name, now in v.items() if now != plain[name]} == {"learn_sigma": False, "predict_v": True}
+    changed = {"learn_sigma": False, "predict_v": True, "loss_weights": "min_snr"}
+    assert {name: now for name, now in v.items() if now != plain[name]} == changed
 
 
 # ---- how the programs are started ----

@@ -113,8 +113,8 @@ RECIPES = {
     "v+min_snr": Recipe(f"{WIDE} {MIN_SNR}"),
     "v+spade32": Recipe(),
     "v+spade32+min_snr": Recipe(MIN_SNR),
-    "few": Recipe(few=True),
-    "few+unlabelled": Recipe(few=True, unlabelled=True),
+    "few": Recipe(MIN_SNR, few=True),
+    "few+unlabelled": Recipe(MIN_SNR, few=True, unlabelled=True),
 }
 # Column of the table -> its title, and whether less is better.
 FIGURES = {

@@ -184,7 +184,7 @@ def test_trainings_go_on_for_longer_but_not_with_other_settings(toy, raw, tmp_pa
     assert sum(f"--unlabelled_dir {tmp_path / 'other'}" in line for line in lines) == 2
     # The recipe is the best, without being named.
     models = [line for line in lines if line.startswith(("image_train", "image_sample"))]
-    assert models and all("--learn_sigma False --predict_v True" in line for line in models)
+    assert models and all("--learn_sigma False --predict_v True --loss_weights min_snr" in line for line in models)
     (tmp_path / "other").rename(tmp_path / "moved")
     assert toy.done(raw, "out", LR="1", FINETUNE_STEPS="30", UNLABELLED="moved") == []
 
