@@ -413,7 +413,8 @@ def as_markdown(rows: list[dict[str, object]]) -> str:
 
 
 def draw(rows: list[dict[str, object]], file: io.BufferedIOBase) -> None:
-    """Draw each figure over the minutes, a line a recipe; those of a few slides are dashed."""
+    """Draw each figure over the minutes, a line a recipe; those of a few slides are dashed, of one seed faint."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
@@ -422,10 +423,9 @@ def draw(rows: list[dict[str, object]], file: io.BufferedIOBase) -> None:
         for index, (recipe, what) in enumerate(RECIPES.items()):
             values = means(rows, recipe, name)
             if values:
-                line = axes.plot(
-                    list(values), list(values.values()), "--" if what.few else "-", marker="o", color=f"C{index % 10}"
-                )
-                line[0].set_label(recipe)
+                (line,) = axes.plot(list(values), list(values.values()), "--" if what.few else "-", marker="o")
+                line.set(color=colormaps["tab20"](index % 20), label=recipe)
+                line.set_alpha(0.4 if len({row["seed"] for row in rows if row["recipe"] == recipe}) == 1 else 1)
         axes.set(title=f"{title} ({'lower' if less else 'higher'} is better)", xlabel="minutes of one core")
         axes.set_ylim(bottom=0 if less else None)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
