@@ -171,10 +171,10 @@ def test_the_newest_checkpoints_stay(data_dir, logdir):
 
 @pytest.mark.slow
 def test_steps_that_are_never_finite_end_the_run(data_dir, logdir, capsys):
+    steps = ["--batch_size", "1", "--save_interval", "20", "--max_steps", "1000"]
     with pytest.raises(SystemExit) as stop:
-        cli.run(
-            lambda: train(data_dir, "--lr", "1e30", "--batch_size", "1", "--save_interval", "20", "--max_steps", "1000")
-        )
+        # Each step multiplies the weights by -999.
+        cli.run(lambda: train(data_dir, "--lr", "1", "--weight_decay", "1000", *steps))
     assert stop.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     found = re.search(

@@ -233,7 +233,7 @@ def test_the_references_files_are_gone_on_from(make_loop, tmp_path, count):
 # Recipe of recipes.py -> floating-point operations of a step, forward and backward, an image.
 WIDE, NARROW = 8_407_957_504, 3_459_186_688
 FLOPS = dict.fromkeys(recipes.RECIPES, WIDE)
-FLOPS |= dict.fromkeys(["x+spade32", "v+spade32", "few", "few+unlabelled"], NARROW)
+FLOPS |= dict.fromkeys(["x+spade32", "v+spade32", "v+spade32+min_snr", "few", "few+unlabelled"], NARROW)
 FLOPS |= {"x+spade64": 5_108_776_960, **dict.fromkeys(["eps", "eps+min_snr"], 8_413_265_920)}  # these learn variances
 
 
