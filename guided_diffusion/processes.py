@@ -4,6 +4,7 @@ Processes that a program starts: they end with it, and get the signals that were
 Knows nothing of what they do.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -54,7 +55,10 @@ def run(command: list[str], output: IO[str], environment: dict[str, str]) -> tup
     )
     if received:  # before there was a child
         child.send_signal(received[-1])
-    code = child.wait()
+    code = None
+    while code is None:  # in turns, since a handler does not run where a signal comes just before a wait without end
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = child.wait(timeout=1)
     return code if code >= 0 else 128 - code, bool(received)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STARTS = """
 import sys
 from guided_diffusion import processes
-command = "trap 'echo told; exit 7' TERM; echo begun; for i in $(seq 200); do sleep 0.05; done"
+command = "trap 'echo told; exit 7' TERM; echo begun; for ((i = 0; i < 200; i++)); do sleep 0.05; done"
 print(*processes.run(["bash", "-c", command], sys.stdout, {"NAME": "value"}), flush=True)
 """
 
