@@ -5,10 +5,12 @@ Knows nothing of what they do.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import subprocess
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -55,11 +57,21 @@ def run(command: list[str], output: IO[str], environment: dict[str, str]) -> tup
     )
     if received:  # before there was a child
         child.send_signal(received[-1])
-    code = None
-    while code is None:  # in turns, since a handler does not run where a signal comes just before a wait without end
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = child.wait(timeout=1)
+    code = wait(child)
     return code if code >= 0 else 128 - code, bool(received)
+
+
+def wait(child: subprocess.Popen, seconds: float = math.inf) -> int:
+    """
+    Wait for a process in turns of a second: a handler does not run where a signal comes just before a wait without end.
+
+    :return: its exit code. :raises subprocess.TimeoutExpired: where it has not ended after so many seconds.
+    """
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 1:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=1)
+    return child.wait(timeout=max(0.0, left))
 
 
 def each(task: Callable[[Item], Result], items: Sequence[Item], workers: int, fork: bool = False) -> Iterator[Result]:

@@ -35,6 +35,24 @@ def test_signals_reach_what_was_started(number, group):
     assert rest == "told\n" + ("" if number == signal.SIGKILL else "7 True\n")
 
 
+def test_no_wait_is_without_end():
+    """In which no handler would run for a signal that came just before it."""
+    turns = []
+
+    class Child:
+        def wait(self, timeout):
+            turns.append(timeout)
+            if len(turns) < 3:
+                raise subprocess.TimeoutExpired("command", timeout)
+            return 7
+
+    assert processes.wait(Child()) == 7 and turns == [1, 1, 1]
+    turns.clear()
+    with pytest.raises(subprocess.TimeoutExpired):
+        processes.wait(Child(), seconds=0.5)
+    assert len(turns) == 1 and 0.4 < turns[0] <= 0.5
+
+
 def test_code_and_environment(tmp_path):
     handlers = {number: signal.getsignal(number) for number in processes.FORWARDED}
     try:

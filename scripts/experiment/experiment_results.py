@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = read_json(args.out / "grid.json")
     grid = Grid(facts["variants"], facts["baselines"], facts.get("rivals", []))
     found = {row[:4]: row for path in reversed(args.results) for row in read_csv(path)}
-    found |= {row[:4]: row for row in read_rows(args.out, facts["settings"])}
+    found |= {row[:4]: row for row in read_rows(args.out, facts.get("settings", {}))}
     order = list(grid.variants)
     rows = sorted(
         (row for row in found.values() if row.variant in grid.variants),

@@ -28,7 +28,7 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from guided_diffusion import cell_classes, cli, failures, files, signals
+from guided_diffusion import cell_classes, cli, failures, files, processes, signals
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, Slide, find_slides
 from guided_diffusion.image_files import EXTENSIONS
 from guided_diffusion.slides import TABLE
@@ -233,15 +233,12 @@ class Runner:
 
     def _wait(self) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._child.wait(self._left())
+            return processes.wait(self._child, self.end - time.monotonic())
         self._stop(f"TIME_LIMIT={os.environ['TIME_LIMIT']} is over")
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._child.wait(GRACE)
         self._send(signal.SIGKILL)
         return self._child.wait()
-
-    def _left(self) -> float | None:
-        return None if self.end == float("inf") else max(0.0, self.end - time.monotonic())
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if self.stopped:  # told twice

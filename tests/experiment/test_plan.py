@@ -11,10 +11,7 @@ from PIL import Image
 from scripts.experiment import plan
 
 CONFIGS = sorted(Path(plan.__file__).parent.glob("*.conf"))
-SETTINGS = (
-    *("VAL_SHARE", "DIFFUSION_BATCH", "DIFFUSION_STEPS", "MAX_EPOCHS", "RATES", "RATES_OF", "S", "EMA_RATE"),
-    *("CLUSTER", "BACKBONE"),
-)
+SETTINGS = (*plan.SETTINGS, "CLUSTER", "BACKBONE", "RATES", "RATES_OF")
 
 
 @pytest.fixture(scope="module")
