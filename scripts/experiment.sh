@@ -50,7 +50,12 @@ done
 # First of all, so that what cannot be trained shows before days of training do. What is missing, plan.py says.
 check_flags image_train.py "${MODEL_FLAGS[@]}" "${DIFFUSION_FLAGS[@]}" --ema_rate "${EMA_RATE:-0.9999}"
 check_flags image_sample.py "${SAMPLE_FLAGS[@]}" --s "${S:-1.5}"
-"${PYTHON:-python}" "$ROOT/scripts/experiment/plan.py" "$raw" "$target"
-cp -- "$config" "$target/config"
-cells=$(grep -cE '^ *"(slides|masks|patches)-f' "$target/grid.json" || true) # one a line
+if is_dry_run "$@"; then
+    "${PYTHON:-python}" "$ROOT/scripts/experiment/plan.py" "$raw" "$target" --dry_run
+    cells=1
+else
+    "${PYTHON:-python}" "$ROOT/scripts/experiment/plan.py" "$raw" "$target"
+    cp -- "$config" "$target/config"
+    cells=$(grep -cE '^ *"(slides|masks|patches)-f' "$target/grid.json" || true) # one a line
+fi
 workflow experiment/experiment.smk "$raw" "$target" --test_slides --parallel "$((cells ? cells : 1))" --keep-going "$@"

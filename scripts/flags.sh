@@ -145,6 +145,11 @@ check_structures() {
     [[ $STRUCTURES =~ ^(real|recombine|both)$ ]] || die "STRUCTURES=$STRUCTURES: give real, recombine or both"
 }
 
+# is_dry_run [flags of snakemake ...]: whether they ask what would be done, and nothing is to be written.
+is_dry_run() {
+    [[ " $* " =~ \ (-n|--dry-?run)\  ]]
+}
+
 # workflow FILE.smk RAW OUT [flags of run.py and snakemake ...]: run a workflow, in place of this shell.
 workflow() {
     local python pinned

@@ -97,7 +97,7 @@ check_flags image_train.py "${MODEL_FLAGS[@]}" "${CONDITION_FLAGS[@]}" "${TRAIN_
 check_flags image_sample.py "${MODEL_FLAGS[@]}" "${CONDITION_FLAGS[@]}" "${SAMPLE_FLAGS[@]}" "${flags_of_model[@]}" \
     --s "$(join "${s_values[@]}")"
 
-if [[ -n $toy && ! -d $raw && ! " ${flags[*]} " =~ \ (-n|--dry-?run)\  ]]; then
+if [[ -n $toy && ! -d $raw ]] && ! is_dry_run "${flags[@]}"; then
     # Aside, since half a RAW would pass for a whole one; what a kill left of it is drawn over.
     "${PYTHON:-python}" "$ROOT/scripts/make_toy_monuseg.py" "$raw.part"
     mv -- "$raw.part" "$raw"

@@ -11,6 +11,11 @@ def cell_of(wildcards):
     return ALL_CELLS[wildcards.cell]
 
 
+def variants_of(cell):
+    """What names a cell's variants in the name of a file."""
+    return hashlib.sha256(" ".join(ALL_CELLS[cell].variants).encode()).hexdigest()[:8]
+
+
 def there(wildcards, folder):
     """How many images or masks a folder of the cell holds; none before they are there."""
     images = Path(wildcards.cell, folder)

@@ -1,9 +1,9 @@
 """
-Say what the experiment will train on what, and about how long: python scripts/experiment/plan.py RAW OUT
+Say what the experiment will train on what, and about how long: python scripts/experiment/plan.py RAW OUT [--dry_run]
 
 What cannot be trained is refused here, not after the days that other cells take. Settings come from the environment,
 see experiment.sh, which calls this before anything else. Writes OUT/grid.json: cells, the variants' titles, and what
-their figures are to be made with; and OUT/stages/CELL.variants.
+their figures are to be made with.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from PIL import Image
 
 from guided_diffusion import cli
-from guided_diffusion.files import check_apart, write_json, write_text
+from guided_diffusion.files import check_apart, write_json
 from guided_diffusion.histology.experiment import protocol
 from guided_diffusion.histology.experiment.protocol import Cell, Variant
 from guided_diffusion.histology.slides import scales
@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.FlagParser(description=__doc__)
     parser.add_argument("raw", metavar="RAW", type=Path, help="folder of the unpacked archives")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the experiment")
+    parser.add_argument("--dry_run", action="store_true", help="write nothing")
     args = parser.parse_args(argv)
     check_apart(args.out, [args.raw], args.out / "patches", "OUT")
     check_settings()
@@ -109,14 +110,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{processes} process(es), each with {batch // processes} of {batch} patches a step of the diffusion model")
     rates = measured(args.out)
     print("\n".join(table(cells, variants, sizes, rates)))
+    if args.dry_run:
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     titles = {name: variant.title for name, variant in variants.items()}
     facts = {"variants": titles, "baselines": protocol.baselines(variants.values())}
     facts |= {"rivals": protocol.rivals(variants.values())}
     facts |= {"settings": {name: settings_of(name, variants) for name in variants}}
     write_json(args.out / GRID, {**facts, "cells": [cell.name for cell in cells]})
-    for cell in cells:
-        reopen(args.out / "stages", cell)
 
 
 def check_settings() -> None:
@@ -142,18 +143,6 @@ def check_settings() -> None:
         raise ValueError(f"MODEL_FLAGS have --image_size {size}, and patches {side} px: give no more")
     if clusters(os.environ["SDM_CLUSTER_FLAGS"]) < 1:
         raise ValueError("CLUSTER_FLAGS have --n_clusters below 1: give more")
-
-
-def reopen(stages: Path, cell: Cell) -> None:
-    """
-    Note which variants a cell has, and where they are others than before, have it go on if it is finished: Snakemake
-    does not look at what a finished job lacks while a filter decides on some of it.
-    """
-    path, text = stages / f"{cell.name}.variants", "".join(f"{name}\n" for name in cell.variants)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        stages.mkdir(exist_ok=True)
-        (stages / cell.name).unlink(missing_ok=True)
-        write_text(path, text)
 
 
 def settings_of(name: str, variants: dict[str, Variant]) -> str:

@@ -95,18 +95,21 @@ def test_all_tracks_at_once(slides, experiment, tmp_path):
         assert again.returncode == 0 and rules(again) == []
     # A cell that fails is named, and the others go on: of two, all from a segmenter's training on is taken away.
     for cell, variant in (("slides-f50-s0", "made2"), ("patches-f30-s0", "real1")):
-        for seal in ("", f"-{variant}-train.json", f"-{variant}-test.json"):
-            (out / f"stages/{cell}{seal}").unlink()
+        (finished,) = (out / "stages").glob(f"{cell}.*")
+        for path in (finished, *(out / f"stages/{cell}-{variant}-{stage}.json" for stage in ("train", "test"))):
+            path.unlink()
         (out / f"{cell}/segmenters/{variant}/result.json").unlink()
     (out / "results.csv").unlink()
     (out / "slides-f50-s0/segmenters/made2/checkpoint.pt").write_text("broken")
     failed = experiment(slides, out, config)
     assert failed.returncode == 2, failed.stderr[-3000:]
-    assert (out / "stages/patches-f30-s0").exists() and not (out / "stages/slides-f50-s0").exists()
+    assert sorted(path.stem for path in (out / "stages").glob("*-s0.*")) == ["masks-f50-s0", "patches-f30-s0"]
     assert re.match(r"error: slides-f50-s0-made2-train: .*checkpoint.pt is broken", failed.stderr.splitlines()[-1])
     # A variant is added to a finished cell, whose filter is still to come.
     config.write_text(config.read_text().replace('"patches 30 0 real1"', '"patches 30 0 real1,filtered"'))
+    grid = (out / "grid.json").read_text()
     more = experiment(slides, out, config, "--dry-run", CELLS="patches-f30-s0")
+    assert (out / "grid.json").read_text() == grid  # it says what would be done, and does nothing
     assert "filter" in rules(more) and "model" not in rules(more), more.stdout
     config.write_text(config.read_text() + "S=2\n")
     other = experiment(slides, out, config, "--dry-run", CELLS="masks-f50-s0")
