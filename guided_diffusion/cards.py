@@ -14,10 +14,11 @@ UNKNOWN = "unknown"  # a licence that nobody has said
 # Of a model's flags those that say what it is and how it was trained, in this order.
 TOLD = (
     *("image_size", "mpp", "num_channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
-    *("num_head_channels", "spade_channels", "class_cond", "num_classes", "use_hv_map", "use_col_map", "no_instance"),
-    *("mark_unknown", "diffusion_steps", "noise_schedule", "learn_sigma", "predict_v", "predict_xstart", "lr"),
-    *("weight_decay", "batch_size", "total_batch_size", "precision", "use_fp16", "ema_rate", "drop_rate"),
-    *("drop_hvb_only", "grad_clip", "augment", "stain_jitter", "subsample", "unlabelled_share", "seed"),
+    *("num_head_channels", "resblock_updown", "use_scale_shift_norm", "spade_channels", "dropout"),
+    *("class_cond", "num_classes", "use_hv_map", "use_col_map", "no_instance", "mark_unknown"),
+    *("diffusion_steps", "noise_schedule", "learn_sigma", "predict_v", "predict_xstart", "loss_weights", "lr"),
+    *("lr_anneal_steps", "weight_decay", "batch_size", "total_batch_size", "precision", "use_fp16", "ema_rate"),
+    *("drop_rate", "drop_hvb_only", "grad_clip", "augment", "stain_jitter", "subsample", "unlabelled_share", "seed"),
 )
 METHOD = """The method is Wang et al., Semantic Image Synthesis via Diffusion Models, 2022, https://arxiv.org/abs/2207.00050.
 Cite the data, too, as their authors ask. For MoNuSeg these are Kumar et al., A Dataset and a Technique for Generalized

@@ -3,6 +3,7 @@
 import re
 
 from guided_diffusion import cards
+from guided_diffusion.trained_flags import MODEL_FIELDS
 
 DATA = {"patches": 24, "slides": 3, "unlabelled": 5, "held_out_patches": 8, "held_out_slides": 1}
 
@@ -27,6 +28,12 @@ def test_a_model_card_says_what_is_known():
     assert "--use_hv_map True --lr 0.0001\n" in text and "/home" not in text
     for word in ("Not for diagnosis", "JPEG", "Kumar", "2207.00050"):
         assert word in text
+
+
+def test_a_model_card_says_what_its_weights_depend_on():
+    # But for what is what it is in all models here.
+    same = {"in_channels", "num_heads", "num_heads_upsample", "use_new_attention_order", "rescale_timesteps"}
+    assert set(MODEL_FIELDS) - set(cards.TOLD) == same
 
 
 def test_a_model_card_says_what_is_not_known():
