@@ -36,6 +36,7 @@ grep -q '^ *GRID=(' "$config" || die "CONFIG $config has no GRID: begin with a c
 # shellcheck source=experiment/experiment.conf
 source "$config"
 [[ -n ${GRID:-} && -n ${VARIANTS:-} ]] || die "CONFIG $config has no GRID or no VARIANTS: begin with a copy of another"
+absolute_backbone
 printf -v SDM_GRID '%s\n' "${GRID[@]}"
 printf -v SDM_VARIANTS '%s\n' "${VARIANTS[@]}"
 export SDM_GRID SDM_VARIANTS CELLS=${CELLS:-} VAL_SHARE CLUSTER NPROC BACKBONE DIFFUSION_STEPS DIFFUSION_BATCH
@@ -55,7 +56,7 @@ if is_dry_run "$@"; then
     cells=1
 else
     "${PYTHON:-python}" "$ROOT/scripts/experiment/plan.py" "$raw" "$target"
-    cp -- "$config" "$target/config"
+    [[ $config -ef $target/config ]] || cp -- "$config" "$target/config"
     cells=$(grep -cE '^ *"(slides|masks|patches)-f' "$target/grid.json" || true) # one a line
 fi
 workflow experiment/experiment.smk "$raw" "$target" --test_slides --parallel "$((cells ? cells : 1))" --keep-going "$@"

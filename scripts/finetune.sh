@@ -67,7 +67,7 @@ for i in "${!labels[@]}"; do
         continue
     fi
     runs+=("${labels[i]}=$run")
-    "${PYTHON:-python}" "$ROOT/scripts/summarise_runs.py" "$OPENAI_LOGDIR-finetune.csv" "${runs[@]}"
+    "${PYTHON:-python}" "$ROOT/scripts/summarise_runs.py" -- "$OPENAI_LOGDIR-finetune.csv" "${runs[@]}"
 done
 ((${#runs[@]} == 0)) || echo "summary: $OPENAI_LOGDIR-finetune.csv"
 if ((code)); then

@@ -147,7 +147,17 @@ check_structures() {
 
 # is_dry_run [flags of snakemake ...]: whether they ask what would be done, and nothing is to be written.
 is_dry_run() {
-    [[ " $* " =~ \ (-n|--dry-?run)\  ]]
+    local flag
+    for flag; do
+        [[ ! $flag =~ ^(-[A-Za-z]*n[A-Za-z]*|--dry.*)$ ]] || return 0
+    done
+    return 1
+}
+
+# absolute_backbone: a path in BACKBONE, of a model's folder or file, means what it means here, wherever stages run.
+absolute_backbone() {
+    [[ ${BACKBONE:-} == *:* && ${BACKBONE#*:} != /* && -e ${BACKBONE#*:} ]] || return 0
+    BACKBONE=${BACKBONE%%:*}:$(realpath -s -- "${BACKBONE#*:}")
 }
 
 # workflow FILE.smk RAW OUT [flags of run.py and snakemake ...]: run a workflow, in place of this shell.

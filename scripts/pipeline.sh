@@ -70,6 +70,7 @@ case $STRUCTURES in real) least=0 ;; recombine) least=1 ;; both) least=2 ;; esac
 [[ ${CLASSES:-2} =~ ^0*[1-9][0-9]*$ ]] || die "CLASSES=$CLASSES is not a number of classes"
 
 export CLUSTERS=${CLUSTERS:-} BACKBONE=${BACKBONE:-efficientnet_lite0} RATIO=${RATIO:-1} EMA_RATE=${EMA_RATE:-0.9999}
+absolute_backbone
 [[ $EMA_RATE =~ ^0?\.[0-9]*[1-9]0*$ ]] || die "EMA_RATE=$EMA_RATE is not one rate between 0 and 1, such as 0.9999"
 # As training names its checkpoints: 0.99 for .990.
 EMA_RATE=0.${EMA_RATE#*.}
@@ -99,7 +100,7 @@ check_flags image_sample.py "${MODEL_FLAGS[@]}" "${CONDITION_FLAGS[@]}" "${SAMPL
 
 if [[ -n $toy && ! -d $raw ]] && ! is_dry_run "${flags[@]}"; then
     # Aside, since half a RAW would pass for a whole one; what a kill left of it is drawn over.
-    "${PYTHON:-python}" "$ROOT/scripts/make_toy_monuseg.py" "$raw.part"
-    mv -- "$raw.part" "$raw"
+    "${PYTHON:-python}" "$ROOT/scripts/make_toy_monuseg.py" "${raw%/}.part"
+    mv -- "${raw%/}.part" "$raw"
 fi
 workflow pipeline.smk "$raw" "$out" "${flags[@]}"

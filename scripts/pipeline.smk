@@ -22,6 +22,7 @@ from scripts.workflow.wiring import (
     script,
     stage,
     step,
+    word,
 )
 
 PATCHES, CLUSTERS = "patches", "patches/clusters"
@@ -42,6 +43,12 @@ def divide(samples):
 def environment(*names):
     """What these variables are, for the record; the launchers read them for themselves."""
     return " ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+
+
+def trained_with():
+    """What train.sh and finetune.sh read; a total batch size only where one is given, as records of before have none."""
+    total = environment("TOTAL_BATCH_SIZE") if os.environ.get("TOTAL_BATCH_SIZE") else ""
+    return f"{environment('IMAGE_SIZE', 'BATCH_SIZE', 'LR')}{total and f' {total}'}{UNLABELLED}"
 
 
 def averages(folder, *steps):
@@ -83,7 +90,7 @@ rule patches:
         stage(
             "patches",
             PATCHES,
-            f"{PYTHON} {script('scripts/prepare_monuseg.py')} {shlex.quote(RAW)} {PATCHES} {FLAGS['PATCH']}",
+            f"{PYTHON} {script('scripts/prepare_monuseg.py')} {RAW} {PATCHES} {FLAGS['PATCH']}",
             given="",
             seals=[f"{PATCHES}/prepare.json", f"{PATCHES}/MoNuSegT*Data"],
         )
@@ -144,7 +151,7 @@ checkpoint labels:
     shell:
         step(
             "labels",
-            f"{shlex.quote(sys.executable)} {script('scripts/workflow/choose_clusters.py')} {CLUSTERS}"
+            f"{word(sys.executable)} {script('scripts/workflow/choose_clusters.py')} {CLUSTERS}"
             " {output} {params.labels}",
         )
 
@@ -159,7 +166,7 @@ rule pretrain:
     log:
         "logs/pretrain.log",
     params:
-        settings=f"{FLAGS['MODEL']} {FLAGS['TRAIN']} {environment('IMAGE_SIZE', 'BATCH_SIZE', 'LR')}{UNLABELLED}",
+        settings=f"{FLAGS['MODEL']} {FLAGS['TRAIN']} {trained_with()}",
         amount=PRETRAIN_STEPS,
     resources:
         gpu=GPUS,
@@ -176,7 +183,10 @@ rule pretrain:
         )
 
 
-SWEPT = sorted({int(steps) for steps in os.environ["ITERATIONS"].split()} | {FINETUNE_STEPS})
+ITERATIONS = {int(steps) for steps in os.environ["ITERATIONS"].split()}
+SWEPT = sorted(ITERATIONS | {FINETUNE_STEPS})
+# What sampling draws last; with one checkpoint and one s there is no sweep.
+PICTURE = "sweep.png" if len(ITERATIONS) * len(set(os.environ["S_VALUES"].split())) > 1 else "grid.png"
 
 
 rule finetune:
@@ -188,8 +198,7 @@ rule finetune:
     log:
         "logs/finetune-{label}.log",
     params:
-        settings=f"{PRETRAIN_STEPS} {FLAGS['MODEL']} {FLAGS['TRAIN']} {environment('IMAGE_SIZE', 'BATCH_SIZE', 'LR')}"
-        + UNLABELLED,
+        settings=f"{PRETRAIN_STEPS} {FLAGS['MODEL']} {FLAGS['TRAIN']} {trained_with()}",
         amount=SWEPT,
     resources:
         gpu=GPUS,
@@ -259,7 +268,7 @@ rule samples:
             f"bash {script('scripts/sample.sh')} {CLUSTERS}/{{wildcards.label:q}} finetune-clus{{wildcards.label:q}}"
             f" {{wildcards.kind}}/{{wildcards.label:q}} {FLAGS['MODEL']} --num_samples {{params.amount}}"
             " {params.structures}",
-            seals=["{wildcards.kind}/{wildcards.label:q}/sweep.png", "{wildcards.kind}/{wildcards.label:q}"],
+            seals=[f"{{wildcards.kind}}/{{wildcards.label:q}}/{PICTURE}", "{wildcards.kind}/{wildcards.label:q}"],
             resumes=True,
         )
 

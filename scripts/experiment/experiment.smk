@@ -71,7 +71,7 @@ rule patches:
         stage(
             "patches",
             "patches",
-            f"{PYTHON} {script('scripts/prepare_monuseg.py')} {shlex.quote(RAW)} patches {FLAGS['PATCH']}",
+            f"{PYTHON} {script('scripts/prepare_monuseg.py')} {RAW} patches {FLAGS['PATCH']}",
             given="",
             seals=["patches/prepare.json", "patches/MoNuSegT*Data"],
         )
@@ -91,7 +91,7 @@ rule test:
         stage(
             "test",
             "test",
-            f"{PYTHON} {script('scripts/prepare_monuseg.py')} {shlex.quote(RAW)} test {FLAGS['TEST']}",
+            f"{PYTHON} {script('scripts/prepare_monuseg.py')} {RAW} test {FLAGS['TEST']}",
             given="",
         )
 
@@ -327,7 +327,9 @@ checkpoint filter:
     log:
         "logs/{cell}-{choice}-filter.log",
     params:
-        settings=lambda wildcards: f"{FLAGS['FILTER']} {flags_of_filter(wildcards)}",
+        settings=lambda wildcards: f"{os.environ['BACKBONE']} {FLAGS['FILTER']} {flags_of_filter(wildcards)}",
+        backbone=os.environ["BACKBONE"],
+        flags=lambda wildcards: f"{FLAGS['FILTER']} {flags_of_filter(wildcards)}",
         samples=lambda wildcards: [f"{wildcards.cell}/{kind}" for kind in CHOICES[wildcards.choice].kinds],
         seed=lambda wildcards: cell_of(wildcards).seed,
     resources:
@@ -339,7 +341,7 @@ checkpoint filter:
             f"{CELL}/filters/{{wildcards.choice}}",
             f"{PYTHON} {script('scripts/filter_ood.py')} --data_dir {CELL}/split/colours"
             f" --synthetic {{params.samples}} --results_path {CELL}/filters/{{wildcards.choice}}"
-            f" --backbone {shlex.quote(os.environ['BACKBONE'])} --seed {{params.seed}} {{params.settings}}",
+            " --backbone {params.backbone:q} --seed {params.seed} {params.flags}",
         )
 
 

@@ -12,13 +12,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-RAW = os.environ["SDM_RAW"]
+
+
+def unformatted(text: str) -> str:
+    """:return: a text in which the engine finds no {fields}."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def word(text: str) -> str:
+    """:return: a text, such as a path, as a word of a shell in a rule's command."""
+    return unformatted(shlex.quote(text))
+
+
 # A checksum of the slides, so that they may move.
 SLIDES = os.environ["SDM_SLIDES"]
 # The same of the images without masks, as a part of settings.
 UNLABELLED = f" UNLABELLED={os.environ['SDM_UNLABELLED']}" if os.environ["SDM_UNLABELLED"] else ""
-# The interpreter of the programs, and how to start one on several GPUs: as words of a shell.
-PYTHON, LAUNCH = os.environ["SDM_PYTHON"], os.environ["SDM_LAUNCH"]
+# The folder of slides, the interpreter of the programs, and how to start one on several GPUs: as words of a shell.
+RAW = word(os.environ["SDM_RAW"])
+PYTHON, LAUNCH = (unformatted(os.environ[name]) for name in ("SDM_PYTHON", "SDM_LAUNCH"))
 # Cores of a training, GPUs of a training, and of what runs on one.
 CORES = int(os.environ["SDM_CORES"])
 GPUS = int(os.environ["SDM_GPUS_EACH"])
@@ -27,7 +39,7 @@ ONE_GPU = min(1, GPUS)
 
 def script(name: str) -> str:
     """:return: a path in the repository, as a word of a shell."""
-    return shlex.quote(str(ROOT / name))
+    return word(str(ROOT / name))
 
 
 def make_structures(data: str, out: str, count: int | str, size: int | str) -> str:
@@ -65,5 +77,5 @@ def step(name: str, command: str, *flags: str) -> str:
     :param flags: of stage.py; without any, nothing is sealed.
     :return: the shell command of a rule whose output the engine itself looks after.
     """
-    words = [shlex.quote(sys.executable), script("scripts/workflow/stage.py"), name, *flags, "--log", "{log:q}"]
+    words = [word(sys.executable), script("scripts/workflow/stage.py"), name, *flags, "--log", "{log:q}"]
     return f"exec {' '.join(words)} -- {command}"

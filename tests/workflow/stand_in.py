@@ -102,17 +102,20 @@ def image_train(*rest, flags):
 
 
 def image_sample(*rest, flags):
-    for model in flags["model_path"][0].split(","):
-        for s in flags["s"][0].split(","):
+    out = Path(flags["results_path"][0])
+    models, scales = (list(dict.fromkeys(flags[name][0].split(","))) for name in ("model_path", "s"))
+    several = len(models) * len(scales) > 1
+    for model in models:
+        for s in scales:
             for number in range(int(flags["num_samples"][0])):
-                name = Path(flags["results_path"][0], f"{Path(model).stem}_s{s}", "samples", f"{number}.png")
+                name = (out / f"{Path(model).stem}_s{s}" if several else out) / "samples" / f"{number}.png"
                 if not name.exists():
                     time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
                     write(
                         name,
                         digest(Path(model), s, number, flags["num_steps"], *map(Path, flags.get("structure_dir", []))),
                     )
-    write(Path(flags["results_path"][0], "sweep.png"), "")
+    write(out / ("sweep.png" if several else "grid.png"), "")
 
 
 def make_structures(*rest, flags):

@@ -60,7 +60,7 @@ class Toy:
 
     def __init__(self, folder: Path, engine: Path) -> None:
         self.folder, self.record = folder, folder / "record"
-        program = folder / "a python"
+        program = folder / "a {python}"
         program.write_text(f'#!/bin/sh\nexec {sys.executable} {STAND_IN} "$@"\n')
         program.chmod(0o755)
         # Nothing of the caller's.
@@ -162,6 +162,20 @@ def test_only_what_changed_is_done_anew(toy, raw, tmp_path):
     assert code == 0 and toy.stages() == ALL, text
     assert "made with other data, and is now replaced/pretrain.1" in text
     assert (out / "replaced/pretrain.1/ema_0.9_000020.pt").read_bytes() == before["pretrain/ema_0.9_000020.pt"]
+
+
+@pytest.mark.slow
+def test_one_checkpoint_and_one_s_of_a_place_with_braces(toy, raw, tmp_path):
+    place, one = tmp_path / "a {site} %d" / "raw", {"ITERATIONS": "000020", "S_VALUES": "1.5"}
+    place.parent.mkdir()
+    raw.rename(place)
+    (tmp_path / "model.pt").touch()
+    assert toy.done(place, "out", BACKBONE="sdm:model.pt", **one) == ALL
+    assert {path.name for path in (tmp_path / "out/samples/0").iterdir()} == {"samples", "grid.png"}
+    # Where stages run, a relative path would mean something else.
+    assert toy.record.read_text().count(f"--backbone sdm:{tmp_path}/model.pt") == 2
+    again = toy.done(place, "out", BACKBONE="sdm:model.pt", TOTAL_BATCH_SIZE="4", **one)
+    assert again == ["pretrain", "finetune", "samples", "filter", "set"]
 
 
 @pytest.mark.slow
@@ -296,6 +310,12 @@ def test_others_go_on_where_a_stage_whose_files_have_gone_fails(toy, raw, tmp_pa
 
 def test_slides_that_were_not_drawn_to_the_end_are_drawn_again(toy, tmp_path):
     assert toy.run("raw", "out", FAIL="make_toy_monuseg")[0] == 1 and not (tmp_path / "raw").exists()
+    write_program(tmp_path / "engine", "exit 0")
+    for flag in ("-np", "--dry-run", "--dryrun", "-kn"):  # which draw nothing
+        assert toy.run("raw", "out", flag, ENGINE=str(tmp_path / "engine"))[0] == 0
+        assert not list(tmp_path.glob("raw*")), flag
+    assert toy.run("raw/", "out", "-k", ENGINE=str(tmp_path / "engine"))[0] == 0
+    assert [path.name for path in tmp_path.glob("raw*")] == ["raw"] and not list((tmp_path / "raw").iterdir())
 
 
 @pytest.mark.parametrize(
