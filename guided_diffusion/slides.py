@@ -19,7 +19,7 @@ from typing import Any
 
 import blobfile as bf
 
-from .files import is_remote, nfc, read_bytes, read_json, reading_table, write_text
+from .files import check_path, is_remote, nfc, read_bytes, read_json, reading_table, write_text
 
 MANIFEST = "prepare.json"  # of a data folder, which scripts/prepare_monuseg.py writes first and last
 TABLE = "slides.csv"
@@ -138,6 +138,9 @@ def _of_table(path: str) -> dict[str, dict[str, str]]:
             raise ValueError(f"{path}, line {number} lacks a file or a slide: give both")
         if slide[0] in "=+-@":
             raise ValueError(f"{path}: slide {slide} is a formula to spreadsheets, which read manifests: rename it")
+        if not {"", ".", ".."}.isdisjoint(slide.split("/")):
+            raise ValueError(f"{path}: slide {slide} would name a place out of its folder: rename it")
+        check_path(slide)
         first = found.setdefault(_stem(file), {**row, "slide": slide})["slide"]
         if first != slide:
             raise ValueError(f"{path} names two slides of {file}, {first} and {slide}: give one")

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     if not chosen:
         raise ValueError(f"--ratio {args.ratio} takes none of the {len(samples)} samples in --synthetic: give more")
     synthetic = name_synthetic(chosen, patches)
+    check_untested(patches, synthetic)
     check_sizes(real[0], synthetic)
 
     filtered = said_by_filter(args.synthetic)
@@ -121,6 +122,17 @@ def check_kept(folder: Path) -> None:
             f"--synthetic {folder} is empty: the filter kept no sample, see {folder.parent / 'report.json'}; "
             "raise its --tau, or sample from a better model"
         )
+
+
+def check_untested(patches: Sequence[Patch], synthetic: Sequence[Synthetic]) -> None:
+    """:raises ValueError: where a sample is made of a test slide, which nothing may learn from."""
+    trained = {patch.slide for patch in patches if patch.split == TRAIN_SPLIT}
+    test = {patch.slide for patch in patches} - trained
+    for item in synthetic:
+        if tested := sorted({item.slide, item.structure_slide} & test):
+            raise ValueError(
+                f"{item.sample.sample} is made of {tested[0]}, a test slide of --data_dir: sample with --use_train True"
+            )
 
 
 def describe(patches: Sequence[Patch], synthetic: Sequence[Synthetic], folder: Path) -> dict[str, str]:

@@ -49,6 +49,7 @@ from guided_diffusion.options import SIZE, check_ranges
 from guided_diffusion.slides import slides_of, without_number
 from guided_diffusion.windows import tiles
 
+FEWEST = 4  # training patches, so that in either half each has another one beside it
 SAME, OTHER = "real, same slides", "real, other slides"
 
 
@@ -100,6 +101,11 @@ def main(argv: list[str] | None = None) -> None:
         backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision])
     train = real_set("real, training", train_items, backbone, args.batch_size)
     held_out = real_set(OTHER, held_out_items, backbone, args.batch_size, segmenter) if held_out_items else None
+    if "copies" in metrics and len(train_items) < FEWEST:
+        raise ValueError(
+            f"--metrics copies takes {FEWEST} training patches or more, and --data_dir {args.real} has "
+            f"{len(train_items)}, or --limit says so: leave it out"
+        )
     known, size = by_name([*every_train_item, *every_held_out_item]), train.images.shape[1:3]
     sets = [synthetic_set(run, backbone, args, known, size, segmenter) for run in found]
 

@@ -43,6 +43,7 @@ from guided_diffusion.histology.formats.writers.layouts import LAYOUTS
 from guided_diffusion.histology.formats.writers.webdataset import Shards, WebDataset, by_lot
 from guided_diffusion.histology.formats.writers.writer import Record, Writer
 from guided_diffusion.histology.slides.annotations import TRAIN_SPLIT
+from guided_diffusion.histology.slides.patches import IGNORE_MASKS
 from guided_diffusion.image_files import EXTENSIONS
 from guided_diffusion.options import SOME_WORKERS, check_ranges
 from guided_diffusion.processes import each
@@ -80,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         write_json(folder / EXPORT, {"format": args.format, **window, "mpp": find_mpp(args.set, entries), **counts})
 
     replace_folder(args.out, fill, "OUT")
+    if any(args.set.glob(f"{level}{IGNORE_MASKS}") for level in ("", "*/")):
+        print(f"WARNING: no format knows {IGNORE_MASKS}: where SET says so, nuclei may be missing", file=sys.stderr)
     report(args.out, args.format, records, writer)
 
 
@@ -134,11 +137,12 @@ def of_data(folder: Path) -> Iterator[Entry]:
 
 
 def of_run(run: Run, prefix: str) -> Iterator[Entry]:
-    """The samples of a results folder. Those that were made of test structures are for the test split."""
+    """The samples of a results folder. Those of the test split's structures or colours are for the test split."""
     masks = by_stem(run.path / FOLDER, EXTENSIONS) if (run.path / FOLDER).is_dir() else {}
     for sample in run.samples:
         flags = flags_of(sample.sample)
-        split = "test" if flags.get("use_train") is False and not flags.get("structure_dir") else "train"
+        elsewhere = flags.get("structure_dir") and flags.get("appearance_dir")
+        split = "test" if flags.get("use_train") is False and not elsewhere else "train"
         structure, appearance = slides_of_sample(sample, {})
         row = {"stem": sample.stem, **sample.row, "source": "synthetic", "slide": appearance}
         row["structure_slide"] = structure

@@ -71,6 +71,27 @@ def test_what_is_not_known_of_a_sample_comes_along(data_dir, synthetic, tmp_path
     assert link.name == f"{stem}.png" and link.read_bytes() == source.read_bytes()
 
 
+def test_what_is_not_known_of_a_real_patch_comes_along(data_dir, synthetic, tmp_path):
+    (data_dir / TRAIN / "ignore_masks").mkdir()
+    source = sorted((data_dir / TRAIN / "images").iterdir())[1]
+    shutil.copy(source, data_dir / TRAIN / "ignore_masks")
+    assemble(data_dir, synthetic, tmp_path / "set")
+    (link,) = (tmp_path / "set" / TRAIN / "ignore_masks").iterdir()
+    assert link.name == source.name and link.resolve() == data_dir / TRAIN / "ignore_masks" / source.name
+
+
+@pytest.mark.parametrize("part", ["structure", "appearance"])
+def test_what_is_made_of_a_test_slide_is_refused(data_dir, synthetic, tmp_path, part):
+    for path in (data_dir / "MoNuSegTestData").glob("*/*"):
+        path.rename(path.with_stem(path.stem.replace("slide-", "tested-")))
+    manifest = synthetic / "manifest.csv"
+    name = {"structure": "slide-3_000", "appearance": "slide-3_001"}[part]
+    manifest.write_text(manifest.read_text().replace(name, "tested-25_000"))
+    with pytest.raises(ValueError, match=r"s[37]_000.png is made of tested-25, a test slide of --data_dir"):
+        assemble(data_dir, synthetic, tmp_path / "set", "--ratio", "all")
+    assert not (tmp_path / "set").exists()
+
+
 def test_the_card_says_what_there_is(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # manifests name checkpoints as they were given
     for name in ("run", "evaluation"):

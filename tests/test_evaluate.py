@@ -155,6 +155,8 @@ def test_a_segmenter_sees_fields_in_patches(real, tmp_path, monkeypatch):
 def test_copies_are_drawn(real, sweep, tmp_path, capsys):
     source = real / "MoNuSegTrainingData" / "images" / "slide-1_002.png"
     shutil.copy(source, sweep / "m_s1" / "samples" / "s3_000.png")
+    with pytest.raises(ValueError, match=r"--metrics copies takes 4 training patches or more, .* has 3, or --limit"):
+        run(real, sweep / "m_s1", tmp_path / "out", "--metrics", "copies", "--limit", "3")
     metrics = run(real, sweep / "m_s1", tmp_path / "out", "--metrics", "copies")
     assert metrics["runs"]["m_s1"]["copies"] >= 1 / 8
     assert "nearer to a training patch" in capsys.readouterr().out and (tmp_path / "out" / "copies.png").exists()

@@ -153,6 +153,16 @@ def test_what_a_filter_kept_of_test_structures_stays_for_testing(results, tmp_pa
     assert json.loads((tmp_path / "out" / "export.json").read_text())["mpp"] == 0.5
 
 
+def test_colours_of_test_images_are_for_testing_too(results, tmp_path, capsys):
+    (results / "ignore_masks").mkdir()
+    for appearances, split in (("", "test"), ("images", "train")):
+        flags = {"use_train": False, "structure_dir": "made", "appearance_dir": appearances}
+        (results / "run.json").write_text(json.dumps(flags))
+        export_set.read_flags.cache_clear()
+        assert {row["split"] for row in export(results, tmp_path / split)} == {split}
+    assert "WARNING: no format knows ignore_masks: where SET says so, nuclei may be missing" in capsys.readouterr().err
+
+
 def test_a_sweep_is_one_set(tmp_path):
     for s in ("1", "2"):
         write_run(tmp_path / "sweep" / f"s{s}.5", count=2, s=s)

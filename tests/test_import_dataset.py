@@ -233,6 +233,7 @@ def same_slide_twice(root):
 
 
 ONES = np.ones((SIZE, SIZE), np.uint8)
+DOTS = (np.indices((SIZE, SIZE)) % 8 == 4).all(0).astype(np.uint8)
 STRIPES = ((np.arange(SIZE) % 4 < 2) * ONES * 255).astype(np.uint8)
 CLEAR = np.zeros((SIZE, SIZE, 4), np.uint8)
 IMAGES, MASKS, TYPES = (
@@ -308,6 +309,11 @@ FLAWS = [
     ("cellpose", gone("train/a_img.png"), "a_masks.png has no partner"),
     ("cellpose", picture("train/a.png", ONES), "would both belong to a_masks"),
     ("cellpose", picture("train/a_masks.png", STRIPES), "several nuclei, all with the number 255"),
+    (
+        "cellpose",
+        picture("train/a_masks.png", DOTS),
+        "several nuclei, all with the number 1",
+    ),
     ("stardist", cut("train/masks/a.tif", 1000), "a.tif cannot be decoded"),
     ("stardist", picture("train/masks/a.tif", ONES.astype(np.float32)), "holds floating-point"),
     ("coco", cut("annotations/instances_train2017.json", 60), "instances_train2017.json is not a whole JSON file"),
@@ -351,6 +357,15 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, name, da
     line = refusal(capsys, tmp_path / "src", tmp_path / "out", "--format", name)
     assert line.startswith("error: ") and what in line, line
     assert snapshot(tmp_path) == before
+
+
+def test_a_nucleus_that_the_border_cuts_in_two_is_one(tmp_path):
+    foreign_sets.cellpose(tmp_path / "src")
+    cut_in_two = np.zeros((SIZE, SIZE), np.uint8)
+    cut_in_two[2:6, 0], cut_in_two[9:12, 0] = 7, 7
+    picture("train/a_masks.png", cut_in_two)(tmp_path / "src")
+    run(tmp_path / "src", tmp_path / "out", "--format", "cellpose")
+    assert np.array_equal(read(tmp_path / "out/train/inst_masks/a.tif") > 0, cut_in_two > 0)
 
 
 def test_what_is_allowed_by_hand(tmp_path, capsys):

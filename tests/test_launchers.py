@@ -20,6 +20,7 @@ import image_train
 from guided_diffusion import slides
 from guided_diffusion.script_util import condition_spec
 from guided_diffusion.train_options import TrainOptions
+from scripts import summarise_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
@@ -321,7 +322,11 @@ def test_finetune_takes_every_cluster(launch, clusters):
     assert run.out[:3] == ["cluster -1 (1 of 3)", "cluster 0 (2 of 3)", "cluster 6 (3 of 3)"]
     assert run.out[3:] == ["summary: OUTPUT/SDM-MoNuSeg-finetune.csv"]
     runs = [f"{label}=OUTPUT/SDM-MoNuSeg-clus{label}" for label in ("-1", "0", "6")]
-    assert run.calls[-1].argv == [str(ROOT / "scripts/summarise_runs.py"), "OUTPUT/SDM-MoNuSeg-finetune.csv", *runs]
+    summary = [str(ROOT / "scripts/summarise_runs.py"), "--", "OUTPUT/SDM-MoNuSeg-finetune.csv"]
+    assert run.calls[-1].argv == [*summary, *runs]
+    # It takes all of these for runs, though -1 is the first, and asks for what the trainings have left.
+    with pytest.raises(FileNotFoundError, match="clus-1/result.json is missing"):
+        summarise_runs.main(run.calls[-1].argv[1:])
     for call in run.trainings:
         assert call.argv[:4] == ["-n", "2", "python", str(ROOT / "image_train.py")]
         assert call.argv[-2:] == ["--lr", "5e-5"]
@@ -348,7 +353,7 @@ def test_finetune_goes_on_after_a_failure_and_fails_at_its_end(launch, clusters)
     assert run.code == 1 and len(run.trainings) == 3
     assert run.err == ["cluster 0 failed", "error: not fine-tuned: 0"]
     runs = [f"{label}=OUTPUT/SDM-MoNuSeg-clus{label}" for label in ("-1", "6")]
-    assert run.calls[-1].argv[2:] == runs and run.out[-1].startswith("summary: ")
+    assert run.calls[-1].argv[3:] == runs and run.out[-1].startswith("summary: ")
     alone = launch("finetune.sh", "data", "model.pt", "0", FAIL="data/0")
     assert alone.code == 1 and alone.err[-1] == "error: not fine-tuned: 0" and "summary" not in " ".join(alone.out)
 

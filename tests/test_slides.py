@@ -82,6 +82,11 @@ def test_a_table_that_was_written_is_read(tmp_path):
         ("", "slides.csv has no columns"),
         ("file,slide\na.png,\n", "slides.csv, line 2 lacks a file or a slide"),
         ("file,slide\na.png,=1+1\n", "slides.csv: slide =1.1 is a formula to spreadsheets"),
+        *(
+            (f"file,slide\na.png,{slide}\n", "slides.csv: slide .* would name a place out of its folder: rename it")
+            for slide in ("../S", "S/..", "/S", "S/", ".", "S//T")
+        ),
+        ("file,slide\na.png,S\x1bT\n", "control characters"),
         ("file,slide\na.png\n", "slides.csv, line 2 lacks a file or a slide"),
         ("file,slide\na.png,S\na.tif,T\n", "slides.csv names two slides of a.tif, S and T: give one"),
         (b"file,slide\na.png,\xff\n", "slides.csv is not UTF-8"),

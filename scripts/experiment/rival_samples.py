@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cv2
 import numpy as np
 from PIL import Image
+from skimage.segmentation import relabel_sequential
 
 from guided_diffusion import cell_classes, cli, progress, streams
 from guided_diffusion.cell_classes import CellClass
@@ -227,6 +228,8 @@ class Labeller:
         save(out / IGNORE_MASKS / f"{row.stem}.png", np.where(ignored, 255, 0).astype(np.uint8))
         if class_map:
             save(out / cell_classes.FOLDER / f"{row.stem}.png", class_map[0])
+        if kept.max() > np.iinfo(np.uint16).max:  # as a large slide has them
+            kept = relabel_sequential(kept)[0]
         save(out / "inst_masks" / f"{row.stem}.tif", kept.astype(np.uint16))
 
     def _place(self, item: Item) -> tuple[str, tuple[slice, ...]]:

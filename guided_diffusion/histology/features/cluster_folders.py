@@ -19,7 +19,7 @@ from ...image_files import EXTENSIONS
 from ...images import check_complete
 from ...slides import slides_of
 from ..slides.annotations import TEST_SPLIT, TRAIN_SPLIT
-from ..slides.patches import SUFFIXES
+from ..slides.patches import IGNORE_MASKS, SUFFIXES
 
 RECORD = "links.json"  # path in the folder -> where its link leads, or a copy's SHA-256
 COPY = "sha256:"
@@ -28,7 +28,7 @@ COPY = "sha256:"
 @dataclass(frozen=True)
 class Patch:
     """
-    A patch's files by the folder they lie in, images among them, its split and its slide.
+    A patch's files by the folder they lie in, images among them and ignore_masks where it has one, its split and slide.
 
     :param stem: their path below that folder, without suffix.
     """
@@ -78,13 +78,15 @@ def _list_split(folder: Path) -> list[tuple[str, dict[str, Path]]]:
     images = found.pop("images", {})
     if images and not found:
         raise FileNotFoundError(f"DATA: {folder} has neither bin_masks nor inst_masks")
-    patches = []
+    patches, ignored = [], _files_in(folder / IGNORE_MASKS) if (folder / IGNORE_MASKS).is_dir() else {}
     for stem, image in images.items():
         files = {"images": image}
         for name, masks in found.items():
             if stem not in masks:
                 raise ValueError(f"{image} has no mask {stem}.* in {folder / name}: add it or remove the image")
             files[name] = masks[stem]
+        if stem in ignored:
+            files[IGNORE_MASKS] = ignored[stem]
         for file in files.values():
             if not file.exists():
                 raise FileNotFoundError(f"{file} is a link that leads nowhere: repair it or remove it")

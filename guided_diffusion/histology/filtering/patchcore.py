@@ -22,6 +22,7 @@ import torch as th
 import torch.nn.functional as F
 
 NEIGHBOURHOOD, STRIDE = 21, 4  # cells of the finer map
+MOST_CELLS = 1000  # of either, which no map has on a side
 MAP_CHANNELS = 128
 _PROJECTED = 128  # dimensions in which the coreset is chosen
 _CANDIDATES = 4096
@@ -61,10 +62,12 @@ def local_features(
 
 def check_windows(neighbourhood: int, stride: int) -> None:
     """:raises ValueError: for a window or stride that local_features cannot use."""
-    if neighbourhood < 1 or neighbourhood % 2 == 0:
-        raise ValueError(f"--neighbourhood {neighbourhood}: give an odd number of cells, such as {NEIGHBOURHOOD}")
-    if stride < 1:
-        raise ValueError(f"--stride {stride}: give at least 1 cell")
+    if not 1 <= neighbourhood < MOST_CELLS or neighbourhood % 2 == 0:
+        raise ValueError(
+            f"--neighbourhood {neighbourhood}: give an odd number of cells below {MOST_CELLS}, such as {NEIGHBOURHOOD}"
+        )
+    if not 1 <= stride < MOST_CELLS:
+        raise ValueError(f"--stride {stride}: give at least 1 cell, and less than {MOST_CELLS}")
 
 
 def projected(x: th.Tensor, seed: int) -> th.Tensor:

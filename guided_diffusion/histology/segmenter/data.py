@@ -86,12 +86,12 @@ def find_pairs(folder: Path) -> list[Pair]:
         class_masks = files_in(folder / cell_classes.FOLDER, deep=True)
         check_partners(images, class_masks, folder / cell_classes.FOLDER)
     check_partners(images, masks, folder / "inst_masks")
-    for stem, mask in sorted([*masks.items(), *class_masks.items()]):
+    ignored = files_in(folder / IGNORE_MASKS, deep=True) if (folder / IGNORE_MASKS).is_dir() else {}
+    for stem, mask in sorted([*masks.items(), *class_masks.items(), *ignored.items()]):
         if stem not in images:
             raise ValueError(f"{mask} has no image in {folder / 'images'}: add it or remove the mask")
     sources = _synthetic_sources(folder.parent / MANIFEST)
     own = slides_of(folder.parent, list(images.values()))
-    ignored = files_in(folder / IGNORE_MASKS, deep=True) if (folder / IGNORE_MASKS).is_dir() else {}
     return [
         Pair(
             stem,
@@ -207,8 +207,9 @@ def read_pair(pair: Pair, classes: Sequence[CellClass] = ()) -> Example:
     """
     example = read_example(pair.stem, pair.image, pair.mask, pair.class_mask if classes else None, classes)
     if pair.ignored:
-        ignored = read_example(pair.stem, pair.image, pair.ignored).inst_map > 0
-        example.inst_map[ignored & (example.inst_map == 0)] = UNKNOWN
+        ignored = read_mask(pair.ignored)
+        _check_size(pair.ignored, ignored, pair.image, example.image)
+        example.inst_map[(ignored > 0) & (example.inst_map == 0)] = UNKNOWN
     return replace(example, slide=min(pair.slides), synthetic=pair.synthetic)
 
 
@@ -217,15 +218,19 @@ def read_example(
 ) -> Example:
     """As `read_pair`."""
     image, inst_map = read_image(image_path), read_inst_mask(mask_path)
-    if image.shape[:2] != inst_map.shape:
-        raise ValueError(
-            f"{mask_path} is {inst_map.shape[1]} x {inst_map.shape[0]} px but {image_path} is "
-            f"{image.shape[1]} x {image.shape[0]} px: give the mask that was made for this image"
-        )
+    _check_size(mask_path, inst_map, image_path, image)
     if class_path is None:
         return Example(stem, image, inst_map)
     of_nucleus = cell_classes.of_nuclei(inst_map, read_mask(class_path), cell_classes.ids_of(classes), str(class_path))
     return Example(stem, image, inst_map, of_nucleus=of_nucleus)
+
+
+def _check_size(mask_path: Path, mask: np.ndarray, image_path: Path, image: np.ndarray) -> None:
+    if image.shape[:2] != mask.shape:
+        raise ValueError(
+            f"{mask_path} is {mask.shape[1]} x {mask.shape[0]} px but {image_path} is "
+            f"{image.shape[1]} x {image.shape[0]} px: give the mask that was made for this image"
+        )
 
 
 def validation_part(examples: Sequence[Example]) -> list[Example]:

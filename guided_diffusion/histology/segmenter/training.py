@@ -23,7 +23,7 @@ from ...files import writing
 from ...magnification import REFERENCE_MPP, length, odd_length
 from ...signals import leave_to_parent
 from ..evaluation import class_metrics, instance_metrics
-from .data import Crops, Example
+from .data import UNKNOWN, Crops, Example
 from .decoding import FILE, Segmenter, as_content, as_input, load_checked
 from .net import ADAPT, load_imagenet_weights, seeded_net
 
@@ -125,17 +125,31 @@ def validate(segmenter: Segmenter, examples: Sequence[Example]) -> dict[str, flo
     """
     tallies = []
     for example in examples:
-        found = segmenter.find(example.image)
+        found, classes = segmenter.find(example.image)
+        truth, found = where_known(example.inst_map, found)
         tallies.append(
-            class_metrics.tally(example.inst_map, example.of_nucleus, *found, segmenter.classes)
+            class_metrics.tally(truth, example.of_nucleus, found, classes, segmenter.classes)
             if segmenter.classes
-            else instance_metrics.tally(example.inst_map, found[0])
+            else instance_metrics.tally(truth, found)
         )
     summary = instance_metrics.summarise(tallies, [example.slide for example in examples])
     names = ("f1@0.5", "aji", "dice", "class_f1", "class_accuracy")
     means = {name: summary[name]["mean"] for name in names if name in summary and summary[name]["mean"] is not None}
     judged = [means[name] for name in ("f1@0.5", "aji", "class_f1") if name in means]
     return {**means, "score": sum(judged) / len(judged)}
+
+
+def where_known(truth: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :param truth: an [H x W] instance map, UNKNOWN where that says nothing; found: another one.
+    :return: both with background there, and without the nuclei that were found in it by more than half.
+    """
+    unknown = truth == UNKNOWN
+    if not unknown.any():
+        return truth, found
+    inside = np.bincount(found[unknown], minlength=found.max() + 1)
+    dropped = 2 * inside > np.bincount(found.ravel())
+    return np.where(unknown, 0, truth), np.where(unknown | dropped[found], 0, found)
 
 
 class Training:

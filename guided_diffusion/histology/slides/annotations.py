@@ -36,6 +36,7 @@ _SPLIT_WORDS = {
 # What the reference's mask script writes beside the images; its masks and overlays are no slides.
 _DERIVED_FOLDERS = ("bin_masks", "overlay", "rgb_image")
 _MAX_DEPTH = 3
+_LONGEST = 200  # bytes of a slide's name, which patches add a number to: file systems take 255
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,12 @@ def _with_facts(slides: list[Slide], raw: Path) -> list[Slide]:
     rows = recorded(place, [slide.image for slide in slides])
     if rows is None:
         return [replace(slide, name=slide.stem) for slide in slides]
+    for row in rows:
+        if "/" in row["slide"] or len(row["slide"].encode()) > _LONGEST:
+            raise ValueError(
+                f"{place / TABLE}: patches are named after their slide, and {row['slide']} is no file's name: take one "
+                f"without /, of {_LONGEST} bytes at most"
+            )
     return [
         replace(slide, name=nfc(row["slide"]), mpp=_mpp(row.get("mpp"), f"{place / TABLE}: {slide.stem} has mpp"))
         for slide, row in zip(slides, rows)

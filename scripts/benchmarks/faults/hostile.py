@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from guided_diffusion.slides import write_table
+
 MARKER = "code was run"  # a file in the trial's folder
 GIB = 2**30
 SIDE = 60_000  # px, of pictures that are none
@@ -186,6 +188,12 @@ def rename_slide(name: str, toy: Path, folder: Path) -> None:
         path.rename(path.with_stem(name))
 
 
+def say_slide(name: str, toy: Path, folder: Path) -> None:
+    """slides.csv calls a slide otherwise."""
+    images = sorted((toy / "raw").rglob("*.tif"))
+    write_table(toy / "raw", [(path.name, name if "A000" in path.name else path.stem) for path in images])
+
+
 def rename_sample(name: str, toy: Path, folder: Path) -> None:
     """The manifest calls a sample otherwise."""
     table = toy / "samples/manifest.csv"
@@ -221,6 +229,7 @@ NAMES = (EVIL, "a\nb", LONG, "/tmp/evil", "..", *ODD)
 PLACES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     **{f"patch {name!r}": ("export", partial(rename_patch, name)) for name in ("a\nb", *ODD)},
     **{f"slide {name!r}": ("prepare", partial(rename_slide, name)) for name in ("a\nb", *ODD)},
+    **{f"slide {name!r} of slides.csv": ("prepare", partial(say_slide, name)) for name in NAMES},
     **{f"sample {name!r}": ("assembly", partial(rename_sample, name)) for name in NAMES},
     **{f"foreign image {name!r}": ("import", partial(rename_foreign, name)) for name in NAMES},
     "image that links elsewhere": (

@@ -85,7 +85,8 @@ def test_wide_maps_are_averaged_to_128_channels():
 
 
 @pytest.mark.parametrize(
-    ("window", "stride", "what"), [(4, 1, "--neighbourhood 4"), (0, 1, "odd"), (3, 0, "--stride 0")]
+    ("window", "stride", "what"),
+    [(4, 1, "--neighbourhood 4"), (0, 1, "odd"), (3, 0, "--stride 0"), (2**31 + 1, 1, "odd"), (3, 2**31, "less than")],
 )
 def test_windows_that_are_no_use_are_refused(window, stride, what):
     with pytest.raises(ValueError, match=what):

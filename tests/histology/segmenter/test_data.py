@@ -292,6 +292,12 @@ def test_where_nuclei_are_not_known_is_no_background(data_dir):
     assert np.array_equal(np.maximum(found, 0), truth)
     _, target = Crops([segmenter_data.read_pair(pair)], 32, 0)[0]
     assert {*target[0].unique().tolist()} == {-1, 0, 1} and not target[1:, target[0] < 1].any()
+    # Single bits say as much; a mask of no image says nothing, so it is a mistake.
+    Image.fromarray(ignored > 0).save(folder / "ignore_masks" / "slide-0_002.png")
+    assert np.array_equal(segmenter_data.read_pair(pair).inst_map, found)
+    Image.fromarray(ignored).save(folder / "ignore_masks" / "slide-9_002.png")
+    with pytest.raises(ValueError, match=r"ignore_masks/slide-9_002.png has no image in"):
+        segmenter_data.find_pairs(folder)
 
 
 def test_a_crop_larger_than_an_image_is_refused():

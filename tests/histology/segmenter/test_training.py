@@ -8,9 +8,16 @@ import pytest
 import torch as th
 
 from guided_diffusion.histology.segmenter import training as training_module
-from guided_diffusion.histology.segmenter.data import Example
+from guided_diffusion.histology.segmenter.data import UNKNOWN, Example
 from guided_diffusion.histology.segmenter.decoding import hv_target, load_segmenter
-from guided_diffusion.histology.segmenter.training import CHECKPOINT, Settings, Training, segmentation_loss, validate
+from guided_diffusion.histology.segmenter.training import (
+    CHECKPOINT,
+    Settings,
+    Training,
+    segmentation_loss,
+    validate,
+    where_known,
+)
 from guided_diffusion.histology.slides import toy
 
 CPU = th.device("cpu")
@@ -184,6 +191,24 @@ def test_validation_pools_a_slides_patches(tmp_path):
     empty = Example("a", missed.image, np.zeros_like(missed.inst_map), "A")
     assert validate(segmenter, [empty, replace(missed, slide="A")])["score"] == 0
     assert validate(segmenter, [empty, replace(missed, slide="B")])["score"] == 0.5
+
+
+def test_validation_looks_where_something_is_known(tmp_path):
+    (example,) = drawn(3)
+    truth = np.zeros((8, 8), np.int32)
+    truth[:, 4:], truth[:2, :2] = UNKNOWN, 5
+    found = np.zeros((8, 8), np.int32)
+    found[:2, :2], found[4:, 2:5], found[:2, 3:6] = 1, 2, 3  # 2 is mostly known, 3 is not
+    truth, found = where_known(truth, found)
+    assert np.array_equal(np.unique(truth), [0, 5]) and not found[:, 4:].any()
+    assert np.array_equal(found[:, :4], [*2 * [[1, 1, 0, 0]], *2 * [[0] * 4], *4 * [[0, 0, 2, 2]]])
+    training(tmp_path, steps=2).run()
+    segmenter = load_segmenter(tmp_path, CPU)
+    unknown = (example.inst_map == 0) & (np.arange(64) < 32)
+    more = np.where(unknown, 1000, example.inst_map)  # a nucleus that is no mistake
+    segmenter.find = lambda image: (more, {})
+    half = replace(example, inst_map=np.where(unknown, UNKNOWN, example.inst_map))
+    assert validate(segmenter, [half])["score"] == 1 > validate(segmenter, [example])["score"]
 
 
 def test_minutes_end_a_run(tmp_path):

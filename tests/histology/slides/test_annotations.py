@@ -169,6 +169,8 @@ def test_slides_csv_says_whose_images_are_and_how_large_their_pixels(tmp_path):
     [
         ("a.png,P,x", "slides.csv: a has mpp 'x': give micrometres"),
         ("a.png,P,-1", "slides.csv: a has mpp '-1': give micrometres"),
+        ("a.png,P/1,", "slides.csv: patches are named after their slide, and P/1 is no file's name"),
+        (f"a.png,{201 * 'P'},", "is no file's name: take one without /, of 200 bytes at most"),
         ("b.png,P,", "has no row of .*a.png"),
         ("a.png,=P,", "formula"),
     ],
