@@ -12,7 +12,7 @@ from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.histology.features.embeddings import load_features
 from guided_diffusion.image_datasets import NucleiDataset, load_dataset
 from guided_diffusion.model_options import DiffusionOptions, ModelOptions
-from guided_diffusion.options import add_flags
+from guided_diffusion.options import add_flags, defaults
 from guided_diffusion.results_path import check_results_path, check_same_run, claimed
 from guided_diffusion.run_options import DataOptions, RunOptions
 from guided_diffusion.sample_options import SampleOptions
@@ -95,7 +95,7 @@ def check_files(args: argparse.Namespace, model: UNetModel, weights: list[str], 
     def check() -> None:
         check_results_path(args.results_path, args.data_dir, args.appearance_dir, args.structure_dir)
         if not args.overwrite:
-            check_same_run(args.results_path, run)
+            check_same_run(args.results_path, run, defaults(FLAGS))
         for path in weights:
             trained_flags.check_config(path, vars(args))
 
@@ -127,7 +127,8 @@ def ready(model: UNetModel, args: argparse.Namespace) -> UNetModel:
 def sample(sweep: Sweep, load_model: Callable[[str], UNetModel], run: dict, args: argparse.Namespace) -> None:
     """Sample, as the only run in the results folder. Collective."""
     with contextlib.ExitStack() as stack:
-        dist_util.from_rank_0(lambda: stack.enter_context(claimed(args.results_path, run, args.overwrite)))
+        place = claimed(args.results_path, run, defaults(FLAGS), args.overwrite)
+        dist_util.from_rank_0(lambda: stack.enter_context(place))
         try:
             sweep.run(load_model)
         except signals.Stopped as stop:
@@ -137,11 +138,7 @@ def sample(sweep: Sweep, load_model: Callable[[str], UNetModel], run: dict, args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """
-    Flags -> objects -> run.
-
-    :param argv: the command line without the program's name; sys.argv's if None.
-    """
+    """Flags -> objects -> run. :param argv: the command line without the program's name; sys.argv's if None."""
     dist_util.setup_dist(create_argparser().parse_args(argv).device)
     if dist_util.rank():
         logger.set_level(logger.ERROR)

@@ -180,8 +180,7 @@ def run(loop: TrainLoop, config: dict[str, Any], seen: NucleiDataset, held_out: 
     rank = dist_util.rank()
     dist_util.agree(lambda: None if rank else logger.configure())
     folder = dist_util.all_gather(logger.get_dir())[0]
-    if rank:
-        logger.configure(folder, rank=rank)
+    dist_util.agree(lambda: logger.configure(folder, rank=rank) if rank else None)
     loop.checkpointer.begin(folder, config, functools.partial(cards.model_card, config, count_patches(seen, held_out)))
     logger.log(f"condition: {', '.join(config['condition_channels'])}; checkpoints and logs go to {folder}")
     images = {"images": len(seen)}

@@ -194,7 +194,7 @@ def check_weights(model: nn.Module, path: str) -> None:
 
     def check() -> None:
         if dist_util.rank() == 0:
-            check_fit(model, parse(path, path, mmap=True), path)
+            check_fit(model, parse(path, path, mmap=zipfile.is_zipfile(path)), path)  # else of torch < 1.6
 
     if is_remote(path) or not exists(path):
         check_fit(model, load(path), path)

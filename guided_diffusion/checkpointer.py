@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -172,10 +173,12 @@ class Checkpointer:
         self.best = self._read_best()
 
     def _read_best(self) -> dict[str, float]:
-        """What the state in best/ says of itself, if it was measured on the samples of now."""
+        """What the state in best/ says of itself, if it is of this run, and was measured on the samples of now."""
         folder = os.path.join(self.folder, checkpoint.BEST)
         for step in reversed(steps(folder)):
             path = os.path.join(folder, checkpoint.state_name(step))
+            if checkpoint.run_of(os.path.join(folder, checkpoint.model_name(step))) not in ("", self.run_id):
+                continue  # the run that this one went back from
             with contextlib.suppress(ValueError):
                 check_one_run(os.path.join(folder, checkpoint.model_name(step)))
                 best = checkpoint.parse(path, path).get("best", {}) if files.is_file(path) else {}
@@ -250,10 +253,12 @@ class Checkpointer:
         then()
 
     def _link_best(self, names: Collection[str]) -> None:
-        for name in names:
-            if not name.startswith("state"):
-                link = re.sub(r"\d+(?=\.pt$)", checkpoint.BEST, name)
-                files.write_link(os.path.join(self.folder, link), os.path.join(checkpoint.BEST, name))
+        links = {re.sub(r"\d+(?=\.pt$)", checkpoint.BEST, name): name for name in names if not name.startswith("state")}
+        for link, name in links.items():
+            files.write_link(os.path.join(self.folder, link), os.path.join(checkpoint.BEST, name))
+        for path in Path(self.folder).glob(f"*{checkpoint.BEST}.pt"):
+            if path.is_symlink() and path.name not in links:  # of a rate that there is no average of any more
+                path.unlink()
 
 
 def _content_id(path: str) -> str:

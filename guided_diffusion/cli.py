@@ -14,6 +14,7 @@ from . import signals
 # The exit code of what was stopped before it was done, and goes on with the same command: sysexits.h's EX_TEMPFAIL.
 NOT_FINISHED = 75
 MISTAKE = 2  # of what a user can mend
+MISTAKES = (ValueError, OSError, ImportError, MemoryError)  # which say so
 
 
 class FlagFormatter(argparse.RawDescriptionHelpFormatter):
@@ -86,7 +87,7 @@ def run(
         with signals.raised(), _memory_named():
             main()
         _flush()
-    except (ValueError, OSError, ImportError, MemoryError, signals.Stopped) as error:
+    except (*MISTAKES, signals.Stopped) as error:
         if os.environ.get("SDM_TRACEBACK") == "1":
             raise
         stopped = isinstance(error, signals.Stopped)
@@ -103,12 +104,16 @@ def run(
 
 @contextlib.contextmanager
 def _memory_named() -> Iterator[None]:
-    """Raise MemoryError where torch says by a RuntimeError, in dozens of lines, that the CPU's memory is too small."""
+    """Raise MemoryError where torch says by a RuntimeError, in dozens of lines, that memory is too small."""
     try:
         yield
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):
             raise MemoryError from error
+        if type(error).__name__ == "OutOfMemoryError":  # of a GPU; torch is not imported for it
+            raise MemoryError(
+                f"{str(error).partition('. ')[0]}: docs/troubleshooting.md says what takes less"
+            ) from error
         raise
 
 

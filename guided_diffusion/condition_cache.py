@@ -1,9 +1,11 @@
 """What a model is shown of conditions in sampling: convolved once for all steps and scales, as far as memory allows; of
 whole patches, or of windows of fields. Knows models and plans, not where conditions come from or samples go."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch as th
 
@@ -13,6 +15,8 @@ from .sampling_plan import SamplingPlan
 from .spade import Condition
 from .unet import UNetModel
 from .windows import Fields
+
+GROUP = Path("/sys/fs/cgroup")  # of this process, in a container
 
 # Of a plan, the sample numbers, and whether to show a bar: a tensor [N x C x H x W] for each tensor of conditions.
 SampleFn = Callable[[SamplingPlan, Sequence[int], bool], list[th.Tensor]]
@@ -52,7 +56,8 @@ class ConditionCache:
         if not self.on and mode == "auto":
             logger.log(
                 f"--spade_cache auto: off, since it would take {needed / 2**20:.0f} MiB and "
-                f"{free_memory(device) / 2**20:.0f} MiB are free; a smaller --batch_size turns it on"
+                f"{free_memory(device) / 2**20:.0f} MiB are free, of which it takes half at most; a smaller "
+                "--batch_size takes less"
             )
         self.zeros = self._shown(model, spec.null(th.empty(1, spec.channels, size, size, device=device)), self.on)
 
@@ -108,8 +113,26 @@ class ConditionCache:
 
 
 def free_memory(device: th.device) -> int:
-    """:return: the bytes of memory that are free on a device."""
+    """:return: the bytes of memory that a device has left for us."""
     if device.type == "cuda":
         # What torch holds and does not use is free, too.
         return th.cuda.mem_get_info(device)[0] + th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Files that were read fill most of what is free by the narrow word, and make room.
+    available = _number("/proc/meminfo", "MemAvailable:") * 1024
+    return min(available or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _of_group())
+
+
+def _of_group() -> float:
+    """The bytes that a container's limit leaves, see docs.kernel.org/admin-guide/cgroup-v2.html; inf without one."""
+    try:
+        limit, used = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # "max", or no such group
+        return float("inf")
+    return limit - used + _number(GROUP / "memory.stat", "inactive_file")
+
+
+def _number(path: str | Path, name: str) -> int:
+    """A number of a table of names and numbers; 0 where it does not have it."""
+    with contextlib.suppress(OSError, ValueError), open(path) as file:
+        return next((int(line.split()[1]) for line in file if line.split()[0] == name), 0)
+    return 0

@@ -8,9 +8,10 @@ import numpy as np
 import torch as th
 import torch.nn.functional as F
 
+from .cell_classes import MOST
 from .hv_maps import gen_instance_hv_map, vis_hv_map
-from .magnification import REFERENCE_MPP
-from .options import Options, flag
+from .magnification import REFERENCE_MPP, check
+from .options import SIZE, Options, flag
 from .stains import haematoxylin
 
 Ids = TypeVar("Ids", th.Tensor, np.ndarray)
@@ -41,7 +42,7 @@ class ConditionSpec(Options):
     num_classes: int = flag(
         2,
         "channels of the whole condition; with --class_cond True the number of classes, which edges and colours add to",
-        within="[1, inf)",
+        within=SIZE,
     )
     in_channels: int = flag(3, "channels of the images: 1 (grey) or 3 (RGB)")
     mpp: float = flag(
@@ -67,6 +68,12 @@ class ConditionSpec(Options):
                 f"--num_classes {self.num_classes}, but the condition has {self.channels} channels "
                 f"({', '.join(self.channel_names)}): give --num_classes {self.channels}"
             )
+        if self.cell_classes and self.num_classes > MOST + 1:
+            raise ValueError(
+                f"--num_classes {self.num_classes}: class masks tell {MOST} classes of cells apart: give less"
+            )
+        if self.mpp:
+            check(self.mpp, "--mpp")
         if self.mark_unknown and self.no_instance:
             raise ValueError(
                 "--no_instance True leaves out the edge channel, by which --mark_unknown and --unlabelled_dir tell "
@@ -78,7 +85,8 @@ class ConditionSpec(Options):
         """Make the layout where no model says how many channels or classes there are; num_classes may be missing."""
         given = {**cls.flags(), **flags}
         channels = 1 + given["use_hv_map"] + given["in_channels"] * given["use_col_map"] + (not given["no_instance"])
-        return cls(**{"num_classes": 1 << 30 if given["class_cond"] else channels, **flags})
+        most = MOST + 1 if given["use_hv_map"] else 1 << 16
+        return cls(**{"num_classes": most if given["class_cond"] else channels, **flags})
 
     @classmethod
     def of(cls, cond: dict[str, th.Tensor], channels: int, in_channels: int = 3) -> "ConditionSpec":
@@ -337,7 +345,7 @@ class ConditionSpec(Options):
         if part == "classes" or (part == "structure" and self.class_cond):
             grey = values.argmax(axis=1) * (255 // max(self.num_classes - 1, 1))
         elif part == "colour":
-            return [as_rgb(((colour + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)) for colour in values]
+            return [as_rgb(np.rint((colour + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)) for colour in values]
         else:
             grey = values[:, 0] * 255
         return [as_rgb(g[..., None].astype(np.uint8)) for g in grey]

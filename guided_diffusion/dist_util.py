@@ -19,7 +19,7 @@ import torch as th
 import torch.distributed as dist
 from tqdm import std
 
-from . import devices, environment, mpi, network, progress, signals
+from . import cli, devices, environment, mpi, network, progress, signals
 
 T = TypeVar("T")
 
@@ -74,14 +74,16 @@ def _stay_alone() -> None:
 
 
 def _meet_by_torchrun(place: environment.Place) -> None:
-    own_gpus = _gpu() is not None and place.local_size <= th.cuda.device_count()
     interface = "lo"
     if place.local_size < place.size:
         # gloo takes the address of the host's name, which may be 127.0.1.1 there, where no other node finds it.
         interface = network.interface_towards([os.environ.get("MASTER_ADDR", "")])
     with network.gloo_interface(interface):
         store, rank, size = next(dist.rendezvous("env://"))
-        _join(store, rank, size, own_gpus)
+        gpus = dist.PrefixStore("gpus", store)
+        gpus.set(str(rank), f"{socket.gethostname()} {own}" if (own := _gpu()) else "")
+        of_all = [gpus.get(str(other)).decode() or None for other in range(size)]
+        _join(store, rank, size, _all_differ(of_all))
 
 
 def _meet_by_mpi(device: str) -> None:
@@ -284,13 +286,13 @@ def agree(function: Callable[[], T]) -> T:
     """
     Call a function on every rank; where it finds a user's mistake on any, raise that on all. Collective.
 
-    :param function: may raise ValueError or OSError, on some ranks only.
+    :param function: may raise what cli.run takes for a user's mistake, on some ranks only.
     :return: this rank's result.
     """
     result, error = None, None
     try:
         result = function()
-    except (ValueError, OSError) as caught:
+    except cli.MISTAKES as caught:
         error = caught
     messages = [message for message in all_gather(None if error is None else str(error)) if message is not None]
     if error is not None and messages[0] == str(error):

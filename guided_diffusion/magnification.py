@@ -47,7 +47,7 @@ def nominal(mpp: float) -> float:
 
 def check(mpp: float, where: str) -> float:
     """:return: the mpp. :raises ValueError: where it is none."""
-    if not (isinstance(mpp, (int, float)) and 0 < mpp <= 100):
+    if not (isinstance(mpp, (int, float)) and 0.001 <= mpp <= 100):
         raise ValueError(f"{where} {mpp}: give micrometres a pixel, such as 0.25 (40x) or 0.5 (20x)")
     return float(mpp)
 

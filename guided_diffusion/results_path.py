@@ -3,14 +3,13 @@ that nothing is written among data. Knows nothing of how samples are made."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from . import files
 from .magnification import REFERENCE_MPP
 from .results import FOLDERS, MANIFEST, RUN, ResultFolder, folder_name
-from .sample_options import SampleOptions
 from .unlabelled import folder_names
 
 
@@ -46,11 +45,12 @@ def check_results_path(path: str, data_dir: str = "", appearance_dir: str = "", 
         raise ValueError(f"--results_path {path} holds {strangers[0]} that no sampling run made: give another folder")
 
 
-def check_same_run(path: str, config: dict[str, Any]) -> None:
+def check_same_run(path: str, config: Mapping[str, Any], older: Mapping[str, Any]) -> None:
     """
     Compare a run with the one that a results folder was begun by.
 
-    :param config: flag -> value, of all that decides what is written.
+    :param config: flag -> value, of all that decides what is written; older: what a run had that began before there was
+        such a flag.
     :raises ValueError: naming the first flag that differs.
     """
     file = Path(path) / RUN
@@ -65,8 +65,7 @@ def check_same_run(path: str, config: dict[str, Any]) -> None:
     if "mpp" in config:
         before.setdefault("mpp", REFERENCE_MPP)  # earlier versions knew 40x alone
     for name in sorted({*before, *config}):
-        # A flag that came after the run began was at its default, which changes nothing.
-        then = before if name in before else SampleOptions.flags()
+        then = before if name in before else older
         if then.get(name) != config.get(name) and (name in then or config[name]):
             raise ValueError(
                 f"--results_path {path} was begun with --{name} {then.get(name)}, this run has "
@@ -75,18 +74,18 @@ def check_same_run(path: str, config: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def claimed(path: str, config: dict[str, Any], overwrite: bool = False) -> Iterator[None]:
+def claimed(path: str, config: dict[str, Any], older: Mapping[str, Any], overwrite: bool = False) -> Iterator[None]:
     """
     Have a results folder to oneself while the with block lasts; run.json says from now on which run it belongs to.
 
-    :param config: see check_same_run.
+    :param config, older: see check_same_run.
     :param overwrite: delete what an earlier run left.
     :raises ValueError: where another run is at it, or has begun it with other flags.
     """
     with files.locked(path, "--results_path"):
         if overwrite:
             remove_run(path)
-        check_same_run(path, config)
+        check_same_run(path, config, older)
         files.write_json(Path(path) / RUN, config)
         yield
 

@@ -115,10 +115,12 @@ class TrainOptions(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         size = self.microbatch_size
-        if size is not None and (size < 1 or (self.total_batch_size or self.batch_size) % size):
+        name = "total_batch_size" if self.total_batch_size else "batch_size"
+        batch = getattr(self, name)
+        if size is not None and (size < 1 or batch % size):
             raise ValueError(
-                f"--microbatch {self.microbatch} does not divide --batch_size {self.batch_size}: give a divisor, -1 "
-                "for the whole batch, or auto"
+                f"--microbatch {self.microbatch} does not divide --{name} {batch}: give a divisor, -1 for "
+                "the whole batch, or auto"
             )
         _ = self.kept_checkpoints  # which raises
         if not self.ema_rates:

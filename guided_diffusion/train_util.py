@@ -113,6 +113,8 @@ class TrainLoop:
             gpu = [self.device] if self.device.type == "cuda" else None
             self.ddp_model = DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True)
         self.microbatch = options.microbatch_size or self._largest_microbatch()
+        for samples in filter(None, (validation, train_preview)):
+            samples.batch_size = self.microbatch
 
     # ---- resuming ----
 
@@ -387,10 +389,11 @@ class TrainLoop:
     def result(self) -> dict[str, Any]:
         """
         :return: where the run stands: "step", "samples", "checkpoint", the averaged weights to sample from, which are
-            the best ones where there are any, and "best", its step and val_loss.
+            the best ones where there are any of this rate, and "best", its step and val_loss.
         """
-        folder, step, best = logger.get_dir(), self.step, self.checkpointer.best
+        folder, best, rate = logger.get_dir(), self.checkpointer.best, self.options.ema_rates[0]
+        path = os.path.join(folder, checkpoint.ema_name(rate, self.step))
         if best:
-            folder, step = os.path.join(folder, checkpoint.BEST), best["step"]
-        path = os.path.join(folder, checkpoint.ema_name(self.options.ema_rates[0], step))
+            of_best = os.path.join(folder, checkpoint.BEST, checkpoint.ema_name(rate, best["step"]))
+            path = of_best if os.path.exists(of_best) else path
         return dict(step=self.step, samples=self.samples, checkpoint=path, best=best)

@@ -325,6 +325,9 @@ def _check_values(num_res_blocks: int, dropout: float, dims: int) -> None:
         raise ValueError(f"--dropout {dropout} must lie in [0, 1)")
 
 
+WIDEST = 1 << 16  # channels of a layer
+
+
 def _check_sizes(image_size: int, model_channels: int, channel_mult: tuple[float, ...]) -> None:
     factor = 2 ** (len(channel_mult) - 1)
     if image_size < 1 or image_size % factor:
@@ -334,6 +337,10 @@ def _check_sizes(image_size: int, model_channels: int, channel_mult: tuple[float
         )
     for mult in channel_mult:
         width = mult * model_channels
+        if width > WIDEST:
+            raise ValueError(
+                f"--num_channels {model_channels} times {mult:g} of --channel_mult is over {WIDEST}: give less"
+            )
         if width <= 0 or width % GROUPS:
             raise ValueError(
                 f"--num_channels {model_channels} times {mult:g} of --channel_mult is not a multiple of {GROUPS}, "

@@ -29,7 +29,7 @@ class Validation:
     :param dataset: the samples; augmentation must be off.
     :param spec: the condition's layout.
     :param diffusion: the process.
-    :param batch_size: samples a forward pass.
+    :param batch_size: samples a forward pass; a training sets it to those of its own, which are known to fit in memory.
     :param seed: of noise and timesteps.
     """
 
@@ -78,17 +78,16 @@ class Validation:
 
         :return: the picture, [H x W x 3] uint8.
         """
-        count = min(count, len(self.dataset))
-        images, y = self._batch(list(range(count)), next(model.parameters()).device)
-        steps = min(PREVIEW_STEPS, self.diffusion.num_timesteps // 2)
-        process = process_for(PREVIEW_SAMPLER, self.diffusion, max(steps, 1))
-        plan = SamplingPlan(PREVIEW_SAMPLER, process, seed=self.seed, channels=images.shape[1])
-        with th.inference_mode():
-            made = plan.sample(model, model.modulations(y), range(count))
-        rows = [
-            [cond, as_rgb(image), as_rgb(result)]
-            for cond, image, result in zip(self.spec.render(y), to_uint8(images), to_uint8(made))
-        ]
+        steps = max(1, min(PREVIEW_STEPS, self.diffusion.num_timesteps // 2))
+        process = process_for(PREVIEW_SAMPLER, self.diffusion, steps)
+        numbers, rows = range(min(count, len(self.dataset))), []
+        for part in (numbers[first : first + self.batch_size] for first in range(0, len(numbers), self.batch_size)):
+            images, y = self._batch(list(part), next(model.parameters()).device)
+            plan = SamplingPlan(PREVIEW_SAMPLER, process, seed=self.seed, channels=images.shape[1])
+            with th.inference_mode():
+                made = plan.sample(model, model.modulations(y), part)
+            for cond, image, result in zip(self.spec.render(y), to_uint8(images), to_uint8(made)):
+                rows.append([cond, as_rgb(image), as_rgb(result)])
         path.parent.mkdir(parents=True, exist_ok=True)
         title = f"{path.stem}: {PREVIEW_SAMPLER}, {steps} steps"
         draw_grid(rows, ["condition", "appearance", "sample"], title, path, self.spec.legend(), self.spec.mpp)

@@ -31,7 +31,7 @@ RANKS = {
     "mpi": -1,
     "network": -1,
     "log_sinks": -1,
-    "cli": 0,
+    "cli": -1,
     "processes": 0,
     "failures": 1,
     "logger": 0,

@@ -107,6 +107,9 @@ def test_a_file_says_which_run_wrote_it_and_loads_as_any_other(tmp_path):
     assert zipfile.ZipFile(tmp_path / "one.pt").testzip() is None
     th.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert checkpoint.run_of(str(tmp_path / "old.pt")) == "" and checkpoint.is_whole(str(tmp_path / "old.pt"))
+    model = th.nn.Linear(2, 1)
+    th.save(model.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    checkpoint.check_weights(model, str(tmp_path / "old.pt"))
 
 
 def test_equal_contents_are_told_wherever_they_lie(tmp_path):

@@ -296,6 +296,27 @@ def test_the_best_is_what_lies_in_its_folder(open_folder, tmp_path):
     assert trained(open_folder).best == {}
 
 
+def test_links_to_averages_that_are_gone_go(open_folder, tmp_path):
+    run = trained(open_folder)
+    run.save_best(2, 0.5, lambda: states(2))
+    run.wait()
+    of_another_rate = {name.replace("ema_0.9_", "ema_0.5_"): state for name, state in states(4).items()}
+    run.save_best(4, 0.25, lambda: of_another_rate)
+    run.wait()
+    links = [path for path in (tmp_path / "run").iterdir() if path.is_symlink()]
+    assert {path.name for path in links} == {"modelbest.pt", "ema_0.5_best.pt", "optbest.pt"}
+    assert all(path.exists() for path in links)
+
+
+def test_the_best_of_the_run_that_this_one_left_is_not_its_own(open_folder, tmp_path):
+    trained(open_folder, 4).save_best(6, 0.25, lambda: states(6))
+    run = trained(open_folder, 5, wanted=str(tmp_path / "run" / "model000004.pt"))
+    assert run.best == {}
+    run.save_best(5, 0.5, lambda: states(5))
+    run.wait()
+    assert (tmp_path / "run" / "modelbest.pt").resolve().name == "model000005.pt"
+
+
 def test_the_best_counts_on_the_same_held_out_samples_alone(open_folder, tmp_path):
     trained(open_folder).save_best(4, 0.25, lambda: states(4))
     (tmp_path / "run" / "config.json").unlink()  # or the folder would be refused

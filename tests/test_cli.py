@@ -78,6 +78,10 @@ def test_memory_that_is_out_is_said_where_python_does_not(capsys):
         with pytest.raises(SystemExit):
             cli.run(main)
         assert capsys.readouterr().err == "error: there is not enough memory\n"
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail(th.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total of")))
+    line = "error: CUDA out of memory: docs/troubleshooting.md says what takes less\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == line
     with pytest.raises(RuntimeError, match="else"):
         cli.run(fail(RuntimeError("something else")))
 

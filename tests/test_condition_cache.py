@@ -1,6 +1,7 @@
 """What is kept of conditions: as much as there is room for, and samples are the same with and without."""
 
 import itertools
+import os
 
 import pytest
 import torch as th
@@ -49,6 +50,18 @@ def test_windows_are_kept_as_far_as_there_is_room(model, monkeypatch, keep_colou
         assert one.abs().max() > 0.1
         for other in others:
             th.testing.assert_close(other, one, rtol=0, atol=1e-6)
+
+
+def test_memory_that_files_hold_is_free_and_a_containers_limit_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(condition_cache, "GROUP", tmp_path)
+    cpu = th.device("cpu")
+    everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < condition_cache.free_memory(cpu) <= everything
+    assert condition_cache._number("/proc/meminfo", "MemAvailable:") > 0
+    for limit, free in ((str(2**20), 2**20 - 2**19 + 2**10), ("max", None)):
+        for name, text in (("max", limit), ("current", str(2**19)), ("stat", "anon 7\ninactive_file 1024\n")):
+            (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+        assert (condition_cache.free_memory(cpu) == free) == (free is not None)
 
 
 def test_what_does_not_fit_is_said(model, monkeypatch, capsys):

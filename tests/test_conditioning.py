@@ -64,6 +64,9 @@ def test_layout(flags, names):
         ({"num_classes": 6, "use_hv_map": True, "use_col_map": True, "no_instance": True}, "--num_classes 5"),
         ({"num_classes": 3, "in_channels": 2}, "--in_channels 2"),
         ({"num_classes": 0, "class_cond": True}, "--num_classes 0"),
+        ({"num_classes": 10**10, "class_cond": True}, r"--num_classes 10000000000 must lie in \[1, 65536\]"),
+        ({"num_classes": 257, "class_cond": True, "use_hv_map": True}, "class masks tell 255 classes of cells apart"),
+        ({"num_classes": 2, "mpp": 1e-200}, "--mpp 1e-200: give micrometres"),
         (
             {"num_classes": 1, "no_instance": True, "mark_unknown": True},
             "--no_instance True leaves out the edge channel",
@@ -113,6 +116,8 @@ def test_assembled_in_the_reference_order():
     y = README.assemble(encoded(README, image, class_map, inst, generator(3)))
     assert y.shape == (1, 6, 16, 16) and y.dtype == th.float32
     np.testing.assert_array_equal(y[0, :2].permute(1, 2, 0), gen_instance_hv_map(inst))
+    drawn = README.render(y)[0][:, 32:48]  # after the HV map's two panels
+    assert np.array_equal(np.sort(drawn.reshape(-1, 3), axis=0), np.sort(image.reshape(-1, 3), axis=0))
     colours = ((y[0, 2:5] + 1) * 127.5).round().to(th.uint8).permute(1, 2, 0).reshape(-1, 3).numpy()
     assert sorted(map(tuple, colours)) == sorted(map(tuple, image.reshape(-1, 3)))
     np.testing.assert_array_equal(y[:, 5:], instance_edges(th.from_numpy(inst)[None, None]))

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch as th
+import torch.distributed as dist
 from forked import Child
 
-from guided_diffusion import dist_util
+from guided_diffusion import dist_util, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 MPIEXEC = str(Path(sys.executable).with_name("mpiexec"))
@@ -60,6 +61,18 @@ def test_alone():
 )
 def test_nccl_wants_a_gpu_for_each(gpus, backend):
     assert dist_util._backend(dist_util._all_differ(gpus)) == backend
+
+
+@pytest.mark.parametrize(("other", "own"), [(f"{socket.gethostname()} a", False), ("elsewhere a", True), ("", False)])
+def test_torchrun_looks_whether_all_have_a_gpu_of_their_own(monkeypatch, other, own):
+    """As they have not with --device cuda:1."""
+    store, joined = dist.HashStore(), []
+    dist.PrefixStore("gpus", store).set("1", other)
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, 0, 2)]))
+    monkeypatch.setattr(dist_util, "_gpu", lambda: "a")
+    monkeypatch.setattr(dist_util, "_join", lambda *args: joined.append(args[-1]))
+    dist_util._meet_by_torchrun(environment.Place(0, 2, 0, 2))
+    assert joined == [own]
 
 
 def run_alone(tmp_path, body, prefix=(), **env):
@@ -150,10 +163,10 @@ def test_collectives(tmp_path, launcher, n):
             raise AssertionError
         def fails_on_the_last():
             if rank == size - 1:
-                raise FileNotFoundError("only here")
+                raise ImportError("only here")
         try:
             dist_util.agree(fails_on_the_last)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, ImportError) as error:
             assert str(error) == "only here"
         else:
             raise AssertionError

@@ -59,16 +59,19 @@ def test_nothing_is_written_among_what_is_read(tmp_path):
         check("more/run", f"{tmp_path / 'elsewhere'},{tmp_path / 'more'}")
 
 
+OLDER = {"a_later_flag": "", "window_overlap": 0.5, "loss_weights": "none"}  # what flags stand for that a run has not
+
+
 def begin(path, run, overwrite=False):
-    with claimed(path, run, overwrite):
+    with claimed(path, run, OLDER, overwrite):
         pass
 
 
 def test_another_run_is_refused_by_name(tmp_path):
     path = str(tmp_path / "out")
-    check_same_run(path, {"s": "1.5"})
+    check_same_run(path, {"s": "1.5"}, {})
     begin(path, {"s": "1.5", "seed": 0})
-    check_same_run(path, {"s": "1.5", "seed": 0})
+    check_same_run(path, {"s": "1.5", "seed": 0}, {})
     with pytest.raises(ValueError, match="begun with --s 1.5, this run has 1.6"):
         begin(path, {"s": "1.6", "seed": 0})
     begin(path, {"s": "1.5", "seed": 0, "a_later_flag": ""})
@@ -80,23 +83,27 @@ def test_another_run_is_refused_by_name(tmp_path):
     begin(path, {"s": "1.5", "seed": 0, "a_later_flag": "", "mpp": 0.25, "window_overlap": 0.5})  # its default
     with pytest.raises(ValueError, match="begun with --window_overlap 0.5, this run has 0.3"):
         begin(path, {"s": "1.5", "seed": 0, "a_later_flag": "", "mpp": 0.25, "window_overlap": 0.3})
+    now = {"s": "1.5", "seed": 0, "a_later_flag": "", "mpp": 0.25, "window_overlap": 0.5, "loss_weights": "none"}
+    begin(path, now)
     begin(path, {"s": "1.6"}, overwrite=True)
-    check_same_run(path, {"s": "1.6"})
+    check_same_run(path, {"s": "1.6"}, {})
     Path(path, "run.json").write_text("{")
     with pytest.raises(ValueError, match="does not parse"):
-        check_same_run(path, {})
+        check_same_run(path, {}, {})
     Path(path, "run.json").unlink()
     Path(path, "manifest.csv").write_text("")
     with pytest.raises(ValueError, match="unknown run"):
-        check_same_run(path, {})
+        check_same_run(path, {}, {})
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path):
     """Even by one who would overwrite it."""
     begin(tmp_path / "out", {"s": "1"})
     before = (tmp_path / "out" / "run.json").read_bytes()
-    second = "import sys; from guided_diffusion.results_path import claimed\nwith claimed(sys.argv[1], {}, True): pass"
-    with claimed(str(tmp_path / "out"), {"s": "1"}):
+    second = (
+        "import sys; from guided_diffusion.results_path import claimed\nwith claimed(sys.argv[1], {}, {}, True): pass"
+    )
+    with claimed(str(tmp_path / "out"), {"s": "1"}, {}):
         result = subprocess.run(
             [sys.executable, "-c", second, tmp_path / "out"], cwd=ROOT, capture_output=True, text=True
         )

@@ -10,6 +10,7 @@ from guided_diffusion.train_options import TrainOptions
     [
         ({"microbatch": "0"}, "--microbatch 0"),
         ({"microbatch": "3", "batch_size": 8}, "--microbatch 3 does not divide --batch_size 8"),
+        ({"microbatch": "4", "total_batch_size": 6}, "--microbatch 4 does not divide --total_batch_size 6"),
         ({"microbatch": "few"}, "--microbatch few"),
         ({"keep_checkpoints": "0"}, "--keep_checkpoints 0"),
         ({"keep_checkpoints": "-1"}, "--keep_checkpoints -1"),

@@ -533,6 +533,7 @@ def test_bf16_training_has_fp32_gradients_close_to_fp32s(small):
         (dict(channel_mult="1,0.5"), r"--num_channels 32 times 0\.5 of --channel_mult"),
         (dict(channel_mult="1,1.01"), r"--num_channels 32 times 1\.01 of --channel_mult"),
         (dict(channel_mult="1,-1"), "--channel_mult"),
+        (dict(channel_mult="1,1e30"), r"--num_channels 32 times 1e\+30 of --channel_mult is over 65536"),
         (dict(channel_mult="1,nan"), "--channel_mult"),
         (dict(channel_mult="1,inf"), "--channel_mult"),
         (dict(channel_mult="1,,2"), "--channel_mult 1,,2 "),

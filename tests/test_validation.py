@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from PIL import Image
 import image_sample
 import image_train
 from guided_diffusion import checkpoint, dist_util
+from guided_diffusion import validation as validation_module
+from guided_diffusion.pictures import draw_grid
 from guided_diffusion.script_util import (
     args_to_dict,
     condition_spec,
@@ -157,9 +160,43 @@ def test_no_more_samples_are_drawn_than_there_are(slides, tmp_path):
     assert (four == many).all() and one.shape[0] < four.shape[0]
 
 
-def test_pictures_of_a_process_of_two_steps(slides, tmp_path):
-    flags = ["--diffusion_steps", "2"]
+@pytest.mark.parametrize("steps", ["1", "2"])
+def test_pictures_of_a_process_of_few_steps(slides, tmp_path, monkeypatch, steps):
+    titles = []
+    monkeypatch.setattr(validation_module, "draw_grid", lambda *args: titles.append(args[2]) or draw_grid(*args))
+    flags = ["--diffusion_steps", steps]
     assert make(slides, *flags).draw(make_model(slides, *flags), tmp_path / "step.png", 1).any()
+    assert titles == ["step: dpmpp_2m_sde, 1 steps"]
+
+
+def test_no_pass_is_larger_than_the_batch(slides, tmp_path):
+    """Neither of losses nor of pictures, which are the same whatever the batch."""
+    model, sizes, pictures = make_model(slides, *FEW_STEPS), [], []
+    model.register_forward_pre_hook(lambda model, args: sizes.append(len(args[0])))
+    for batch_size in (4, 3):
+        validation = make(slides, *FEW_STEPS, batch_size=batch_size)
+        validation.losses(model)
+        pictures.append(validation.draw(model, tmp_path / "step.png", 4).astype(int))
+        assert max(sizes) == batch_size
+        sizes.clear()
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_validation_takes_as_many_at_once_as_training(slides, tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(Validation, "losses", lambda self, model: taken.append(self.batch_size) or {"loss": 1.0})
+    run(
+        tmp_path / "log",
+        slides,
+        "--microbatch",
+        "2",
+        "--preview_samples",
+        "0",
+        "--max_steps",
+        "2",
+        monkeypatch=monkeypatch,
+    )
+    assert taken == [2]
 
 
 # ---- what is held out ----
@@ -306,6 +343,13 @@ def test_two_slides_are_too_few(data_dir, tmp_path, monkeypatch, capsys):
     assert (printed.out + printed.err).count("fewer than three slides: none is held out") == 1
     assert not (out / "best").exists() and not (out / "previews").exists() and (out / "model000002.pt").exists()
     assert json.loads((out / "result.json").read_text())["images"] == 8
+
+
+def test_the_best_of_another_rate_is_not_what_to_sample_from(slides, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained[0], tmp_path / "log", symlinks=True)
+    out = run(tmp_path / "log", slides, "--ema_rate", "0.9", "--max_steps", "7", monkeypatch=monkeypatch)
+    assert json.loads((out / "result.json").read_text())["checkpoint"] == str(out / "ema_0.9_000007.pt")
+    assert (out / "ema_0.9_000007.pt").exists()
 
 
 def test_the_best_so_far_outlives_a_resumed_run(slides, trained, tmp_path, monkeypatch):
