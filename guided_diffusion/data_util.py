@@ -100,7 +100,8 @@ def _penalties(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         difference = cdist(queries, values, "cityblock")
         cap = np.quantile(difference, CAP_QUANTILE, axis=1, keepdims=True)
         np.minimum(difference, cap, out=difference)
-        largest = difference.max(axis=1, keepdims=True)  # in a set, the smallest is the query's own 0
+        difference -= difference.min(axis=1, keepdims=True)  # in a set, the query's own 0
+        largest = difference.max(axis=1, keepdims=True)
         scale = 1 / np.where(largest < 10 * np.finfo(np.float64).eps, 1.0, largest)
         penalty += difference * scale * (1 / len(parts))
     return np.clip(penalty, 0, 1)

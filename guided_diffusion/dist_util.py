@@ -120,6 +120,8 @@ def _join(store: dist.Store, rank: int, size: int, own_gpus: bool) -> None:
     global _store, _deals
     group = dist.PrefixStore("group", store)
     dist.init_process_group(_backend(own_gpus), store=group, rank=rank, world_size=size, timeout=_PATIENCE)
+    if rank == 0 and _gpu() is not None and not own_gpus:
+        sys.stderr.write(f"WARNING: of {size} processes several share a GPU, which is slow: start one for each GPU\n")
     _store, _deals = dist.PrefixStore("deals", store), 0
     atexit.register(_end_group)
 

@@ -48,7 +48,8 @@ def torchrun(env: Mapping[str, str]) -> Place | None:
     name, started = max(_started(env).items(), key=lambda item: item[1], default=("", 1))
     if started > agents:
         raise ValueError(_alone(_says(name, started), f"torchrun's variables know of {agents}, with WORLD_SIZE={size}"))
-    return Place(number(env, "RANK"), size, number(env, "LOCAL_RANK"), number(env, "LOCAL_WORLD_SIZE", 1))
+    local = "LOCAL_RANK" if "LOCAL_RANK" in env else "SLURM_LOCALID"  # where a user's script says the former alone
+    return Place(number(env, "RANK"), size, number(env, local), number(env, "LOCAL_WORLD_SIZE", 1))
 
 
 def by_mpi(env: Mapping[str, str]) -> bool:

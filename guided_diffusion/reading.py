@@ -53,10 +53,19 @@ def read_sample(item: Item, spec: ConditionSpec, image_size: int) -> Sample:
         return Sample(image)
     class_map, inst_map = masks.get(item.class_mask), masks.get(item.inst_mask)
     if inst_map is None:
-        inst_map = ndimage.label(class_map)[0].astype(np.int32)
+        inst_map = _connected(class_map if spec.class_cond else class_map != 0)
     if class_map is None:
         class_map = _one_class(inst_map, spec)
     return Sample(image, (_checked(item, spec, class_map, inst_map), inst_map))
+
+
+def _connected(class_map: np.ndarray) -> np.ndarray:
+    """:return: an [H x W] int32 instance map of the connected parts of each class, where no mask tells nuclei apart."""
+    inst_map = np.zeros(class_map.shape, np.int32)
+    for one in np.unique(class_map[class_map != 0]):
+        parts = ndimage.label(class_map == one)[0]
+        inst_map += np.where(parts > 0, parts + inst_map.max(), 0).astype(np.int32)
+    return inst_map
 
 
 def read_structure(item: Item, spec: ConditionSpec, image_size: int, min_nucleus: float) -> Sample:

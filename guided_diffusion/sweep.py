@@ -42,17 +42,17 @@ class Scale:
 
 
 def parse_scales(text: str) -> list[Scale]:
-    """:return: the scales in a comma-separated --s, in order, each once."""
-    scales = []
-    for part in dict.fromkeys(part.strip() for part in text.split(",")):
+    """:return: the scales in a comma-separated --s, in order, each once, as it is written first."""
+    scales: dict[str, Scale] = {}
+    for part in (part.strip() for part in text.split(",")):
         try:
             s = float(part)
         except ValueError:
             s = float("nan")
         if not 0 <= s < float("inf"):
             raise ValueError(f"--s {text} does not parse: give one number or several, such as 1.3,1.4,1.5")
-        scales.append(Scale(s, part))
-    return scales
+        scales.setdefault(f"{s:g}", Scale(s, part))  # what draws go by
+    return list(scales.values())
 
 
 def parse_interval(text: str) -> tuple[float, float]:

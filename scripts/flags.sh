@@ -86,10 +86,12 @@ forwarding() {
     return "$status"
 }
 
-# One process a GPU that may be used, by CUDA_VISIBLE_DEVICES if that is set; without a GPU, one.
+# One process a GPU that may be used, by CUDA_VISIBLE_DEVICES if that is set; without a GPU, one. Of GPUs that are cut
+# into parts (MIG) CUDA shows a process one part alone.
 count_processes() {
     local gpus
-    mapfile -t gpus < <(nvidia-smi -L 2>/dev/null | grep '^GPU ')
+    mapfile -t gpus < <(nvidia-smi -L 2>/dev/null | grep -E '^GPU |^ +MIG ')
+    [[ ${gpus[*]} != *MIG* ]] || gpus=()
     if ((${#gpus[@]})) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
     fi

@@ -6,7 +6,8 @@
 #   RAW=path/to/MoNuSeg bash scripts/gpu_check.sh OUT      with the real ones: the folder of the unpacked archives
 #
 # PYTHON, or an active virtual environment, has what requirements.txt names, with any torch from 2.11 on and any Python
-# from 3.11 on; else setup.sh makes .venv. One GPU is used. Exit code 1: a part failed, which the table names.
+# from 3.11 on; else setup.sh makes .venv. One GPU is used, and up to 3 GB of disk, for a checkpoint at a time, which
+# goes again. Exit code 1: a part failed, which the table names.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 
@@ -51,7 +52,7 @@ part() {
     local name=$1 limit=$2 began=$SECONDS code=0
     shift 2
     echo "$name: up to $limit s"
-    forwarding timeout --preserve-status --signal=TERM --kill-after=20 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+    forwarding timeout --preserve-status --signal=TERM --kill-after=40 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
     [[ -z $stopped ]] || exit 143
     echo "$name,$((SECONDS - began)),$code" >>"$out/parts.csv"
     ((code == 0)) || failed=1
@@ -62,6 +63,7 @@ train() {
     OPENAI_LOGDIR=$out/$1 OPENAI_LOG_FORMAT=log,csv part "$1" 40 "$python" "$ROOT/image_train.py" --device cuda \
         --data_dir "$out/patches" "${DATA_FLAGS[@]}" "${MODEL_FLAGS[@]}" "${CONDITION_FLAGS[@]}" --drop_rate 0.2 \
         --val_split none --log_interval 5 --num_workers 4 --max_steps 1000000 "${@:2}"
+    rm -f -- "$out/$1"/*.pt
 }
 
 pytest=("$python" -m pytest -c "$ROOT/pyproject.toml" -p no:cacheprovider "$ROOT/tests/test_cuda.py")

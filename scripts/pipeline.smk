@@ -186,7 +186,8 @@ rule pretrain:
 ITERATIONS = {int(steps) for steps in os.environ["ITERATIONS"].split()}
 SWEPT = sorted(ITERATIONS | {FINETUNE_STEPS})
 # What sampling draws last; with one checkpoint and one s there is no sweep.
-PICTURE = "sweep.png" if len(ITERATIONS) * len(set(os.environ["S_VALUES"].split())) > 1 else "grid.png"
+SCALES = {f"{float(s):g}" for s in os.environ["S_VALUES"].split()}
+PICTURE = "sweep.png" if len(ITERATIONS) * len(SCALES) > 1 else "grid.png"
 
 
 rule finetune:

@@ -75,6 +75,15 @@ def test_torchrun_looks_whether_all_have_a_gpu_of_their_own(monkeypatch, other, 
     assert joined == [own]
 
 
+def test_processes_that_share_a_gpu_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(dist_util, "_store", None)
+    monkeypatch.setattr(dist_util, "_gpu", lambda: "a")
+    for own, told in ((True, 0), (False, 1)):
+        dist_util._join(dist.HashStore(), 0, 2, own)
+        assert capsys.readouterr().err.count("WARNING: of 2 processes several share a GPU") == told
+
+
 def run_alone(tmp_path, body, prefix=(), **env):
     """Run a script without a launcher; :return: its exit code, and its output as lines."""
     script = tmp_path / "alone.py"

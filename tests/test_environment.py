@@ -119,6 +119,8 @@ def test_torchrun():
     assert environment.torchrun(ALONE) is None and environment.torchrun({"RANK": "1"}) is None
     assert environment.torchrun(TORCHRUN) == environment.Place(rank=9, size=16, local_rank=1, local_size=8)
     assert environment.torchrun({"RANK": "1", "WORLD_SIZE": "2"}) == environment.Place(1, 2, 0, 1)
+    by_hand = {"RANK": "1", "WORLD_SIZE": "2", "SLURM_LOCALID": "1"}
+    assert environment.torchrun(by_hand) == environment.Place(1, 2, 1, 1)
     # srun or mpiexec may start the agents, one a node, or ranks to which a script gives torchrun's names.
     for outer in (SRUN, OPEN_MPI):
         environment.torchrun({**outer, **TORCHRUN})

@@ -83,6 +83,14 @@ def test_dsb2018_instances_are_connected_parts(tmp_path):
     class_map, inst_map = sample.masks
     np.testing.assert_array_equal(inst_map, ndimage.label(mask)[0])
     np.testing.assert_array_equal(class_map, mask)
+    # Touching nuclei of two classes are two.
+    classes = np.zeros((32, 32), np.uint8)
+    classes[4:8, 4:8], classes[4:8, 8:12], classes[20:, 20:] = 1, 2, 1
+    Image.fromarray(classes).save(folder / "masks" / "a.png")
+    spec = ConditionSpec(class_cond=True, num_classes=3)
+    class_map, inst_map = dataset(tmp_path, dataset_mode="dsb2018", spec=spec).read(0).masks
+    assert np.array_equal(class_map, classes) and np.array_equal(inst_map > 0, classes > 0)
+    assert len(np.unique(inst_map)) == 4 and inst_map[5, 7] != inst_map[5, 8]
 
 
 def test_class_cond_reads_ids(data_dir):

@@ -20,7 +20,7 @@ from forked import Child, start_ranks
 from PIL import Image
 
 import image_sample
-from guided_diffusion import cell_classes, checkpoint, cli, dist_util, files
+from guided_diffusion import cell_classes, checkpoint, cli, dist_util, files, sweep
 from guided_diffusion.histology.features.embeddings import Features, save_features
 from guided_diffusion.results import FOLDERS, ResultFolder
 from guided_diffusion.script_util import args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults
@@ -186,6 +186,11 @@ def test_grey_images(data_dir, tmp_path):
     checkpoint.save(model.state_dict(), str(tmp_path), "model000001.pt")
     out = run(data_dir, str(tmp_path / "model000001.pt"), tmp_path / "out", "--num_samples", "1", *grey)
     assert pixels(out, manifest(out)[0]["stem"]).shape == (16, 16)
+
+
+def test_a_scale_counts_once_however_it_is_written():
+    scales = sweep.parse_scales("1.3, 1.30,1,1.3000001, 2.5")
+    assert [(scale.s, scale.text) for scale in scales] == [(1.3, "1.3"), (1, "1"), (2.5, "2.5")]
 
 
 def test_dry_run(data_dir, model_path, tmp_path, capsys):

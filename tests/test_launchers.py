@@ -218,10 +218,13 @@ def test_train_starts_one_process_or_several(launch, tmp_path):
     ("visible", "expected"), [({}, 2), ({"CUDA_VISIBLE_DEVICES": "0,2,3"}, 3), ({"CUDA_VISIBLE_DEVICES": ""}, 1)]
 )
 def test_a_process_a_gpu(launch, tmp_path, visible, expected):
-    write_stub(tmp_path / "stubs" / "nvidia-smi", "#!/bin/sh\nprintf 'GPU 0: A\\n  MIG 1g\\nGPU 1: B\\n'\n")
+    write_stub(tmp_path / "stubs" / "nvidia-smi", "#!/bin/sh\nprintf 'GPU 0: A\\nGPU 1: B\\n'\n")
     (call,) = launch("train.sh", "data", **visible).calls
     assert call.program == ("mpiexec" if expected > 1 else "python")
     assert expected == 1 or call.argv[:2] == ["-n", str(expected)]
+    # Of parts of GPUs a process sees one.
+    write_stub(tmp_path / "stubs" / "nvidia-smi", "#!/bin/sh\nprintf 'GPU 0: A\\n  MIG 1g\\n  MIG 1g\\nGPU 1: B\\n'\n")
+    assert launch("train.sh", "data", **visible).calls[0].program == "python"
 
 
 def test_no_gpu_is_one_process(launch, tmp_path):

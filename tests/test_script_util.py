@@ -214,6 +214,11 @@ def test_positional_order_of_create_model():
 # ---- the process ----
 
 
+def test_weights_that_nothing_reads_are_refused():
+    with pytest.raises(ValueError, match="loss_weights min_snr with use_kl"):
+        create_gaussian_diffusion(use_kl=True, loss_weights="min_snr")
+
+
 @pytest.mark.parametrize("use_kl", [False, True])
 @pytest.mark.parametrize("rescale_learned_sigmas", [False, True])
 def test_loss_type(use_kl, rescale_learned_sigmas):

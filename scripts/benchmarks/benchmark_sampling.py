@@ -118,6 +118,8 @@ class Bench:
 
     def timed(self, function: Callable[[], th.Tensor]) -> float:
         """:return: seconds that a call takes."""
+        if self.device.type == "cuda":
+            th.cuda.synchronize()  # or the rest of what went before would be timed, too
         began = time.perf_counter()
         function()
         if self.device.type == "cuda":

@@ -136,6 +136,7 @@ class Bench:
         way.flops = counter.get_total_flops()
         if self.device.type == "cuda":
             th.cuda.reset_peak_memory_stats()
+            th.cuda.synchronize()  # or the rest of the steps above would be timed, too
         began, waited = time.perf_counter(), 0.0
         for _ in range(steps):
             asked = time.perf_counter()

@@ -6,7 +6,7 @@ Run a workflow of Snakemake in OUT, for pipeline.sh and experiment.sh.
 Settings come from the environment, see the callers. What is known here before anything is written: whether RAW holds
 slides, and whether they have changed, by their content; which files of finished stages have gone, so that those are
 made again. With --keep-going, a stage that fails then is left out with what builds on it, and the others go on.
-TIME_LIMIT ends the run after these seconds. A limit, SIGTERM or Ctrl-C reaches all running stages, which
+TIME_LIMIT ends the run after these seconds. A limit, SIGTERM, SIGUSR1 or Ctrl-C reaches all running stages, which
 save what they can; then the exit code is 75, and the same command goes on. Where a stage refuses what a user gave, its
 line comes last, and the exit code is 2.
 """
@@ -37,7 +37,7 @@ from guided_diffusion.unlabelled import folder_names
 # The outputs of jobs are seals, whose content decides. Another version of a program does not redo days of training.
 ENGINE = (
     "--rerun-triggers mtime params input --max-checksum-file-size 1000000000 --rerun-incomplete --nolock "
-    "--quiet host progress --retries 0"
+    "--quiet host progress"
 ).split()
 # Flags of snakemake that run nothing.
 LOOKS = {"--report", "--dag", "--rulegraph", "--filegraph", "--d3dag", "--summary", "-S", "--detailed-summary", "-D"}
@@ -45,6 +45,7 @@ LOOKS |= {"--list-rules", "-l", "--list-target-rules", "--lt", "--touch", "-t", 
 REMOTE = {"--executor", "-e", "--profile"}
 PLACES = {"--cores", "-c", "--jobs", "-j"}
 KEEP_GOING = {"--keep-going", "-k"}
+REMOTE_CORES = 4  # that a job of a queue asks for, for each of its GPUs: a training and what reads its data
 GRACE = 60  # seconds from a limit to the end of what does not stop
 
 
@@ -106,18 +107,19 @@ def make_again(gone: list[str], runner: "Runner", command: list[str], keep_going
 def settings(parallel: int, remote: bool) -> dict[str, str]:
     """:return: what a stage takes of the machine, for wiring.py and stage.py, as variables of the environment."""
     cores = len(os.sched_getaffinity(0))
-    gpus = visible_gpus()
     each = int(os.environ.get("NPROC") or 1)
-    if not remote:
+    if remote:  # whatever this machine has
+        gpus, each = [], 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else each
+        shared = REMOTE_CORES * max(1, each)
+    else:
+        gpus = visible_gpus()
         each = min(each, len(gpus))
-    elif os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        each = 0
-    beside = len(gpus) // each if gpus and each else parallel
+        shared = max(1, cores // (len(gpus) // each if each else parallel))
     return {
         "SDM_GPUS": ",".join(gpus),
         "SDM_GPUS_EACH": str(each),
         "SDM_ALL_CORES": str(cores),
-        "SDM_CORES": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // beside)),
+        "SDM_CORES": os.environ.get("OMP_NUM_THREADS") or str(shared),
         # Threads that wait do so asleep: where anything else runs beside, spinning would slow training tenfold.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY") or "PASSIVE",
         "LOGNAME": user(),
@@ -197,7 +199,7 @@ class Runner:
         self.stopped = ""
         self._code = 0  # of the last command that failed
         self._child: subprocess.Popen | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in processes.FORWARDED:
             signal.signal(number, self._signalled)
 
     def run(self, command: list[str]) -> bool:

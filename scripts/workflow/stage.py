@@ -36,6 +36,7 @@ from guided_diffusion import cli, failures, files, processes, signals
 STAGES = Path("stages")
 REPLACED = Path("replaced")
 LOCKS = STAGES / "locks"
+JOB = os.environ.get("SLURM_JOB_ID", "")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -137,18 +138,19 @@ def gpus(count: int) -> Iterator[dict[str, str]]:
     """
     Wait for GPUs that no other stage on this machine has, and keep them while the with block lasts.
 
-    :return: the environment that shows them to a command: none where SDM_GPUS names none, or where Slurm shows a job
-        its own.
+    :return: the environment that shows them to a command: none where SDM_GPUS names none, as where a queue shows each
+        job its own.
     """
     known = [name for name in os.environ.get("SDM_GPUS", "").split(",") if name]
-    if not known or not count or "SLURM_JOB_ID" in os.environ:
+    if not known or not count:
         yield {}
         return
     with contextlib.ExitStack() as stack:
         held: list[str] = []
         while len(held) < min(count, len(known)):
             for name in known:
-                place = LOCKS / f"gpu-{socket.gethostname()}-{name}"
+                # Two jobs of Slurm on one machine may each call another GPU 0.
+                place = LOCKS / "-".join(["gpu", socket.gethostname(), *filter(None, [JOB]), name])
                 with contextlib.suppress(ValueError):
                     if name not in held and len(held) < count:
                         stack.enter_context(files.locked(place, "GPU"))

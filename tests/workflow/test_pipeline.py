@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = ROOT / "scripts" / "pipeline.sh"
 STAND_IN = Path(__file__).with_name("stand_in.py")
 ALL = ["patches", "features", "clusters", "pretrain", "finetune", "samples", "filter", "set"]
-HARDER = ("SIGINT", "SIGKILL", "TIME_LIMIT")
+HARDER = ("SIGINT", "SIGUSR1", "SIGKILL", "TIME_LIMIT")
 OF_A_USER = {"ENGINE": sys.executable}  # where signals go to all processes of the engine
 PROGRAMS = {
     "prepare_monuseg": "patches",

@@ -109,8 +109,11 @@ def test_stages_at_once_get_gpus_of_their_own(tmp_path):
     given = [set((tmp_path / name).read_text().strip().split(",")) for name in "abc"]
     assert [len(names) for names in given] == [1, 2, 2] and set.union(*given) <= {"0", "GPU-b", "2"}
     assert time.monotonic() - began > 2  # b and c cannot run at once
-    code, _ = stage(tmp_path, "d", "--makes", "d", "--gpus", "1", *show, "d", SDM_GPUS="0", SLURM_JOB_ID="7")
-    assert code == 0 and (tmp_path / "d").read_text() == "\n"
+    # In a job of Slurm's these are the job's; where each stage is a job, its own are shown to it.
+    for name, gpus in (("d", "0"), ("e", "")):
+        code, _ = stage(tmp_path, name, "--makes", name, "--gpus", "1", *show, name, SDM_GPUS=gpus, SLURM_JOB_ID="7")
+        assert code == 0 and (tmp_path / name).read_text() == f"{gpus}\n"
+    assert (tmp_path / "stages/locks" / f"gpu-{socket.gethostname()}-7-0").is_dir()
 
 
 def test_a_stage_that_is_stopped_while_it_waits_for_a_gpu_is_not_finished(tmp_path):
@@ -138,8 +141,19 @@ def test_what_a_training_takes(monkeypatch, tmp_path, gpus, processes, parallel,
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found = run.settings(parallel, remote=False)
     assert (found["SDM_GPUS_EACH"], found["SDM_CORES"], found["SDM_GPUS"]) == (each, str(cores), gpus)
+    found = run.settings(parallel, remote=True)  # which says nothing of the machine that submits
+    assert (found["SDM_GPUS"], found["SDM_GPUS_EACH"], found["SDM_CORES"]) == (
+        "",
+        processes or "1",
+        str(4 * int(processes or 1)),
+    )
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert run.settings(parallel, remote=False)["SDM_CORES"] == "3"
+
+
+def test_a_queues_profile_decides_how_often_a_job_goes_on():
+    parser = pytest.importorskip("snakemake.cli").get_argument_parser([str(ROOT / "scripts/profiles/slurm")])
+    assert parser.parse_args(run.ENGINE).retries == 10
 
 
 def test_the_largest_cluster_or_those_that_are_named(tmp_path):
