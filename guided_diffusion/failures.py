@@ -34,6 +34,15 @@ def write(stages: Path, name: str, code: int, printed: str, log: Path) -> None:
     files.write_json(path_of(stages, name), told)
 
 
+def is_final(stages: Path, name: str) -> bool:
+    """:return: whether this stage has failed in this run already, in a way that only a user can mend."""
+    path, run = path_of(stages, name), os.environ.get(RUN)
+    if not (run and path.exists()):
+        return False
+    told = json.loads(path.read_text(encoding="utf-8"))
+    return told["run"] == run and told["code"] == cli.MISTAKE
+
+
 def report(out: Path, run: str, code: int) -> tuple[int, str]:
     """
     Find out why a run failed.

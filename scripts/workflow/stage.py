@@ -42,6 +42,8 @@ JOB = os.environ.get("SLURM_JOB_ID", "")
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     signals.end_with_parent(signal.SIGTERM, os.getppid())
+    if failures.is_final(STAGES, args.name):  # an engine that tries again, as on a queue, would only repeat it
+        sys.exit(cli.MISTAKE)
     failures.path_of(STAGES, args.name).unlink(missing_ok=True)
     try:
         code, printed = attempt(args)

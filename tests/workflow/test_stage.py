@@ -75,14 +75,14 @@ def test_warnings_are_said_once(tmp_path):
 
 
 def test_why_a_run_failed(tmp_path):
-    def fail(name: str, script: str) -> None:
-        code, _ = stage(tmp_path, name, "--log", f"logs/{name}.log", "--", "bash", "-c", script, SDM_RUN="this")
+    def fail(name: str, script: str, of: str = "this") -> None:
+        code, _ = stage(tmp_path, name, "--log", f"logs/{name}.log", "--", "bash", "-c", script, SDM_RUN=of)
         assert code
 
     def told() -> tuple[int, str]:
         return failures.report(tmp_path, "this", 1)
 
-    fail("long", "echo error: an older one; exit 2")
+    fail("long", "echo error: an older one; exit 2", of="an older one")
     fail("long", "exit 75")
     assert told() == (cli.NOT_FINISHED, "long: not finished, the same command goes on\n")
     fail("bug", "echo Traceback; echo KeyError; exit 1")
@@ -95,6 +95,13 @@ def test_why_a_run_failed(tmp_path):
     assert told()[0] == 1
     assert failures.report(tmp_path, "another", 1) == (1, "")
     assert stage(tmp_path, "bug", "--", "true")[0] == 0 and not (tmp_path / "stages/bug.failed").exists()
+
+
+def test_a_mistake_is_not_tried_again_in_one_run(tmp_path):
+    count = ["bash", "-c", "echo >>tries; echo 'error: no' >&2; exit $0"]
+    for code, of, tries in (("2", "a", 1), ("2", "a", 1), ("2", "b", 2), ("75", "c", 3), ("75", "c", 4), ("2", "", 5)):
+        assert stage(tmp_path, "one", "--", *count, code, SDM_RUN=of)[0] == int(code)
+        assert (tmp_path / "tries").read_text() == tries * "\n"
 
 
 def test_stages_at_once_get_gpus_of_their_own(tmp_path):
