@@ -93,8 +93,8 @@ def draw_grid(
 def _scale(panel: np.ndarray) -> float:
     """How much larger a panel is drawn than it is."""
     height, width = panel.shape[:2]
-    shrink = min(MAX_PANEL[0] / height, MAX_PANEL[1] / width)
-    return shrink if shrink < 1 else -(-MIN_PANEL // height)
+    most = min(MAX_PANEL[0] / height, MAX_PANEL[1] / width)
+    return most if most < 1 else min(-(-MIN_PANEL // height), int(most))
 
 
 def _fitted(panel: np.ndarray) -> np.ndarray:

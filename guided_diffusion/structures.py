@@ -16,11 +16,23 @@ def fragments(inst_map: np.ndarray, least: float) -> list[tuple[int, int]]:
     :return: the id and the size in pixels of each.
     """
     parts, ids = _parts(inst_map)
-    sizes = np.bincount(parts.ravel(), minlength=len(ids))
+    sizes, small = _sizes(parts, least)
+    return [(int(ids[part]), int(sizes[part])) for part in np.flatnonzero(small)]
+
+
+def without_fragments(inst_map: np.ndarray, least: float) -> np.ndarray:
+    """:return: the map without what `fragments` finds: a nucleus that is left without a part keeps the others."""
+    parts, _ = _parts(inst_map)
+    return np.where(_sizes(parts, least)[1][parts], 0, inst_map)
+
+
+def _sizes(parts: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of each part, by its number, the size and whether it is a fragment."""
+    sizes = np.bincount(parts.ravel())
     small = sizes < least
     small[0] = False
     small[np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]])] = False
-    return [(int(ids[part]), int(sizes[part])) for part in np.flatnonzero(small)]
+    return sizes, small
 
 
 def oddities(inst_map: np.ndarray) -> str:

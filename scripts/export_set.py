@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             put(folder / name, content)
         write_text(folder / MANIFEST, manifest(records, classes))
         if classes:
-            write_classes(folder, classes)
+            write_classes(folder, writer.numbered())
         counts = {"images": len(records), "nuclei": sum(record.nuclei for record in records)}
         if (card := args.set / cards.NAME).is_file() and not card.is_symlink():
             write_bytes(folder / cards.NAME, card.read_bytes())

@@ -41,7 +41,7 @@ from guided_diffusion.images import STRUCTURES, Item, list_items
 from guided_diffusion.options import COUNT, SOME_WORKERS, check_ranges
 from guided_diffusion.processes import each
 from guided_diffusion.slides import write_table
-from guided_diffusion.structures import LEAST, fragments
+from guided_diffusion.structures import LEAST, without_fragments
 
 METHODS = ("recombine", "perturb")
 REPORT, PICTURE, FOLDER = STRUCTURES, "structures.png", "inst_masks"
@@ -132,10 +132,10 @@ def read_layout(inst_mask: str | Path, class_mask: str | Path | None, known: Col
 
 def without_specks(layout: Layout, least: float) -> Layout:
     """
-    :param least: the smallest area of a nucleus that the border does not cut, in pixels.
+    :param least: the smallest area of a part of a nucleus that the border does not cut, in pixels.
     :return: the layout without smaller ones, which annotations have, and which sampling refuses.
     """
-    return layout.without({number for number, _ in fragments(layout.inst_map, least)})
+    return Layout(without_fragments(layout.inst_map, least), layout.classes).numbered()
 
 
 def class_names(table: Sequence[CellClass], layouts: Sequence[Layout]) -> dict[int, str]:

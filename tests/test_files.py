@@ -134,6 +134,15 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
+def test_a_folder_that_a_link_leads_to_is_replaced_there(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/out")
+    for text in ("one", "two"):
+        files.replace_folder(tmp_path / "out", lambda folder, text=text: (folder / text).touch(), "--out")
+        assert (tmp_path / "out").is_symlink() and [path.name for path in (tmp_path / "disk/out").iterdir()] == [text]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+
+
 def test_a_folder_replaced_and_killed_at_random_is_the_old_or_the_new_one(tmp_path):
     """Another process replaces a folder of twenty files over and over, and is killed."""
     folder = tmp_path / "out"

@@ -81,6 +81,11 @@ def test_a_scale_bar_is_as_long_as_it_says(tmp_path):
     assert len({Image.open(path).height for path in drawn}) == 1  # no bar is true of all panels
 
 
+def test_no_panel_is_enlarged_beyond_the_largest(tmp_path):
+    low = np.zeros((60, 2000, 3), np.uint8)
+    assert pictures._fitted(low).shape == (60, 2000, 3) and pictures._fitted(low[:, :300]).shape == (180, 900, 3)
+
+
 def test_panels_of_any_sizes(tmp_path):
     """Small ones enlarged, large ones made smaller; a column is as wide as its widest panel, a row as its highest."""
     sizes = [[(16, 16), (100, 30)], [(1024, 600), (300, 6000)]]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from guided_diffusion.structures import fragments, oddities
+from guided_diffusion.structures import fragments, oddities, without_fragments
 
 
 def drawn(rows):
@@ -14,6 +14,14 @@ def test_fragments_are_parts_and_not_cut_by_the_border():
     assert fragments(inst_map, 4) == [(1, 3), (2, 1)]  # 1's pixels touch at a corner
     assert fragments(inst_map, 3) == [(2, 1)] and not fragments(inst_map, 0)
     assert not fragments(np.zeros((3, 3), int), 10)
+
+
+def test_a_nucleus_keeps_what_is_no_fragment():
+    inst_map = drawn([".......", ".11..3.", ".11.1..", ".....2.", "......."])
+    assert np.array_equal(
+        without_fragments(inst_map, 2), drawn([".......", ".11....", ".11....", ".......", "......."])
+    )
+    assert np.array_equal(without_fragments(inst_map, 1), inst_map)
 
 
 def test_what_is_odd_is_named():

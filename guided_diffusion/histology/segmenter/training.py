@@ -239,7 +239,9 @@ class Training:
         }
 
     def _finished(self) -> bool:
-        missed = (self.step - self.best["step"]) // self.settings.eval_interval
+        # What real images alone bring, at the end, shows from there on.
+        switch = (self.settings.real_from or 0) // self.settings.batch_size
+        missed = (self.step - max(self.best["step"], switch)) // self.settings.eval_interval
         tired = bool(self.held) and 0 < self.settings.patience <= missed
         return self.progress() >= 1 or tired
 

@@ -173,6 +173,13 @@ def test_the_best_weights_are_kept_and_the_run_stops_early(tmp_path):
     assert equal(seen[best], weights(tmp_path)) and not equal(seen[best + 4], weights(tmp_path))
 
 
+def test_patience_begins_where_real_images_alone_do(tmp_path):
+    synthetic = [replace(one, synthetic=True) for one in drawn(0)]
+    flags = dict(steps=20, patience=2, lr=1e-12, synthetic_first=0.5)
+    result = training(tmp_path, drawn(2), [*synthetic, *drawn(1)], **flags).run()
+    assert result["steps"] == max(result["best_step"], 10) + 4
+
+
 def test_without_held_out_slides_the_last_weights_are_kept(tmp_path):
     run = training(tmp_path, patience=1)
     result = run.run()

@@ -11,24 +11,36 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from .labelled import Example
+from ....cell_classes import CellClass
+from .labelled import Entry, Example
 from .writer import Record, Writer, npy, png
 
 FOLDS = {"train": "fold0", "test": "fold1"}
+BACKGROUND = "Background"
 TISSUE = "unknown"  # what tissue a picture shows, which PanNuke knows, is not ours to say
 
 
 class CellViT(Writer):
     """See the module. Classes are numbered from 1 in the order of their ids, without gaps."""
 
+    def check(self, entries: Sequence[Entry]) -> None:
+        """:raises ValueError: where a class would be taken for what is outside nuclei."""
+        if any(one.name == BACKGROUND for one in self.classes):
+            raise ValueError(f"a class of SET is named {BACKGROUND}, as CellViT calls what is no nucleus: rename it")
+
+    def numbered(self) -> Sequence[CellClass]:
+        """See Writer."""
+        return [replace(one, id=number) for number, one in enumerate(self.classes, 1)]
+
     def files(self, example: Example) -> Iterator[tuple[str, bytes]]:
         fold, name = FOLDS[example.entry.split], example.entry.name
         yield f"{fold}/images/{name}.png", png(example.image)
         numbers = np.zeros(256, np.uint8)
-        numbers[[one.id for one in self.classes]] = np.arange(1, len(self.classes) + 1)
+        numbers[[one.id for one in self.classes]] = [one.id for one in self.numbered()]
         fields = {"inst_map": example.inst_map, "type_map": numbers[example.class_map]}
         label = np.zeros((), [(key, value.dtype, value.shape) for key, value in fields.items()])
         for key, value in fields.items():
@@ -43,7 +55,7 @@ class CellViT(Writer):
                 head = ("Image", *(one.name for one in self.classes))
                 counts = [(file, *(found.get(one.id, 0) for one in self.classes)) for file, found in rows]
                 yield f"{fold}/cell_count.csv", _csv([head, *counts])
-        kinds = {"Background": 0, **{one.name: number for number, one in enumerate(self.classes, 1)}}
+        kinds = {BACKGROUND: 0, **{one.name: one.id for one in self.numbered()}}
         yield "dataset_config.yaml", _yaml({"tissue_types": {TISSUE: 0}, "nuclei_types": kinds})
 
 

@@ -59,6 +59,10 @@ class Writer(ABC):
         """:raises ValueError: where the layout's tool would misread one of them, as far as names tell."""
         return None
 
+    def numbered(self) -> Sequence[CellClass]:
+        """:return: the classes by the numbers that they have in the layout."""
+        return self.classes
+
     @abstractmethod
     def files(self, example: Example) -> Iterator[tuple[str, bytes]]:
         """:return: the example's files: path below the set and content, the image first."""

@@ -3,8 +3,10 @@
 import csv
 
 import numpy as np
+import pytest
 from labelled_set import BOTH, labelled_set, write
 
+from guided_diffusion.cell_classes import CellClass
 from guided_diffusion.histology.formats.writers.cellvit import CellViT
 from guided_diffusion.image_files import read_image
 
@@ -27,6 +29,13 @@ def test_labels(told, tmp_path):
         for number, kind in numbers.items():
             assert np.array_equal(kinds == kind, one.class_map == number)
         assert np.array_equal(kinds > 0, one.inst_map > 0)
+
+
+def test_classes_have_no_gaps_and_none_is_the_background():
+    classes = [CellClass(1, "a", (255, 0, 0)), CellClass(3, "b", (0, 255, 0))]
+    assert [(one.id, one.name) for one in CellViT(classes).numbered()] == [(1, "a"), (2, "b")]
+    with pytest.raises(ValueError, match="a class of SET is named Background"):
+        CellViT([CellClass(1, "Background", (1, 2, 3))]).check([])
 
 
 @BOTH
