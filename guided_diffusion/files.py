@@ -283,9 +283,8 @@ def replace_folder(path: str | Path, fill: Callable[[Path], None], flag: str) ->
     :param flag: what the path was given by, for the error.
     :raises ValueError: where another process is replacing it.
     """
-    path = Path(
-        os.path.realpath(path) if os.path.islink(path) else path
-    )  # a link stays, and what it leads to is replaced
+    # A link stays, and what it leads to is replaced.
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     aside, before = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
     with locked(aside, flag):
         if before.is_dir() and not os.path.lexists(path):

@@ -5,7 +5,7 @@ Knows instance maps and the classes of their nuclei, not their files.
 """
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import cv2
@@ -32,13 +32,6 @@ class Layout:
     def class_of(self, own: int) -> int:
         """:return: the class of a nucleus, by its id."""
         return self.classes.get(own, UNKNOWN)
-
-    def without(self, numbers: Collection[int]) -> "Layout":
-        """:return: the same without these nuclei, by their ids; those of the others are from 1 without gaps."""
-        if not numbers:
-            return self
-        kept = {number: own for number, own in self.classes.items() if number not in numbers}
-        return Layout(np.where(np.isin(self.inst_map, list(numbers)), 0, self.inst_map), kept).numbered()
 
     def numbered(self) -> "Layout":
         """:return: the same with ids from 1 without gaps: what follows takes time and memory by the largest."""
