@@ -117,6 +117,10 @@ def test_recipes_are_summed_up(tmp_path):
     # v has after 5 minutes what x has after 20; x itself at its last mark.
     assert [line.split(" | ")[-1] for line in lines[4:]] == ["20 |", "5 |"]
     assert Image.open(tmp_path / "recipes.png").size == (1100, 770)
+    # Rows that were read and rows that are new are of the same seeds.
+    new = recipe_rows()
+    mixed = [recipes.read_rows(tmp_path)[0], *new[1:]]
+    assert recipes.means(mixed, "x", "kid") == recipes.means(new, "x", "kid") != {}
 
 
 def marks_alone(run):

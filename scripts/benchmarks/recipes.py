@@ -376,10 +376,15 @@ def write_out(out: Path, rows: list[dict[str, object]]) -> None:
         draw(rows, file)
 
 
+def seeds_of(rows: list[dict[str, object]], recipe: str) -> set[int]:
+    """The seeds that a recipe has rows of: numbers, also where rows were read from a file."""
+    return {int(row["seed"]) for row in rows if row["recipe"] == recipe}
+
+
 def means(rows: list[dict[str, object]], recipe: str, figure: str) -> dict[float, float]:
     """:return: minutes -> a figure's mean over the recipe's seeds, where all of them have been measured."""
     own = [(float(row["minutes"]), float(row[figure])) for row in rows if row["recipe"] == recipe]
-    seeds = len({row["seed"] for row in rows if row["recipe"] == recipe})
+    seeds = len(seeds_of(rows, recipe))
     marks = {mark: [value for at, value in own if at == mark] for mark in sorted({at for at, _ in own})}
     return {mark: float(np.mean(values)) for mark, values in marks.items() if len(values) == seeds}
 
@@ -402,7 +407,7 @@ def as_markdown(rows: list[dict[str, object]]) -> str:
         "|---" * len(titles) + "|",
     ]
     for recipe in RECIPES:
-        seeds = len({row["seed"] for row in rows if row["recipe"] == recipe})
+        seeds = len(seeds_of(rows, recipe))
         if seeds:
             steps = max(int(row["steps"]) for row in rows if row["recipe"] == recipe)
             values = [means(rows, recipe, name) for name in FIGURES]
@@ -425,7 +430,7 @@ def draw(rows: list[dict[str, object]], file: io.BufferedIOBase) -> None:
             if values:
                 (line,) = axes.plot(list(values), list(values.values()), "--" if what.few else "-", marker="o")
                 line.set(color=colormaps["tab20"](index % 20), label=recipe)
-                line.set_alpha(0.4 if len({row["seed"] for row in rows if row["recipe"] == recipe}) == 1 else 1)
+                line.set_alpha(0.4 if len(seeds_of(rows, recipe)) == 1 else 1)
         axes.set(title=f"{title} ({'lower' if less else 'higher'} is better)", xlabel="minutes of one core")
         axes.set_ylim(bottom=0 if less else None)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
