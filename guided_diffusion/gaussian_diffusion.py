@@ -55,8 +55,6 @@ class GaussianDiffusion(DiffusionProcess):
     ) -> None:
         super().__init__(betas=betas, **options)
         self.loss_type = loss_type
-        if min_snr_gamma is not None and loss_type.is_vb():
-            raise ValueError("loss_weights min_snr with use_kl: they weigh the squared error, which that does not take")
         self.min_snr_gamma = min_snr_gamma
         self.mse_weights = np.ones(len(betas)) if min_snr_gamma is None else self.min_snr_weights(min_snr_gamma)
 

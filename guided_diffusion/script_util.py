@@ -203,6 +203,8 @@ def create_gaussian_diffusion(
         raise ValueError(f"--diffusion_steps {steps} must be at least 1")
     if predict_v and predict_xstart:
         raise ValueError("--predict_v True with --predict_xstart True: a model predicts one of them")
+    if use_kl and loss_weights == "min_snr":
+        raise ValueError("loss_weights min_snr with use_kl: they weigh the squared error, which that does not take")
     if learn_sigma:
         var_type = gd.ModelVarType.LEARNED_RANGE
     else:

@@ -6,7 +6,8 @@
 # From the environment, with the default: ITERATIONS "030000 040000 050000", S_VALUES "1.3 1.4 1.5 1.6",
 # KIND ema (the average of the weights at EMA_RATE, 0.9999) or model (the weights themselves).
 # Fills OUT_DIR/MODEL_sS for each pair, and draws OUT_DIR/sweep.png; a single pair fills OUT_DIR itself. Stopped at any
-# moment and started again with the same command, it goes on where it was. flags.sh lists what else the environment sets.
+# moment and started again with the same command, it goes on where it was. flags.sh lists what else the environment
+# sets.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/flags.sh"
 

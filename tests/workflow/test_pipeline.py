@@ -283,7 +283,7 @@ def test_a_training_takes_all_gpus_unless_it_is_told_how_many(toy, raw, tmp_path
     write_program(tmp_path / "engine", "echo $NPROC $SDM_LAUNCH")
     environment = {"ENGINE": str(tmp_path / "engine"), "PATH": f"{tmp_path}:{os.environ['PATH']}", "MPIEXEC": "env"}
     assert toy.run(raw, "out", NPROC="", **environment)[1].startswith("2 env -n 2 ")
-    assert toy.run(raw, "out", NPROC="1", **environment)[1].startswith(f"1 {tmp_path}/a\\ python")
+    assert toy.run(raw, "out", NPROC="1", **environment)[1].startswith(f"1 {tmp_path}/a\\ \\{{python\\}}")
 
 
 def test_a_stage_that_fails_shows_its_log(toy, raw):
