@@ -1,5 +1,6 @@
 """The process group: alone, and with several processes by each launcher."""
 
+import atexit
 import os
 import shutil
 import signal
@@ -77,6 +78,7 @@ def test_torchrun_looks_whether_all_have_a_gpu_of_their_own(monkeypatch, other, 
 
 def test_processes_that_share_a_gpu_are_told(monkeypatch, capsys):
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(atexit, "register", lambda function: None)  # or what is forked from here would end a group
     monkeypatch.setattr(dist_util, "_store", None)
     monkeypatch.setattr(dist_util, "_gpu", lambda: "a")
     for own, told in ((True, 0), (False, 1)):
