@@ -87,6 +87,11 @@ def main(argv: list[str] | None = None) -> None:
         segmenter = load_segmenter(args.model_path, device, adapt=args.adapt)
     every_train_item, every_held_out_item = real_items(args.real, bool(segmenter and segmenter.classes))
     train_items, held_out_items = spread(every_train_item, args.limit), spread(every_held_out_item, args.limit)
+    if "copies" in metrics and len(train_items) < FEWEST:
+        raise ValueError(
+            f"--metrics copies takes {FEWEST} training patches or more, and --data_dir {args.real} has "
+            f"{len(train_items)}, or --limit says so: leave it out"
+        )
     found = runs.find_runs(args.synthetic)
     if args.out.resolve() in {run.path.resolve() for run in found}:
         raise ValueError(f"--results_path {args.out} is a folder of --synthetic: give another")
@@ -101,11 +106,6 @@ def main(argv: list[str] | None = None) -> None:
         backbone = load_backbone(args.backbone, device, PRECISIONS[args.precision])
     train = real_set("real, training", train_items, backbone, args.batch_size)
     held_out = real_set(OTHER, held_out_items, backbone, args.batch_size, segmenter) if held_out_items else None
-    if "copies" in metrics and len(train_items) < FEWEST:
-        raise ValueError(
-            f"--metrics copies takes {FEWEST} training patches or more, and --data_dir {args.real} has "
-            f"{len(train_items)}, or --limit says so: leave it out"
-        )
     known, size = by_name([*every_train_item, *every_held_out_item]), train.images.shape[1:3]
     sets = [synthetic_set(run, backbone, args, known, size, segmenter) for run in found]
 

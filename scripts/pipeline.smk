@@ -47,8 +47,8 @@ def environment(*names):
 
 def trained_with():
     """What train.sh and finetune.sh read; a total batch size only where one is given, as records of before have none."""
-    total = environment("TOTAL_BATCH_SIZE") if os.environ.get("TOTAL_BATCH_SIZE") else ""
-    return f"{environment('IMAGE_SIZE', 'BATCH_SIZE', 'LR')}{total and f' {total}'}{UNLABELLED}"
+    total = ["TOTAL_BATCH_SIZE"] if os.environ.get("TOTAL_BATCH_SIZE") else []
+    return environment("IMAGE_SIZE", "BATCH_SIZE", "LR", *total) + UNLABELLED
 
 
 def averages(folder, *steps):

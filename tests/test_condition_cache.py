@@ -58,10 +58,11 @@ def test_memory_that_files_hold_is_free_and_a_containers_limit_counts(monkeypatc
     everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < condition_cache.free_memory(cpu) <= everything
     assert condition_cache._number("/proc/meminfo", "MemAvailable:") > 0
-    for limit, free in ((str(2**20), 2**20 - 2**19 + 2**10), ("max", None)):
+    for limit in (str(2**20), "max"):
         for name, text in (("max", limit), ("current", str(2**19)), ("stat", "anon 7\ninactive_file 1024\n")):
             (tmp_path / f"memory.{name}").write_text(f"{text}\n")
-        assert (condition_cache.free_memory(cpu) == free) == (free is not None)
+        free = condition_cache.free_memory(cpu)
+        assert free > 2**20 if limit == "max" else free == 2**20 - 2**19 + 2**10
 
 
 def test_what_does_not_fit_is_said(model, monkeypatch, capsys):

@@ -327,9 +327,7 @@ checkpoint filter:
     log:
         "logs/{cell}-{choice}-filter.log",
     params:
-        settings=lambda wildcards: f"{os.environ['BACKBONE']} {FLAGS['FILTER']} {flags_of_filter(wildcards)}",
-        backbone=os.environ["BACKBONE"],
-        flags=lambda wildcards: f"{FLAGS['FILTER']} {flags_of_filter(wildcards)}",
+        settings=flags_of_filter,
         samples=lambda wildcards: [f"{wildcards.cell}/{kind}" for kind in CHOICES[wildcards.choice].kinds],
         seed=lambda wildcards: cell_of(wildcards).seed,
     resources:
@@ -341,7 +339,7 @@ checkpoint filter:
             f"{CELL}/filters/{{wildcards.choice}}",
             f"{PYTHON} {script('scripts/filter_ood.py')} --data_dir {CELL}/split/colours"
             f" --synthetic {{params.samples}} --results_path {CELL}/filters/{{wildcards.choice}}"
-            " --backbone {params.backbone:q} --seed {params.seed} {params.flags}",
+            " --seed {params.seed} {params.settings}",
         )
 
 

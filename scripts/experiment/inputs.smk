@@ -104,10 +104,11 @@ def how(wildcards):
 def flags_of_filter(wildcards):
     """How a choice among samples is made."""
     variant = CHOICES[wildcards.choice]
+    flags = f"--backbone {shlex.quote(os.environ['BACKBONE'])} {FLAGS['FILTER']}"
     if variant.filter == "patchcore":
-        return FLAGS["PATCHCORE"]
+        return f"{flags} {FLAGS['PATCHCORE']}"
     judge = f"{wildcards.cell}/segmenters/{variant.judge}/segmenter.pt"
-    return f"--mode useful --model_path {judge} --useful_bounds {variant.bounds}"
+    return f"{flags} --mode useful --model_path {judge} --useful_bounds {variant.bounds}"
 
 
 def tests_of(wildcards):

@@ -109,7 +109,8 @@ def settings(parallel: int, remote: bool) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
     each = int(os.environ.get("NPROC") or 1)
     if remote:  # whatever this machine has
-        gpus, each = [], 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else each
+        gpus: list[str] = []
+        each = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else each
         shared = REMOTE_CORES * max(1, each)
     else:
         gpus = visible_gpus()

@@ -78,18 +78,7 @@ def test_all_tracks_at_once(slides, experiment, tmp_path):
     assert Image.open(out / "results.png").width > 400 and "### patches, 30 %" in (out / "results.md").read_text()
     check_cell(out / "masks-f50-s0", masks)
 
-    # The diffusion models have seen what their track says.
-    seen = {
-        cell: json.loads((out / cell / "model/config.json").read_text()) for cell in ("masks-f50-s0", "patches-f30-s0")
-    }
-    assert seen["masks-f50-s0"]["unlabelled_dir"].endswith("masks-f50-s0/split/unlabelled")
-    assert seen["masks-f50-s0"]["lr_anneal_steps"] == 8  # MAX_EPOCHS of 32 patches
-    # Which is of its settings: with more steps it is made anew, for the rate has fallen to 0.
-    assert '"settings": "000008 ' in (out / "stages/masks-f50-s0-model.json").read_text()
-    assert (
-        seen["patches-f30-s0"]["data_dir"].endswith("split/generator") and not seen["patches-f30-s0"]["unlabelled_dir"]
-    )
-
+    check_models(out)
     for cells in ("", "none"):
         again = experiment(slides, out, config, CELLS=cells)
         assert again.returncode == 0 and rules(again) == []
@@ -115,6 +104,20 @@ def test_all_tracks_at_once(slides, experiment, tmp_path):
     other = experiment(slides, out, config, "--dry-run", CELLS="masks-f50-s0")
     assert {"samples", "filter", "results"} <= set(rules(other)), other.stdout
     assert not {"model", "rival", "pseudo"} & set(rules(other))
+
+
+def check_models(out: Path) -> None:
+    """The diffusion models have seen what their track says."""
+    seen = {
+        cell: json.loads((out / cell / "model/config.json").read_text()) for cell in ("masks-f50-s0", "patches-f30-s0")
+    }
+    assert seen["masks-f50-s0"]["unlabelled_dir"].endswith("masks-f50-s0/split/unlabelled")
+    assert seen["masks-f50-s0"]["lr_anneal_steps"] == 8  # MAX_EPOCHS of 32 patches
+    # Which is of its settings: with more steps it is made anew, for the rate has fallen to 0.
+    assert '"settings": "000008 ' in (out / "stages/masks-f50-s0-model.json").read_text()
+    assert (
+        seen["patches-f30-s0"]["data_dir"].endswith("split/generator") and not seen["patches-f30-s0"]["unlabelled_dir"]
+    )
 
 
 def read(path: Path) -> list[dict[str, str]]:

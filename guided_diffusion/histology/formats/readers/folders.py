@@ -137,11 +137,12 @@ def _read_pair(image: Path, mask: Path) -> Labelled:
 
     inst_map = read_inst_mask(mask)
     ids = np.unique(inst_map[inst_map > 0])
-    parts = label(inst_map > 0, connectivity=2)
-    # The border may cut one nucleus in two, but not into parts that do not touch it; and few masks begin at 255.
-    at_border = np.union1d(parts[[0, -1]], parts[:, [0, -1]])
-    if len(ids) == 1 and parts.max() > 1 and (ids[0] == 255 or not np.isin(parts, [0, *at_border]).all()):
-        raise ValueError(f"{mask} has several nuclei, all with the number {ids[0]}: give each a number of its own")
+    if len(ids) == 1:
+        parts = label(inst_map > 0, connectivity=2)
+        # The border may cut one nucleus in two, but not into parts that do not touch it; and few masks begin at 255.
+        at_border = np.union1d(parts[[0, -1]], parts[:, [0, -1]])
+        if parts.max() > 1 and (ids[0] == 255 or not np.isin(parts, [0, *at_border]).all()):
+            raise ValueError(f"{mask} has several nuclei, all with the number {ids[0]}: give each a number of its own")
     return Labelled(read_image(image), inst_map)
 
 
