@@ -48,22 +48,24 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def resolve(
+    argv: list[str] | None, parser: argparse.ArgumentParser | None = None
+) -> tuple[argparse.Namespace, list[str]]:
     """
     Read the command line over the checkpoint's own configuration, if that lies beside it. Collective.
 
+    :param parser: of a program that samples and has other defaults; else this one's.
     :return: flag -> value: given by hand, else the checkpoint's, else the default; and the files that --model_path
         names, as rank 0 finds them.
     :raises ValueError: where there are none, or their configuration is corrupt.
     """
-    parser = create_argparser()
+    parser = parser or create_argparser()
     args = parser.parse_args(argv)
     if args.dry_run and not args.model_path:
         return args, []
     paths = dist_util.from_rank_0(lambda: find_checkpoints(args.model_path))
     config = dist_util.from_rank_0(lambda: trained_flags.load_config(paths[0])) or {"mpp": magnification.REFERENCE_MPP}
-    # What areas went by, and how colours were shuffled, is part of what the condition means to the model.
-    fields = (*trained_flags.MODEL_FIELDS, "preserve_nuclei_col", "mpp")
+    fields = (*trained_flags.MODEL_FIELDS, "preserve_nuclei_col", "mpp")  # the last two are what colours and areas mean
     known = {name: config[name] for name in fields if name in config and name in vars(args)}
     for name, value in known.items():
         if type(value) is not type(parser.get_default(name)):
@@ -79,14 +81,9 @@ def check(args: argparse.Namespace) -> None:
     if args.null_condition == "keep_colour" and not args.use_col_map:
         raise ValueError("--null_condition keep_colour without --use_col_map True: there is no colour map to keep")
     if args.features and (args.match_struct or not args.match_app):
-        raise ValueError(
-            f"--features {args.features} needs --match_app True, and no --match_struct: nothing else reads it"
-        )
+        raise ValueError(f"--features {args.features} needs --match_app True and no --match_struct, or is not read")
     if args.num_steps and args.timestep_respacing:
-        raise ValueError(
-            f"--num_steps {args.num_steps} with --timestep_respacing {args.timestep_respacing}: both say how many; "
-            "give one of them"
-        )
+        raise ValueError(f"--num_steps {args.num_steps} with --timestep_respacing {args.timestep_respacing}: give one")
 
 
 def check_files(args: argparse.Namespace, model: UNetModel, weights: list[str], run: dict) -> None:
@@ -122,6 +119,15 @@ def ready(model: UNetModel, args: argparse.Namespace) -> UNetModel:
     model.place(device, args.compile)
     model.eval().convert_to(compute_dtype(args.use_fp16, device, args.precision), weights=True)
     return model
+
+
+def load_guide(args: argparse.Namespace) -> UNetModel | None:
+    """:return: the weaker model of autoguidance, if one was asked for."""
+    if not args.guide_path:
+        return None
+    guide, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    checkpoint.load_weights(ready(guide, args), args.guide_path)
+    return guide
 
 
 def sample(sweep: Sweep, load_model: Callable[[str], UNetModel], run: dict, args: argparse.Namespace) -> None:
@@ -165,10 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     check_files(args, model, [*checkpoints, *filter(None, [args.guide_path])], run)
     dataset = load_conditions(args, spec)
     ready(model, args)
-    if args.guide_path:
-        guide, _ = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
-        checkpoint.load_weights(ready(guide, args), args.guide_path)
-        plan = dataclasses.replace(plan, guide=guide)
+    plan = dataclasses.replace(plan, guide=load_guide(args))
 
     def load_model(path: str) -> UNetModel:
         checkpoint.load_weights(model, path, alone=True)

@@ -5,6 +5,8 @@ import ctypes
 import errno
 import os
 import pickle
+import random
+import re
 import subprocess
 import zipfile
 from collections.abc import Iterator
@@ -166,6 +168,12 @@ def test_hostile_files_are_what_they_say(tmp_path):
     for make in (hostile.png_bomb, hostile.tiff_bomb):
         make(path, tmp_path)
         assert Image.open(path).size == (hostile.SIDE, hostile.SIDE)
+
+
+def test_the_table_says_how_many_trials_there_are():
+    table = re.findall(r"^\| `(\w+)` \| (\d+) \| \d+ \|", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
+    there = {kind: len(list(make(None, random.Random(0)))) for kind, make in soak.KINDS.items()}
+    assert {kind: int(count) for kind, count in table} == there
 
 
 def test_a_soak_names_what_did_not_hold(tmp_path, capsys):

@@ -30,6 +30,7 @@ from guided_diffusion.data_stream import stream
 from guided_diffusion.devices import find_device
 from guided_diffusion.histology.slides.toy import draw_slide
 from guided_diffusion.image_datasets import load_dataset
+from guided_diffusion.options import check_ranges
 
 SPEC = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6)
 IMAGE_SIZE = 128
@@ -88,6 +89,11 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
     args = create_argparser().parse_args(argv)
+    fewest = args.slides * (SLIDE_SIZE // (2 * IMAGE_SIZE)) ** 2
+    least = "[1, inf)"
+    check_ranges(vars(args), slides=least, windows=least, batches=least, threads=least, batch_size=f"[1, {fewest}]")
+    for workers in args.num_workers:
+        check_ranges({"num_workers": workers}, num_workers="[0, inf)")
     th.set_num_threads(args.threads)
     device = find_device()
     with tempfile.TemporaryDirectory() as root:

@@ -3,11 +3,11 @@
     python scripts/benchmarks/benchmark_sampling.py
         [--config readme|small|tiny] [--batch_size 2] [--repeats 3] [--rounds 2] [--compile True] [--end_to_end 25]
 
-The plain path is two forward passes of the whole U-Net a step, in fp32 on a CPU and in fp16 on a GPU, with every layer
-in its textbook form (plain_path.py). Weights are random: time does not depend on them. One way at a time is in memory:
-each round builds them all in turn, and times are medians over all rounds, so that a busy machine slows all rows alike.
---end_to_end also samples one batch with each sampler at that many steps, and with the plain path a 1000-step chain, of
-which 10 steps are run and the rest is computed.
+The plain path is two forward passes of the whole U-Net a step, in fp32 on a CPU and in fp16 on a GPU, with SPADE and
+attention in their textbook form (plain_path.py). Weights are random: time does not depend on them. One way at a time is
+in memory: each round builds them all in turn, and times are medians over all rounds, so that a busy machine slows all
+rows alike. --end_to_end also samples one batch with each sampler at that many steps, and with the plain path a
+1000-step chain, of which 10 steps are run and the rest is computed.
 """
 
 import argparse
@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch as th
-from plain_path import make_plain
-from torch.utils.flop_counter import FlopCounterMode
+from plain_path import arithmetic, make_plain
 from tqdm.auto import tqdm
 
 from guided_diffusion import cli
 from guided_diffusion.devices import find_device, has_bf16
 from guided_diffusion.guidance import GuidedModel, Model
+from guided_diffusion.options import check_ranges
 from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.sampling_plan import SamplingPlan, process_for
 from guided_diffusion.script_util import (
@@ -52,8 +52,8 @@ class Way:
     """
     One way to compute a guided step, and what was measured of it.
 
-    :param textbook: every layer in its textbook form.
-    :param shared: run the encoder once for both branches.
+    :param textbook: SPADE and attention in their textbook form.
+    :param shared: run the encoder once for both branches, and the null condition as one image, whatever the batch.
     :param cached: convolve the conditions once for all steps.
     """
 
@@ -107,7 +107,7 @@ class Bench:
         output = guided(self.x, t, y)  # which warms up, and compiles
         self.reference = output if self.reference is None else self.reference
         way.deviation = float((output - self.reference).abs().max() / self.reference.abs().max())
-        with FlopCounterMode(display=False) as counter:
+        with arithmetic() as counter:
             guided(self.x, t, y)
         way.flops = counter.get_total_flops()
         if self.device.type == "cuda":
@@ -181,6 +181,9 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
     args = create_argparser().parse_args(argv)
+    check_ranges(vars(args), batch_size="[1, inf)", repeats="[1, inf)", rounds="[1, inf)")
+    for steps in args.end_to_end:
+        check_ranges({"end_to_end": steps}, end_to_end="[1, 1000]")
     config = CONFIGS[args.config]
     device = find_device()
     size = config["image_size"]
@@ -202,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     for way in ways:
         seconds = float(np.median(way.seconds))
         print(
-            f"| {way.name} | {way.flops / args.batch_size / 1e9:.0f} | {seconds:.4f} | "
+            f"| {way.name} | {way.flops / args.batch_size / 1e9:.3g} | {seconds:.4f} | "
             f"{args.batch_size / seconds / 25:.3f} | {base / seconds:.2f} | {way.memory} | {way.deviation:.1e} |"
         )
     if args.end_to_end:

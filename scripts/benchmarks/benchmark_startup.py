@@ -3,9 +3,9 @@
     python scripts/benchmarks/benchmark_startup.py [--images 100000] [--num_workers 2] [--batch_size 64] [--folder F]
 
 The images are 128 px crops of a toy slide, written into a temporary folder, or into F, where they stay for the next
-time. image_train.py is started on them with a small model, as a process of its own; time counts from there to the first
-line of its log. Then one epoch is read as training reads it, and memory is that of the reading process and its workers
-together, pages that they share counted once (proportional set size).
+time, of as many or more. image_train.py is started on them with a small model, as a process of its own; time counts
+from there to the first line of its log. Then one epoch is read as training reads it, and memory is that of the reading
+process and its workers together, pages that they share counted once (proportional set size).
 """
 
 import argparse
@@ -28,6 +28,7 @@ from guided_diffusion.conditioning import ConditionSpec
 from guided_diffusion.data_stream import stream
 from guided_diffusion.histology.slides.toy import draw_slide
 from guided_diffusion.image_datasets import load_dataset
+from guided_diffusion.options import check_ranges
 
 SPEC = ConditionSpec(use_hv_map=True, use_col_map=True, num_classes=6, mark_unknown=True)
 IMAGE_SIZE, SLIDE_SIZE = 128, 1024  # px
@@ -53,7 +54,14 @@ def write_labelled(root: Path) -> Path:
 
 
 def write_unlabelled(folder: Path, count: int) -> None:
-    """Write those that are not there yet, each a random crop of another toy slide in slightly other colours."""
+    """
+    Write those that are not there yet, each a random crop of another toy slide in slightly other colours.
+
+    :raises ValueError: where there are more.
+    """
+    there = len(list(folder.iterdir()))
+    if there > count:
+        raise ValueError(f"{folder} holds {there} images already: give --images {there} or more, or another --folder")
     slide = draw_slide([1, 0], SLIDE_SIZE, 1).image
     for number in tqdm(range(count), desc="drawing", unit="image"):
         path = folder / f"{number // 1000:03d}-{number % 1000:03d}.png"
@@ -103,6 +111,7 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Write, measure, print."""
     args = create_argparser().parse_args(argv)
+    check_ranges(vars(args), images="[1, inf)", batch_size="[1, inf)", num_workers="[0, inf)")
     with tempfile.TemporaryDirectory() as temporary:
         root = args.folder or Path(temporary)
         unlabelled = write_labelled(root)
@@ -113,11 +122,12 @@ def main(argv: list[str] | None = None) -> None:
         dataset = load_dataset(**folders, image_size=IMAGE_SIZE, spec=SPEC, ids=False)
         data = stream(dataset, args.batch_size, num_workers=args.num_workers, unlabelled_share=SHARE)
         batches = max(10, int(args.images / SHARE / args.batch_size))
+        tenths = {round(share * batches / 10) for share in range(1, 11)}
         print("| share of the epoch | memory, MiB | images/s |\n|---|---|---|")
         began = time.perf_counter()
         for number in range(batches + 1):
             next(data)
-            if number % (batches // 10) == 0 and number:
+            if number in tenths:
                 rate = number * args.batch_size / (time.perf_counter() - began)
                 print(f"| {number / batches:.0%} | {memory_mib():.0f} | {rate:.0f} |", flush=True)
         data.close()

@@ -3,13 +3,15 @@
     python scripts/benchmarks/benchmark_training.py
         [--config tiny|small|readme] [--batch_size 2 8] [--max_steps 4] [--repeats 3] [--compile True]
 
-The plain loop computes in fp32 on a CPU and in fp16 on a GPU, in NCHW, with every layer in its textbook form
-(plain_path.py), attention always checkpointed, optimiser and averages looping over tensors, and batches made in the
-main thread as they are needed; freed memory is the C library's business. One way at a time is in memory: each repeat
-builds them all in turn, and times are medians over the repeats, so that a busy machine slows all rows alike.
+The plain loop computes in fp32 on a CPU and in fp16 on a GPU, in NCHW, with SPADE and attention in their textbook form
+(plain_path.py), attention always checkpointed, weights cast at every use, optimiser and averages looping over tensors,
+and batches made in the main thread as they are needed; freed memory is the C library's business. One way at a time is
+in memory: each repeat builds them all in turn, and times are medians over the repeats, so that a busy machine slows all
+rows alike.
 """
 
 import argparse
+import contextlib
 import gc
 import sys
 import tempfile
@@ -22,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch as th
 from PIL import Image
-from plain_path import make_plain
-from torch.utils.flop_counter import FlopCounterMode
+from plain_path import arithmetic, make_plain
 from tqdm.auto import tqdm
 
 from guided_diffusion import cli, logger
@@ -33,6 +34,7 @@ from guided_diffusion.devices import find_device, has_bf16, keep_memory, prepare
 from guided_diffusion.ema import Ema
 from guided_diffusion.histology.slides.toy import draw_slide
 from guided_diffusion.image_datasets import load_dataset
+from guided_diffusion.options import check_ranges
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults, str2bool
 from guided_diffusion.train_options import TrainOptions
 from guided_diffusion.train_util import TrainLoop
@@ -49,10 +51,11 @@ PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 class PlainLoop(TrainLoop):
-    """The loop with optimiser and averages tensor by tensor, waiting for the device after every step."""
+    """The loop with optimiser, averages and casts tensor by tensor, waiting for the device after every step."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
+        self.model.parameters_cast = contextlib.nullcontext
         self.opt = th.optim.AdamW(self.model.parameters(), lr=self.options.lr, foreach=False, fused=False)
         self.averages = [PlainEma(self.model, rate) for rate in self.options.ema_rates]
 
@@ -75,7 +78,7 @@ class Way:
     """
     One way to train, and what was measured of it.
 
-    :param textbook: every layer in its textbook form, attention always checkpointed.
+    :param textbook: SPADE and attention in their textbook form, attention always checkpointed.
     :param plain_loop: by PlainLoop.
     :param keep_memory: see devices.keep_memory.
     :param workers: processes that make batches.
@@ -131,7 +134,7 @@ class Bench:
             options=TrainOptions(batch_size=self.batch, drop_rate=0.2),
         )
         loop.run_step(*next(loop.data))  # which warms up, and compiles
-        with FlopCounterMode(display=False) as counter:
+        with arithmetic() as counter:
             loop.run_step(*next(loop.data))
         way.flops = counter.get_total_flops()
         if self.device.type == "cuda":
@@ -210,6 +213,9 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
     args = create_argparser().parse_args(argv)
+    check_ranges(vars(args), max_steps="[1, inf)", repeats="[1, inf)")
+    for batch in args.batch_size:
+        check_ranges({"batch_size": batch}, batch_size="[1, inf)")
     logger.set_level(logger.ERROR)
     device = find_device()
     prepare_training(device)

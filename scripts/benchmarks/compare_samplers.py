@@ -1,17 +1,21 @@
 """Measure how near each sampler, in a few steps, comes to the full ancestral chain of the same model.
 
     python scripts/benchmarks/compare_samplers.py
-        --model_path M --data_dir DATA [flags of image_sample.py] [--num_samples 32]
+        --model_path M --data_dir DATA [--num_samples 32] [--num_steps 25] [flags of image_sample.py]
 
-The chain is run twice on the same conditions, with different noise; then every sampler once, with the second run's.
-Each is compared with the first run, sample by sample:
+The chain is run twice on the conditions that image_sample.py would take, with different noise; then every sampler once,
+with the second run's. Each is compared with the first run, sample by sample:
   colours    the Wasserstein distance between the two images' values, averaged over channels, in grey levels;
   agreement  the difference of how well darkness tells nuclei from background by the instance mask, as area under the
              ROC curve.
-A sampler that is no farther from the first run than the second run is cannot be told from the chain by these.
+A sampler that is no farther from the first run than the second run is cannot be told from the chain by these. One
+checkpoint and one guidance scale; nothing is written.
 """
 
+import argparse
+import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -23,18 +27,20 @@ from torch.utils.data import default_collate
 
 import image_sample
 from guided_diffusion import checkpoint, cli, dist_util
-from guided_diffusion.fp16_util import compute_dtype
-from guided_diffusion.image_datasets import load_dataset
+from guided_diffusion.condition_cache import ConditionCache, SampleFn
+from guided_diffusion.conditioning import ConditionSpec
+from guided_diffusion.draws import own_draw
+from guided_diffusion.options import add_flags
 from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.sampling_plan import SamplingPlan, process_for, to_uint8
 from guided_diffusion.script_util import (
     args_to_dict,
     condition_spec,
     create_model_and_diffusion,
-    data_defaults,
     model_and_diffusion_defaults,
 )
-from guided_diffusion.sweep import parse_scales
+from guided_diffusion.sweep import parse_interval, parse_scales
+from guided_diffusion.unet import UNetModel
 
 
 def colour_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -52,41 +58,81 @@ def nuclei_agreement(image: np.ndarray, inst: np.ndarray) -> float:
     return float((ranks[inside].sum() - n * (n + 1) / 2) / (n * m))
 
 
+def create_argparser() -> argparse.ArgumentParser:
+    """:return: a parser of every flag, with its default."""
+    parser = cli.FlagParser(description=__doc__)
+    add_flags(parser, image_sample.FLAGS)
+    parser.set_defaults(num_samples=32, batch_size=32, num_steps=25)
+    return parser
+
+
+def check(args: argparse.Namespace, checkpoints: list[str]) -> None:
+    """:raises ValueError: where a flag has a value that image_sample.py refuses, or asks for what is not compared."""
+    image_sample.check(args)
+    if len(checkpoints) > 1 or len(parse_scales(args.s)) > 1 or args.field:
+        raise ValueError("give one --model_path, one --s, no --field: samplers are compared on one model's patches")
+    if args.sampler or args.use_ddim:
+        raise ValueError("leave out --sampler and --use_ddim: all samplers are compared")
+
+
 @th.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     """Sample, compare, print a table."""
-    args, (model_path, *_) = image_sample.resolve(sys.argv[1:] if argv is None else argv)
+    args, checkpoints = image_sample.resolve(argv, create_argparser())
+    check(args, checkpoints)
+    dist_util.setup_dist(args.device)
     spec = condition_spec(vars(args))
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
-    checkpoint.load_weights(model, model_path)
-    device = dist_util.dev()
-    model.to(device).eval().convert_to(compute_dtype(args.use_fp16, device, args.precision), weights=True)
-    dataset = load_dataset(
-        spec=spec,
-        is_train=args.use_train,
-        image_size=args.image_size,
-        **args_to_dict(args, data_defaults().keys() - {"num_workers"}),
-    )
-    count = min(args.num_samples, len(dataset))
-    _, cond = default_collate([dataset[0, k] for k in range(count)])
-    cond = {key: cond[key].to(device) for key in ("label", "instance", "col_map")}
-    insts = cond["instance"][:, 0].cpu().numpy()
-    y = spec.assemble(cond)
-    null, y = model.modulations(spec.null(y[:1])), model.modulations(y)
-    options = dict(s=parse_scales(args.s)[0].s, null=null, channels=args.in_channels, seed=args.seed)
+    checkpoint.load_weights(model, checkpoints[0])
+    image_sample.ready(model, args)
+    scale, guide = parse_scales(args.s)[0].s, image_sample.load_guide(args)
+    batches = list(load_batches(args, spec, model, guide, checkpoints[0], scale))
+    insts = [inst for _, _, parts in batches for inst in parts]
+    count = len(insts)
+    interval = parse_interval(args.guidance_interval)
+    how = args_to_dict(args, ["seed", "clip_denoised"])
+    base = SamplingPlan("ddpm", diffusion, scale, guide=guide, interval=interval, channels=args.in_channels, **how)
 
     def run(name: str, steps: int, first: int) -> np.ndarray:
-        plan = SamplingPlan(name, process_for(name, diffusion, steps), **options)
-        return to_uint8(plan.sample(model, y, range(first, first + count), progress=True))
+        plan = dataclasses.replace(base, sampler=name, process=process_for(name, diffusion, steps))
+        return np.concatenate(
+            [to_uint8(sample(plan, [first + k for k in numbers], True)[0]) for sample, numbers, _ in batches]
+        )
 
-    steps = args.num_steps or 25
+    steps = args.num_steps
     chain = run("ddpm", 0, 0)
     runs = {f"ddpm, {diffusion.num_timesteps} steps, again": run("ddpm", 0, count)}
     for name in SAMPLERS:
-        runs[f"{name}, {steps} steps"] = run(name, steps, count)
+        runs[f"{name}, {steps or diffusion.num_timesteps} steps"] = run(name, steps, count)
+    report(chain, runs, insts, args.s)
 
+
+def load_batches(
+    args: argparse.Namespace,
+    spec: ConditionSpec,
+    model: UNetModel,
+    guide: UNetModel | None,
+    path: str,
+    scale: float,
+) -> Iterator[tuple[SampleFn, list[int], np.ndarray]]:
+    """:return: of batches of conditions, as image_sample.py takes them: what samples, the numbers, instance maps."""
+    dataset = image_sample.load_conditions(args, spec)
+    draw = own_draw([item.slide for item in dataset.items], dataset.pair, args.seed, path, scale, args.first)
+    device = dist_util.dev()
+    how = dict(batch_size=args.batch_size, mode=args.spade_cache, keep_colour=args.null_condition == "keep_colour")
+    cache = ConditionCache(model, spec, device, **how, guide=guide)
+    count = args.num_samples or len(dataset)
+    for start in range(0, count, args.batch_size):
+        numbers = list(range(start, min(start + args.batch_size, count)))
+        _, cond = default_collate([dataset[draw.key(k)] for k in numbers])
+        y = spec.assemble({name: value.to(device) for name, value in cond.items() if th.is_tensor(value)})
+        yield cache.patches(y), numbers, cond["instance"][:, 0].numpy()
+
+
+def report(chain: np.ndarray, runs: dict[str, np.ndarray], insts: list[np.ndarray], s: str) -> None:
+    """Print the table. :param chain: [N x H x W x C] uint8, which each of the runs is compared with."""
     own = np.array([nuclei_agreement(a, inst) for a, inst in zip(chain, insts)])
-    print(f"{count} samples, s = {args.s}; the chain itself has a mean area of {np.nanmean(own):.3f}")
+    print(f"{len(chain)} samples, s = {s}; the chain itself has a mean area of {np.nanmean(own):.3f}")
     print("| sampler | colours | over the chain's own | agreement | over the chain's own | mean area |")
     print("|---|---|---|---|---|---|")
     base = None

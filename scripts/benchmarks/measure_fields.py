@@ -1,7 +1,7 @@
 """Measure fields that image_sample.py --field True has made: whether windows can be told in them, whether batches and
 the order of windows matter, and what memory they take.
 
-    python scripts/benchmarks/measure_fields.py RESULTS [--side 64] [--memory 256,1024] [--picture field.jpg]
+    python scripts/benchmarks/measure_fields.py RESULTS [--side PX] [--memory 256,1024] [--picture field.jpg]
 
 RESULTS is a results folder, whose run.json names checkpoint and flags. Prints
   seams     the mean difference of neighbouring pixels across the borders of windows, over that elsewhere; beside it the
@@ -38,7 +38,7 @@ from guided_diffusion.pictures import GAP
 from guided_diffusion.results import RUN
 from guided_diffusion.sampling_plan import SamplingPlan, process_for
 from guided_diffusion.script_util import condition_spec, create_model_and_diffusion, model_and_diffusion_defaults
-from guided_diffusion.sweep import parse_scales
+from guided_diffusion.sweep import find_checkpoints, parse_scales
 from guided_diffusion.unet import UNetModel
 from guided_diffusion.windows import Fields, count_windows, starts
 
@@ -51,7 +51,7 @@ def load_parts(flags: dict) -> tuple[UNetModel, GaussianDiffusion]:
 def load(flags: dict) -> tuple[UNetModel, SamplingPlan]:
     """:return: the run's model and how it sampled, at its first guidance scale."""
     model, diffusion = load_parts(flags)
-    checkpoint.load_weights(model, flags["model_path"].split(",")[0])
+    checkpoint.load_weights(model, find_checkpoints(flags["model_path"])[0])
     model.place(th.device("cpu"))
     process = process_for(flags["sampler"], diffusion, flags["num_steps"])
     scale = parse_scales(flags["s"])[0].s
@@ -147,22 +147,38 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = cli.FlagParser(description=__doc__)
     parser.add_argument("results", metavar="RESULTS", type=Path, help="results folder of --field True")
-    parser.add_argument("--side", type=int, default=64, help="px of the part that is sampled again; 0: none")
+    parser.add_argument("--side", type=int, help="px of the part that is sampled again, else two windows'; 0: none")
     parser.add_argument("--memory", default="256,1024", help="sides of fields, in px; empty: none")
     parser.add_argument("--picture", type=Path, help="file to draw to")
     args: argparse.Namespace = parser.parse_args(argv)
-    (run,) = find_runs([args.results])
+    runs = find_runs([args.results])
+    if len(runs) > 1:
+        raise ValueError(f"{args.results} holds {len(runs)} folders of samples: give one of them")
     flags = json.loads((args.results / RUN).read_text())
     if not flags["field"]:
         raise ValueError(f"{args.results} holds no fields: sample with --field True")
+    size, (run,) = flags["image_size"], runs
+    side = 2 * size if args.side is None else args.side
+    sides = parse_sides(args.memory)
+    if (side and side < size) or any(one < size for one in sides):
+        raise ValueError(f"--side {side} and --memory {args.memory} must be at least a window's {size} px")
     print_seams(run.samples, flags)
     print()
     if args.picture:
         draw(run.samples[0], args.picture)
-    if args.side:
-        print_equality(run.samples[0], flags, args.side)
-    if args.memory:
-        print_memory(flags, [int(side) for side in args.memory.split(",")])
+    if side:
+        print_equality(run.samples[0], flags, side)
+    if sides:
+        print_memory(flags, sides)
+
+
+def parse_sides(text: str) -> list[int]:
+    """:return: the numbers of --memory; :raises ValueError: where one is none."""
+    parts = text.split(",") if text else []
+    for part in parts:
+        if not part.isdecimal():
+            raise ValueError(f"--memory {text}: {part!r} is not a number of px")
+    return list(map(int, parts))
 
 
 if __name__ == "__main__":

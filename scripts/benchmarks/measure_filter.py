@@ -22,13 +22,16 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from guided_diffusion import cli
-from guided_diffusion.histology.features.backbones import Backbone, load_backbone
+from guided_diffusion.bridge import load_backbone
+from guided_diffusion.histology.features.backbones import Backbone
 from guided_diffusion.histology.filtering import comparison, patchcore
 from guided_diffusion.image_files import read_image
 from guided_diffusion.images import list_items
+from guided_diffusion.options import check_ranges
 
 TAU = 0.95
 TILE = 16  # px
+LEAST = 3  # slides, for each is compared with others
 
 Plant = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -95,16 +98,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--choices", type=int, default=5, help="random choices of so many slides")
     parser.add_argument("--backbone", default="efficientnet_lite0", help="as in filter_ood.py")
     args = parser.parse_args(argv)
+    check_ranges(vars(args), choices="[1, inf)")
     items = list_items(str(args.data), "monuseg")
     files, slides = [item.image for item in items], np.array([item.slide for item in items])
     sampled = np.arange(len(files)) % 4 == 1
+    sizes = parse_sizes(args.sizes, len(set(slides.tolist())))
     backbone = load_backbone(args.backbone, th.device("cpu"))
     real = features(backbone, files, None)
     planted = {"perfect": real[sampled]}
     for name, plant in PLANTS.items():
         planted[name] = features(backbone, [file for file, own in zip(files, sampled) if own], plant)
     print("slides  own: AUROC  kept  pair: AUROC  kept", *PLANTS, sep="  ")
-    for size in map(int, args.sizes.split(",")):
+    for size in sizes:
         rows = []
         for choice in range(args.choices):
             rng = np.random.default_rng((size, choice))
@@ -112,6 +117,14 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(measure(real[~sampled], slides[~sampled], planted, slides[sampled], chosen, rng))
             print_row(f"{size:6d}", rows[-1])
         print_row("  mean", np.mean(rows, axis=0))
+
+
+def parse_sizes(text: str, most: int) -> list[int]:
+    """:return: the numbers of slides in --sizes; :raises ValueError: where one is none, or more than there are."""
+    for part in text.split(","):
+        if not part.isdecimal() or not LEAST <= int(part) <= most:
+            raise ValueError(f"--sizes {text}: {part!r} is no number of slides from {LEAST} to the {most} of DATA")
+    return list(map(int, text.split(",")))
 
 
 def features(backbone: Backbone, files: Sequence[str], plant: Plant | None) -> th.Tensor:

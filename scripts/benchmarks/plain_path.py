@@ -1,9 +1,11 @@
-"""The U-Net computed without any of our savings: the baseline that the benchmarks compare with."""
+"""The U-Net with its costly layers in their textbook form, the baseline that benchmarks compare with; and the count of
+arithmetic that holds for both."""
 
 import types
 
 import torch as th
 import torch.nn.functional as F
+from torch.utils import flop_counter
 
 from guided_diffusion.nn import GROUPS
 from guided_diffusion.spade import SPADEGroupNorm
@@ -12,8 +14,9 @@ from guided_diffusion.unet import AttentionBlock, UNetModel
 
 def make_plain(model: UNetModel) -> UNetModel:
     """
-    Give a model's layers their textbook form: gamma and beta by a convolution each, attention as matrix products with
-    its softmax in fp32, norms in fp32, no memory used twice. The numbers stay.
+    Give SPADE and attention their textbook form: gamma and beta by a convolution each, the condition resized at every
+    use, attention as matrix products with its softmax in fp32. The numbers stay. So do the sums in place of residual
+    blocks.
 
     :return: the model.
     """
@@ -23,6 +26,24 @@ def make_plain(model: UNetModel) -> UNetModel:
         elif isinstance(layer, AttentionBlock):
             layer._forward = types.MethodType(_attention, layer)
     return model
+
+
+def arithmetic() -> flop_counter.FlopCounterMode:
+    """:return: a context whose get_total_flops() also counts the attention of CPUs, which torch leaves out."""
+    ops = th.ops.aten
+    attention = {
+        ops._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    return flop_counter.FlopCounterMode(display=False, custom_mapping=attention)
+
+
+def _attention_flops(*shapes: object, **others: object) -> int:
+    return flop_counter.sdpa_flop_count(*shapes[:3])  # of query, key and value
+
+
+def _attention_backward_flops(*shapes: object, **others: object) -> int:
+    return flop_counter.sdpa_backward_flop_count(*shapes[:4])  # of the output's gradient, query, key and value
 
 
 def _spade(layer: SPADEGroupNorm, x: th.Tensor, y: th.Tensor) -> th.Tensor:

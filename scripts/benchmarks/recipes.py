@@ -13,8 +13,8 @@ the samples are those of slides that no training saw, and so are the real patche
 agreement is by a segmenter trained on the annotated slides that are not measured on.
 
 Writes OUT/recipes.csv, a row a run and mark, OUT/recipes.md, means over the seeds, and OUT/recipes.png. What stands in
-the first is not measured again, and what was broken off goes on. With recipes.csv and costs.csv of docs/results/ in it,
-a new OUT goes on with these.
+the first, of as many steps as OUT/costs.csv says, is not measured again, and what was broken off goes on. With
+recipes.csv and costs.csv of docs/results/ in it, a new OUT goes on with these.
 """
 
 import argparse
@@ -43,11 +43,11 @@ import numpy as np
 import torch as th
 
 import image_train
-from guided_diffusion import cli, logger, magnification, signals
+from guided_diffusion import checkpoint_sets, cli, logger, magnification, signals
 from guided_diffusion.data_stream import stream
 from guided_diffusion.devices import keep_memory
 from guided_diffusion.figures import save_png
-from guided_diffusion.files import leading, locked, replace_folder, write_json, write_text, writing
+from guided_diffusion.files import csv_text, leading, locked, replace_folder, write_json, write_text, writing
 from guided_diffusion.fp16_util import compute_dtype
 from guided_diffusion.histology.features.cluster_folders import list_patches
 from guided_diffusion.histology.slides.annotations import TEST_SPLIT, TRAIN_SPLIT, find_slides
@@ -76,6 +76,7 @@ SAMPLING = (
     "--s 1.5 --match_struct True --sampler dpmpp_2m_sde --num_steps 25 --guidance_interval 0.5,10 --batch_size 32"
     " --use_fp16 False"
 )
+SAMPLES = 256
 SEGMENTER = "--max_steps 500 --batch_size 32 --crop 32 --val_share 0"
 HELD = 0.2  # share of the slides that is measured on
 FEW = 0.1  # share of the slides that has masks, where only a few have
@@ -128,12 +129,11 @@ COLUMNS = ("recipe", "seed", "minutes", "steps", *FIGURES, "f1_real")
 
 
 class Run(NamedTuple):
-    """A recipe's training with one seed; minutes -> steps at which it is measured, with how many samples; and where."""
+    """A recipe's training with one seed; minutes -> steps at which it is measured; and where."""
 
     recipe: str
     seed: int
     marks: dict[float, int]
-    samples: int
     out: Path
 
 
@@ -144,7 +144,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recipes", default=",".join(RECIPES), help="some of these")
     parser.add_argument("--seeds", default="0,1,2", help="of the initial weights, and of which slides are measured on")
     parser.add_argument("--minutes", default="5,10,20", help="of process time, at which runs are measured")
-    parser.add_argument("--samples", type=int, default=256, help="of each measurement")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one core")
     args = parser.parse_args(argv)
     names = args.recipes.split(",")
@@ -153,8 +152,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"unknown --recipes {name}: choose some of {', '.join(RECIPES)}")
     minutes = tuple(sorted(float(number) for number in listed("--minutes", args.minutes, r"\d+(\.\d+)?")))
     seeds = [int(seed) for seed in listed("--seeds", args.seeds, r"\d+")]
-    if min(*minutes, args.samples, args.jobs) <= 0:
-        raise ValueError("--minutes, --samples and --jobs must be above 0")
+    if min(*minutes, args.jobs) <= 0:
+        raise ValueError("--minutes and --jobs must be above 0")
     find_slides(args.raw)  # which raises where there are none
     try:
         with locked(args.out, "OUT"):
@@ -167,23 +166,36 @@ def main(argv: list[str] | None = None) -> None:
 
 def work(args: argparse.Namespace, names: list[str], seeds: list[int], minutes: tuple[float, ...]) -> None:
     """Train and measure what OUT lacks, and write it. :raises ProgramFailed: where a program that it runs fails."""
-    rows = read_rows(args.out)
-    done = {(row["recipe"], int(row["seed"]), float(row["minutes"])) for row in rows}
     # Seed by seed, so that what there is after each compares.
     pairs = [(name, seed) for seed in seeds for name in names]
-    wanted = {pair: marks for pair in pairs if (marks := [mark for mark in minutes if (*pair, mark) not in done])}
-    prepare(args.raw, args.out, list(wanted))
-    costs = read_costs(args.out) if wanted else {}
+    if not (args.out / "costs.csv").exists():
+        prepare(args.raw, args.out, pairs)
+    costs = read_costs(args.out)
+    steps = {name: {mark: max(1, round(60 * mark / costs[name])) for mark in minutes} for name in names}
+    rows = [row for row in read_rows(args.out) if is_current(row, steps)]
+    done = {(row["recipe"], int(row["seed"]), float(row["minutes"])) for row in rows}
     runs = [
-        Run(name, seed, {mark: round(60 * mark / costs[name]) for mark in marks}, args.samples, args.out)
-        for (name, seed), marks in wanted.items()
+        Run(name, seed, marks, args.out)
+        for name, seed in pairs
+        if (marks := {mark: count for mark, count in steps[name].items() if (name, seed, mark) not in done})
     ]
+    if runs:
+        prepare(args.raw, args.out, [run[:2] for run in runs])
     # All work is done by programs that threads wait for, and that are told to stop when this process ends.
     with ThreadPool(args.jobs) as pool:
         for found in pool.imap_unordered(train_and_measure, runs):
             rows += found
-            write_out(args.out, rows)
+            write_rows(args.out, rows)
+    write_text(args.out / "recipes.md", as_markdown(rows))
+    with writing(args.out / "recipes.png") as file:
+        draw(rows, file)
     print(as_markdown(rows))
+
+
+def is_current(row: dict[str, object], steps: dict[str, dict[float, int]]) -> bool:
+    """:return: whether a row is of as many steps as its minutes pay for, or of what is not asked for."""
+    now = steps.get(row["recipe"], {}).get(float(row["minutes"]))
+    return now is None or now == int(row["steps"])
 
 
 def listed(flag: str, text: str, pattern: str) -> list[str]:
@@ -325,13 +337,17 @@ def train_and_measure(run: Run) -> list[dict[str, object]]:
     rows = []
     for minutes, steps in run.marks.items():
         known = folder / f"at-{minutes:g}.json"
-        if not known.exists():
+        figures = json.loads(known.read_text()) if known.exists() else {}
+        if figures.get("steps") != steps:
+            if max(checkpoint_sets.steps(str(folder / "model")), default=0) > steps:
+                shutil.rmtree(folder / "model")  # which went on to a later mark: anew, it comes past this one
+                (folder / "model").mkdir()
             places = dict(OPENAI_LOGDIR=str(folder / "model"), OPENAI_LOG_FORMAT="log")
             call(folder / "train.log", "image_train.py", *words, "--max_steps", steps, **places)
             state = json.loads((folder / "model/result.json").read_text())
-            write_json(known, measure(run, Path(state["checkpoint"]), folder / f"at-{minutes:g}"))
-        figures = json.loads(known.read_text())
-        rows.append({"recipe": run.recipe, "seed": run.seed, "minutes": minutes, "steps": steps, **figures})
+            figures = {"steps": steps, **measure(run, Path(state["checkpoint"]), folder / f"at-{minutes:g}")}
+            write_json(known, figures)
+        rows.append({"recipe": run.recipe, "seed": run.seed, "minutes": minutes, **figures})
     return rows
 
 
@@ -342,7 +358,7 @@ def measure(run: Run, checkpoint: Path, folder: Path) -> dict[str, float]:
     log = folder / "log.txt"
     few = RECIPES[run.recipe].few
     real = unseen(run.out, few, run.seed)
-    words = ["--model_path", checkpoint, "--data_dir", real, "--use_train", "True", "--num_samples", run.samples]
+    words = ["--model_path", checkpoint, "--data_dir", real, "--use_train", "True", "--num_samples", SAMPLES]
     words += [*SAMPLING.split(), "--seed", run.seed, "--num_workers", 0]
     call(log, "image_sample.py", *words, "--results_path", folder / "samples")
     words = ["--data_dir", real, "--synthetic", folder / "samples"]
@@ -365,15 +381,8 @@ def read_rows(out: Path) -> list[dict[str, object]]:
         return list(csv.DictReader(file))
 
 
-def write_out(out: Path, rows: list[dict[str, object]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(out / "recipes.csv", text.getvalue())
-    write_text(out / "recipes.md", as_markdown(rows))
-    with writing(out / "recipes.png") as file:
-        draw(rows, file)
+def write_rows(out: Path, rows: list[dict[str, object]]) -> None:
+    write_text(out / "recipes.csv", csv_text(COLUMNS, rows))
 
 
 def seeds_of(rows: list[dict[str, object]], recipe: str) -> set[int]:

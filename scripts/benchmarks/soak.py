@@ -14,16 +14,17 @@ Every trial runs a program on toy inputs, with a tiny model, in a process of its
     hostile          pickles, bombs of several kinds, entities, names and links that lead elsewhere
 
 Writes OUT/trials.csv, a row a trial, and OUT/trials.md, a table of how many held, which it prints. What held leaves
-nothing behind, and the folder of what did not is OUT/failed/KIND-NUMBER. Equal seeds make equal trials, but a moment is
-never quite the same. --count takes so many of each kind, chosen at random, and --scale a share of them; --only takes
-those whose names hold a text, as to see one again that did not hold. A kill that came too late is no trial. The exit
-code is 1 where a trial did not hold. Linux only.
+nothing behind, and the folder of what did not is OUT/failed/KIND-NUMBER, until the next soak there. Equal seeds make
+equal trials, but a moment is never quite the same. --count takes so many of each kind, chosen at random, and --scale a
+share of them; --only takes those whose names hold a text, as to see one again that did not hold. A kill that came too
+late is no trial. The exit code is 1 where a trial did not hold. Linux only.
 """
 
 import argparse
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out = args.out.resolve()
     with locked(args.out, "OUT"):
         os.environ["OMP_NUM_THREADS"] = "1"
+        shutil.rmtree(args.out / "failed", ignore_errors=True)
         quick_python.load()
         bench, rows = Bench(args.out / "toy"), []
         for kind in kinds:
@@ -82,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(attempt(args.out, kind, number, trial))
                 write_text(args.out / "trials.csv", csv_text(FIELDS, rows))
                 write_text(args.out / "trials.md", as_markdown(rows))
+        shutil.rmtree(args.out / "work", ignore_errors=True)
     if not rows:
         raise ValueError(f"--only {args.only}: no trial of {args.kinds} has that in its name")
     print(as_markdown(rows), end="")
