@@ -38,12 +38,14 @@ def run(command: list[str], output: IO[str], environment: dict[str, str]) -> tup
     :return: its exit code, as a shell would give it, and whether a signal came.
     """
     received: list[int] = []
+    passed_on: list[int] = []
     child: subprocess.Popen | None = None
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if child is not None:
             child.send_signal(number)
+            passed_on.append(number)
 
     for number in FORWARDED:
         signal.signal(number, forward)
@@ -55,8 +57,8 @@ def run(command: list[str], output: IO[str], environment: dict[str, str]) -> tup
         process_group=0,  # what is sent to this one's whole group reaches it once, from here
         preexec_fn=partial(signals.end_with_parent, signal.SIGTERM, os.getpid()),
     )
-    if received:  # before there was a child
-        child.send_signal(received[-1])
+    for number in received[len(passed_on) :][-1:]:  # that came before the child was known
+        child.send_signal(number)
     code = wait(child)
     return code if code >= 0 else 128 - code, bool(received)
 

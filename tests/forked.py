@@ -28,7 +28,8 @@ def _run(main: Callable[[list[str]], None], argv: list[str], log: Path, env: dic
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         sys.stdout, sys.stderr = out, err
-        cli.run(lambda: main(argv), dist_util.launched_rank, dist_util.leave)
+        # Nobody launched it who would pass its exit code on: a moment is enough for others to end by themselves.
+        cli.run(lambda: main(argv), dist_util.launched_rank, lambda: dist_util.leave(0.2))
 
 
 class Child:

@@ -98,7 +98,8 @@ def test_loader(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_startup(tmp_path, monkeypatch, capsys):
+def test_startup(tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_startup.sys, "executable", str(quick))
     monkeypatch.setattr(benchmark_startup, "SLIDE_SIZE", 256)
     benchmark_startup.main(["--folder", str(tmp_path), *"--images 40 --num_workers 0 --batch_size 2".split()])
     first, _, _, *table = [line for line in capsys.readouterr().out.splitlines() if "assumed" not in line]
@@ -146,7 +147,7 @@ def test_fields(paths, quick, tmp_path):
     pattern = ["--model_path", str(tmp_path / "model*.pt")]
     image_sample.main([*paths, *flags, *pattern, "--results_path", str(tmp_path / "runs/out")])
     out = str(tmp_path / "runs/out")
-    table, output = rows(quick, "measure_fields.py", out, "--side", "24", "--memory", "48,64")
+    table, output = rows(quick, "measure_fields.py", out, "--side", "24", "--memory", "64")
     assert len(table) == 2 and all(row["px"] == "32 x 32" for row in table.values())
     assert output.count("largest difference") == 2 and "| 64 | 49 |" in output
     shutil.copytree(out, tmp_path / "runs/other", symlinks=True)

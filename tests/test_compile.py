@@ -36,7 +36,7 @@ def compiled(monkeypatch):
 @pytest.mark.parametrize("flags", ["--use_checkpoint True --dropout 0.1", "--precision bf16 --microbatch 2"])
 def test_training_compiles_encoder_and_decoder_once(data_dir, logdir, compiled, flags):
     """Whatever validation and previews, of other batches and without gradients, compute in between."""
-    steps = "--batch_size 4 --max_steps 3 --val_split test --val_interval 2 --save_interval 2 --preview_samples 3"
+    steps = "--batch_size 4 --max_steps 3 --val_split test --val_interval 2 --save_interval 2 --preview_samples 1"
     image_train.main(
         [*TINY, "--data_dir", str(data_dir), "--compile", "True", "--drop_rate", "0.5", *steps.split(), *flags.split()]
     )
@@ -45,15 +45,13 @@ def test_training_compiles_encoder_and_decoder_once(data_dir, logdir, compiled, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("samples", "graphs"), [(8, 3), (7, 5)])
-def test_sampling_compiles_for_whole_batches_and_for_others(data_dir, tmp_path, compiled, samples, graphs):
+def test_sampling_compiles_for_whole_batches_and_for_others(data_dir, tmp_path, compiled):
     """At any scale: the encoder once, the decoder for the condition and the null one; once more each for the rest."""
     model, _ = create_model_and_diffusion(
         **args_to_dict(image_sample.create_argparser().parse_args(TINY), model_and_diffusion_defaults())
     )
     checkpoint.save(model.state_dict(), str(tmp_path), "model000001.pt")
     paths = ["--data_dir", str(data_dir), "--model_path", str(tmp_path / "model000001.pt"), "--use_train", "True"]
-    flags = "--compile True --timestep_respacing 3 --batch_size 4 --s 1,1.5,2"
-    flags += f" --num_samples {samples}"
+    flags = "--compile True --timestep_respacing 3 --batch_size 4 --s 1,1.5,2 --num_samples 11"
     image_sample.main([*TINY, *paths, "--results_path", str(tmp_path / "out"), *flags.split()])
-    assert len(compiled) == graphs
+    assert len(compiled) == 3 + 2

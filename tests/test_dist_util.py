@@ -26,10 +26,9 @@ LAUNCHERS = {
 }
 
 
-def need_namespaces() -> None:
-    """Skip where this machine does not let a test have networks of its own."""
-    if not shutil.which("unshare") or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
-        pytest.skip("network namespaces are not allowed here")
+def namespaces() -> bool:
+    """Whether this machine lets a test have networks of its own."""
+    return bool(shutil.which("unshare")) and not subprocess.run(["unshare", "--net", "true"]).returncode
 
 
 def launch(tmp_path, launcher, n, body, timeout=120):
@@ -120,7 +119,8 @@ def test_a_process_alone_is_a_group_of_one(tmp_path):
 
 
 def test_without_any_network_a_process_is_alone(tmp_path):
-    need_namespaces()
+    if not namespaces():
+        pytest.skip("network namespaces are not allowed here")
     assert run_alone(tmp_path, GROUP_OF_ONE, ["unshare", "--net"]) == (0, ["False", "False"], [])
 
 
@@ -144,13 +144,12 @@ def test_a_launcher_that_mpi_does_not_know(tmp_path, env):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("n", [1, 3])
-def test_collectives(tmp_path, launcher, n):
+def test_collectives(tmp_path, launcher):
     """Of pieces of work, each goes to one rank; one that is slow holds up nobody. Every deal begins at 0."""
     run = launch(
         tmp_path,
         launcher,
-        n,
+        3,
         """
         import time
         dist_util.setup_dist()
@@ -186,7 +185,7 @@ def test_collectives(tmp_path, launcher, n):
             taken = []
             for k in dist_util.deal(count):
                 taken.append(k)
-                time.sleep(1 if rank == 1 else 0.01)
+                time.sleep(0.5 if rank == 1 else 0.01)
             all_taken = dist_util.all_gather(taken)
             assert sorted(sum(all_taken, [])) == list(range(count)), all_taken
             assert taken == sorted(taken)
@@ -196,7 +195,7 @@ def test_collectives(tmp_path, launcher, n):
         """,
     )
     assert run.returncode == 0, run.stderr
-    assert sorted(path.name for path in tmp_path.glob("done*")) == [f"done{i}" for i in range(n)]
+    assert sorted(path.name for path in tmp_path.glob("done*")) == ["done0", "done1", "done2"]
 
 
 def test_work_is_dealt_out_alone():
@@ -268,27 +267,7 @@ def test_a_mistake_of_all_passes_its_exit_code_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_job(tmp_path):
-    run = launch(
-        tmp_path,
-        "mpiexec",
-        2,
-        """
-        def main():
-            dist_util.setup_dist()
-            if dist_util.rank() == 1:
-                raise ZeroDivisionError("rank 1 has a bug")
-            dist_util.barrier()
-        cli.run(main, dist_util.launched_rank, dist_util.leave)
-        """,
-        timeout=60,
-    )
-    assert run.returncode != 0 and "rank 1 has a bug" in run.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("launcher", "rank"), [("mpiexec", 0), ("mpiexec", 1), ("torchrun", 1)])
 def test_a_mistake_of_one_rank_is_told_and_ends_the_job(tmp_path, launcher, rank):
     """Rank 0 meets it while the others wait for it, or another rank while rank 0 waits."""
     run = launch(
@@ -302,7 +281,7 @@ def test_a_mistake_of_one_rank_is_told_and_ends_the_job(tmp_path, launcher, rank
                 raise OSError("the disk of rank {rank} is full")
             dist_util.barrier()
             dist_util.barrier()
-        cli.run(main, dist_util.launched_rank, dist_util.leave)
+        cli.run(main, dist_util.launched_rank, lambda: dist_util.leave(1))
         """,
         timeout=60,
     )
@@ -312,8 +291,9 @@ def test_a_mistake_of_one_rank_is_told_and_ends_the_job(tmp_path, launcher, rank
 
 @pytest.mark.slow
 def test_two_nodes_by_mpi(tmp_path, monkeypatch):
-    """MPICH can take one host for two: ranks then meet at the first one's address, and count within their own. The same
-    with torchrun, and with two networks: test_two_hosts."""
+    """MPICH can take one host for two: ranks then meet at the first one's address, and count within their own."""
+    if namespaces():
+        pytest.skip("test_two_hosts shows it of two networks")
     monkeypatch.setenv("MPIR_CVAR_NUM_CLIQUES", "2")
     run = launch(
         tmp_path,

@@ -75,6 +75,7 @@ def test_a_folder_of_a_url(monkeypatch):
         (b"d\xe4/a.png", r"d\\xe4/a\.png: a name that is not UTF-8"),
         (b"a\nb.png", r"a\\u000ab\.png: a name that has control characters"),
         ("a\u2028b.png".encode(), r"a\\u2028b\.png: a name that has control"),
+        (b"=1+1_000.png", r"=1\+1_000\.png: a name that begins with ="),
     ],
 )
 def test_names_that_no_line_can_hold_are_refused(tmp_path, name, shown):

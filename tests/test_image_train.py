@@ -61,11 +61,10 @@ def test_a_run_writes_checkpoints_config_and_logs(data_dir, logdir):
     devices.keep_memory(False)
 
 
-@pytest.mark.parametrize("extra", [[], ["--augment", "True", "--schedule_sampler", "loss-second-moment"]])
-def test_resumed_equals_uninterrupted(data_dir, logdir, monkeypatch, extra):
-    flags = ["--drop_rate", "0.5", "--ema_rate", "0.9", "--lr_anneal_steps", "10", *extra]
-    if extra:
-        flags += [*write_class_masks(data_dir / "MoNuSegTrainingData"), "--balance_classes", "True"]
+def test_resumed_equals_uninterrupted(data_dir, logdir, monkeypatch):
+    flags = ["--drop_rate", "0.5", "--ema_rate", "0.9", "--lr_anneal_steps", "10", "--augment", "True"]
+    flags += ["--schedule_sampler", "loss-second-moment"]
+    flags += [*write_class_masks(data_dir / "MoNuSegTrainingData"), "--balance_classes", "True"]
     train(data_dir, "--max_steps", "5", "--save_interval", "2", *flags)
     for name in ("model000004.pt", "opt000004.pt", "ema_0.9_000004.pt"):
         assert (logdir / name).exists()
@@ -123,12 +122,6 @@ def test_microbatches_change_nothing(data_dir, logdir, monkeypatch):
         weights(logdir / "model000002.pt"), weights(logdir.parent / "micro" / "model000002.pt")
     )
     assert difference < 1e-5
-
-
-def test_whole_images_are_cropped_at_random(tmp_path, logdir):
-    write_patches(tmp_path / "big" / "MoNuSegTrainingData", count=8, size=90)
-    train(tmp_path / "big", "--max_steps", "1", "--augment", "True")
-    assert (logdir / "model000001.pt").exists()
 
 
 def test_dry_run_prints_the_configuration_and_writes_nothing(data_dir, logdir, capsys):
@@ -602,10 +595,3 @@ def test_a_log_folder_that_is_a_file(data_dir, logdir, capsys):
     assert re.search(
         r"^error: log folder .* is a file; set OPENAI_LOGDIR to a folder\n$", capsys.readouterr().err, re.M
     )
-
-
-def test_checkpoint_names_are_the_reference_ones(data_dir, logdir):
-    train(data_dir, "--max_steps", "1")
-    assert checkpoint.parse_step(str(logdir / "model000001.pt")) == 1
-    opt = weights(logdir / "opt000001.pt")
-    assert set(opt) == {"state", "param_groups"}

@@ -117,21 +117,19 @@ def everything(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [(b"Pr\xe4parat_000", "Pr\\xe4parat_000."), (b"two\nlines", "two\\u000alines."), (b"=1+1_000", "=1+1_000.")],
-)
-def test_a_name_that_no_line_can_hold_is_refused_at_once(inputs, capsys, call, name, shown):
+def test_a_name_that_no_line_can_hold_is_refused_at_once(inputs, capsys, call):
+    """Other such names: test_files."""
     program, arguments, folders = CALLS[call]
     if program is prepare_monuseg:
         write_toy_monuseg(inputs / "raw", 1, 1, 64, 0)
-    rename(folders, name)
+    rename(folders, b"Pr\xe4parat_000")
     before = everything(inputs)
     with pytest.raises(SystemExit) as ended:
         cli.run(lambda: program.main(arguments))
     logger.close()
     error = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 2 and error.startswith("error: ") and shown in error and error.endswith(": rename it")
+    assert ended.value.code == 2 and error.startswith("error: ") and error.endswith(": rename it")
+    assert "Pr\\xe4parat_000." in error
     assert everything(inputs) == before
 
 

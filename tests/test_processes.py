@@ -35,6 +35,22 @@ def test_signals_reach_what_was_started(number, group):
     assert rest == "told\n" + ("" if number == signal.SIGKILL else "7 True\n")
 
 
+def test_a_signal_before_what_was_started_is_known_reaches_it(tmp_path, monkeypatch):
+    class Early(subprocess.Popen):
+        def __init__(self, *words, **options):
+            super().__init__(*words, **options)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    handlers = {number: signal.getsignal(number) for number in processes.FORWARDED}
+    monkeypatch.setattr(subprocess, "Popen", Early)
+    try:
+        with open(tmp_path / "log", "w") as log:
+            assert processes.run(["sleep", "60"], log, {}) == (128 + signal.SIGUSR1, True)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def test_no_wait_is_without_end():
     """In which no handler would run for a signal that came just before it."""
     turns = []

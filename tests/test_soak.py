@@ -32,6 +32,7 @@ def test_what_there_is_time_for_holds(quick, tmp_path):
     with open(tmp_path / "out/trials.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["kind"] for row in rows] == [kind for kind in CHEAP.split(",") for _ in range(2)]
+    assert not all(row["missed"] == "True" for row in rows if row["kind"] == "kill_stages")
     assert not (tmp_path / "out/failed").exists()
     assert done.stdout == (tmp_path / "out/trials.md").read_text()
 

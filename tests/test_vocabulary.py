@@ -81,10 +81,11 @@ def test_every_flag_is_explained_with_its_true_default(name, monkeypatch):
             assert shown in text, f"{name}: {action.dest}"
 
 
-@pytest.mark.parametrize("name", PARSERS)
-def test_a_device_is_chosen_alike(name):
-    devices = [action for program, action in FLAGS if program == name and action.dest == "device"]
-    assert all(action.default == "auto" for action in devices)
+def test_a_device_is_chosen_alike():
+    devices = {program: action.default for program, action in FLAGS if action.dest == "device"}
+    programs = "evaluate extract_features filter_ood segment train_segmenter"
+    assert {"image_train", "image_sample", *(f"scripts.{name}" for name in programs.split())} <= devices.keys()
+    assert set(devices.values()) == {"auto"}
 
 
 def test_seeds_and_shares_are_numbers():

@@ -198,6 +198,7 @@ class Runner:
         self.environment = {**environment, failures.RUN: self.name}
         self.end = time.monotonic() + limit if limit else float("inf")
         self.stopped = ""
+        self._told = False  # whether the engine knows that it is to stop
         self._code = 0  # of the last command that failed
         self._child: subprocess.Popen | None = None
         for number in processes.FORWARDED:
@@ -213,6 +214,8 @@ class Runner:
                 start_new_session=True,
                 preexec_fn=partial(signals.end_with_parent, signal.SIGKILL, os.getpid()),
             )
+            if self.stopped and not self._told:  # before the engine was known
+                self._tell()
         code = self._wait() if self._child else 1
         self._child = None
         if code and self.stopped:
@@ -251,9 +254,14 @@ class Runner:
 
     def _stop(self, reason: str) -> None:
         self.stopped = reason
-        # The engine starts nothing more and waits for its jobs, which get the signal, too.
+        if self._child:
+            self._tell()
+
+    def _tell(self) -> None:
+        """The engine starts nothing more then, and waits for its jobs, which get the signal, too."""
+        self._told = True
         self._send(signal.SIGTERM)
-        if self.remote and self._child:
+        if self.remote:
             self._child.send_signal(signal.SIGINT)  # it cancels the jobs that it has queued
 
     def _send(self, number: int) -> None:

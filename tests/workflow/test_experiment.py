@@ -53,10 +53,10 @@ def spans_of(stages: Path, cell: str) -> list[tuple[float, float]]:
 def test_all_tracks_at_once(slides, experiment, tmp_path):
     config, out = tmp_path / "toy.conf", tmp_path / "out"
     config.write_text(CONFIG.read_text())
-    first = experiment(slides, out, config, CELLS="none")
+    first = experiment(slides, out, config, "--dry-run", CELLS="none")
     assert first.returncode == 0 and sorted(rules(first)) == ["all", "patches", "test"], first.stderr[-3000:]
     run = experiment(slides, out, config, "--cores", "2")
-    assert run.returncode == 0 and not {"patches", "test"} & set(rules(run)), run.stderr[-3000:]
+    assert run.returncode == 0, run.stderr[-3000:]
     assert "masks | 50 % | 1 | 3 | 1 | 32 | 32 | 48" in run.stdout and "about" in run.stdout
     # Some stage of the one began and ended while one of the other ran.
     spans = {cell: spans_of(out / "stages", cell) for cell in ("masks-f50-s0", "patches-f30-s0")}
