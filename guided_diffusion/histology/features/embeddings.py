@@ -125,7 +125,8 @@ def _images_of(folder: Path) -> list[str]:
 
 
 def _is_results(folder: Path) -> bool:
-    return (folder / "samples").is_dir() and (folder / "manifest.csv").is_file()
+    """As evaluation.runs has it, for the reference's have no manifest."""
+    return (folder / "samples").is_dir() and (folder / "inst_masks").is_dir()
 
 
 def data_root(files: Sequence[Path], root: Path | None = None) -> Path:

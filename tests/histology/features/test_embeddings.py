@@ -62,7 +62,7 @@ def test_finds_images_in_every_kind_of_folder(tmp_path):
     for run in ("m_s1.0", "m_s1.5", ".kept.77.part"):  # the last one of a run that was killed
         draw(tmp_path / "sweep" / run / "samples" / "b.png")
         draw(tmp_path / "sweep" / run / "images" / "b.png")
-        (tmp_path / "sweep" / run / "manifest.csv").write_text("index\n")
+        (tmp_path / "sweep" / run / "inst_masks").mkdir()  # the reference's runs have no manifest
     draw(tmp_path / "plain" / "c.jpg")
     (tmp_path / "plain" / "notes.txt").write_text("")
     (tmp_path / "plain" / ".hidden.png").write_text("")
