@@ -367,15 +367,31 @@ def locked(folder: str | Path, flag: str) -> Iterator[None]:
         yield
 
 
+def _in_use(folder: Path) -> bool:
+    """Whether another process has a folder locked."""
+    try:
+        with open(folder / LOCK, "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def claimed(folder: str | Path, flag: str) -> Iterator[None]:
     """
     Have a folder to oneself, as by locked, with nothing in it or in two floors of its folders that a killed run had
-    begun to write; the lock's file goes at the end, for a folder that others read.
+    begun to write, but for folders that another run has. The lock's file goes at the end, for a folder that others
+    read.
     """
     with locked(folder, flag):
-        for place in (Path(folder), *Path(folder).glob("*/"), *Path(folder).glob("*/*/")):
-            remove_leftovers(place)
+        remove_leftovers(folder)
+        for inner in Path(folder).glob("*/"):
+            if not _in_use(inner):
+                for place in (inner, *(deeper for deeper in inner.glob("*/") if not _in_use(deeper))):
+                    remove_leftovers(place)
         try:
             yield
         finally:

@@ -25,39 +25,40 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _WAITING = 8  # results of each worker that may wait until they are asked for: memory does not grow with the items
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-def run(command: list[str], output: IO[str], environment: dict[str, str]) -> tuple[int, bool]:
+def run(command: list[str], output: IO[str], environment: dict[str, str], keep: Sequence[int] = ()) -> tuple[int, bool]:
     """
     Run a command to its end. Signals to this process go to it, and it decides what to do; it gets SIGTERM where this
     process is killed.
 
     :param output: what it prints goes there.
-    :param environment: variables on top of this process's.
+    :param environment: variables on top of this process's. :param keep: descriptors that it keeps open.
     :return: its exit code, as a shell would give it, and whether a signal came.
     """
     received: list[int] = []
-    passed_on: list[int] = []
+    early: list[int] = []  # before the child was known
     child: subprocess.Popen | None = None
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if child is not None:
+        if child is None:
+            early.append(number)
+        else:
             child.send_signal(number)
-            passed_on.append(number)
 
-    for number in FORWARDED:
+    for number in signals.heeded():
         signal.signal(number, forward)
     child = subprocess.Popen(
         command,
         stdout=output,
         stderr=subprocess.STDOUT,
         env={**os.environ, **environment},
+        pass_fds=keep,
         process_group=0,  # what is sent to this one's whole group reaches it once, from here
         preexec_fn=partial(signals.end_with_parent, signal.SIGTERM, os.getpid()),
     )
-    for number in received[len(passed_on) :][-1:]:  # that came before the child was known
+    for number in early[-1:]:
         child.send_signal(number)
     code = wait(child)
     return code if code >= 0 else 128 - code, bool(received)

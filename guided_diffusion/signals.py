@@ -1,9 +1,9 @@
 """
-Requests to stop: SIGTERM and SIGUSR1, by which clusters announce that they will end a job, and SIGINT, which is Ctrl-C.
-Knows nothing of what is stopped.
+Requests to stop: SIGTERM and SIGUSR1, by which clusters announce that they will end a job, SIGINT, which is Ctrl-C, and
+SIGHUP, where a terminal or a connection is closed. Knows nothing of what is stopped.
 
 SIGINT counts also where whoever started the program had it ignored, as shells do for what runs in the background: a
-script that is stopped means what it has started.
+script that is stopped means what it has started. SIGHUP does not: nohup has it ignored, and means it.
 """
 
 import contextlib
@@ -16,11 +16,16 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # A terminal's Ctrl-C may come twice: by the terminal itself, and passed on by a launcher.
-_ONE_CTRL_C_S = 1.0
+ONE_CTRL_C_S = 1.0
+
+
+def heeded() -> list[signal.Signals]:
+    """:return: those of SIGNALS that this process is to heed."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Stopped(SystemExit):
@@ -89,7 +94,7 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         again = self.name == "SIGINT" and number == signal.SIGINT
-        if again and time.monotonic() > self._since + _ONE_CTRL_C_S:
+        if again and time.monotonic() > self._since + ONE_CTRL_C_S:
             os.write(2, b"stopped at once, by a second SIGINT\n")
             os._exit(128 + number)  # even where a file is being written, which is whole or not at all
         if not again:
@@ -100,7 +105,7 @@ class StopRequest:
 def _handled_by(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handler) for number in SIGNALS}
+        before = {number: signal.signal(number, handler) for number in heeded()}
     try:
         yield
     finally:

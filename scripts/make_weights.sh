@@ -56,11 +56,12 @@ measure() {
     run scripts/evaluate.py --data_dir "$out/tests" --synthetic "$folder/samples" \
         --results_path "$folder/evaluation" --metrics kid,colour
     "$python" - "$folder" "$1" <<'PYTHON'
-import json, sys
+import json, os, sys
 folder, steps = sys.argv[1:]
 (found,) = json.load(open(f"{folder}/evaluation/metrics.json"))["runs"].values()
-with open(f"{folder}/figures.csv", "w") as file:
+with open(f"{folder}/figures.part", "w") as file:
     file.write(f"{steps},{found['kid']['value']:.4f},{found['colour_od']:.4f}\n")
+os.replace(f"{folder}/figures.part", f"{folder}/figures.csv")
 PYTHON
 }
 

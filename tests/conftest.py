@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ if not th.cuda.is_available():
 # and in the programs that tests start.
 th.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have it ignored
 
 
 @pytest.fixture(autouse=True)

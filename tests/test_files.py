@@ -292,6 +292,18 @@ def test_a_claimed_folder_is_tidied_and_keeps_no_lock(tmp_path, holder):
     assert (tmp_path / files.LOCK).exists()  # which is the holder's
 
 
+def test_what_another_run_is_writing_is_left_alone(tmp_path, holder):
+    """As a training in a folder of the one that figures go to."""
+    touched(tmp_path, ".a.pt.12.part", "best/.a.pt.12.part")
+    above = tmp_path.parent / f"{tmp_path.name}-above"
+    above.mkdir()
+    (above / "run").symlink_to(tmp_path)
+    touched(above, "other/.b.pt.12.part")
+    with files.claimed(above, "--out"):
+        assert not list((above / "other").iterdir())
+    assert len(list(tmp_path.rglob("*.part"))) == 2
+
+
 def test_a_lock_that_its_holder_took_away_is_none(tmp_path, monkeypatch):
     """Else a third run would make another file of that name, and two would have the folder."""
     lock = files.fcntl.lockf

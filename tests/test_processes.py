@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from guided_diffusion import processes
+from guided_diffusion import processes, signals
 
 ROOT = Path(__file__).resolve().parents[1]
 # Starts a shell that notes SIGTERM, and ends with its exit code.
@@ -41,7 +41,7 @@ def test_a_signal_before_what_was_started_is_known_reaches_it(tmp_path, monkeypa
             super().__init__(*words, **options)
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    handlers = {number: signal.getsignal(number) for number in processes.FORWARDED}
+    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
     monkeypatch.setattr(subprocess, "Popen", Early)
     try:
         with open(tmp_path / "log", "w") as log:
@@ -70,7 +70,7 @@ def test_no_wait_is_without_end():
 
 
 def test_code_and_environment(tmp_path):
-    handlers = {number: signal.getsignal(number) for number in processes.FORWARDED}
+    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
     try:
         with open(tmp_path / "log", "w") as log:
             assert processes.run(["bash", "-c", "echo $NAME; exit 3"], log, {"NAME": "value"}) == (3, False)

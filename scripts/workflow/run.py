@@ -16,6 +16,7 @@ import getpass
 import graphlib
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -199,9 +200,10 @@ class Runner:
         self.end = time.monotonic() + limit if limit else float("inf")
         self.stopped = ""
         self._told = False  # whether the engine knows that it is to stop
+        self._since = math.inf  # when it was told
         self._code = 0  # of the last command that failed
         self._child: subprocess.Popen | None = None
-        for number in processes.FORWARDED:
+        for number in signals.heeded():
             signal.signal(number, self._signalled)
 
     def run(self, command: list[str]) -> bool:
@@ -243,14 +245,15 @@ class Runner:
         self._stop(f"TIME_LIMIT={os.environ['TIME_LIMIT']} is over")
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._child.wait(GRACE)
-        self._send(signal.SIGKILL)
+        self._kill()
         return self._child.wait()
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped:  # told twice
-            self._send(signal.SIGKILL)
-        else:
+        # A closed terminal hangs up twice, and a cluster may say that it ends what a limit has ended.
+        if not self.stopped:
             self._stop(signal.Signals(number).name)
+        elif number == signal.SIGINT and time.monotonic() > self._since + signals.ONE_CTRL_C_S:
+            self._kill()
 
     def _stop(self, reason: str) -> None:
         self.stopped = reason
@@ -259,15 +262,21 @@ class Runner:
 
     def _tell(self) -> None:
         """The engine starts nothing more then, and waits for its jobs, which get the signal, too."""
-        self._told = True
+        self._told, self._since = True, time.monotonic()
         self._send(signal.SIGTERM)
         if self.remote:
             self._child.send_signal(signal.SIGINT)  # it cancels the jobs that it has queued
 
     def _send(self, number: int) -> None:
-        if self._child:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._child.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, number)
+
+    def _kill(self) -> None:
+        """All of the engine's session, for the commands of stages are groups of their own."""
+        for entry in os.listdir("/proc") if self._child else ():
+            with contextlib.suppress(ValueError, OSError):
+                if os.getsid(int(entry)) == self._child.pid:
+                    os.kill(int(entry), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ failed, see guided_diffusion/failures.py.
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 def attempt(args: argparse.Namespace) -> tuple[int, str]:
     """:return: the exit code of the stage, and what its command printed."""
     key = {"settings": args.settings, "given": {seal.stem: made_with(seal) for seal in args.given}}
-    with files.locked(LOCKS / args.name, "stage"), gpus(args.gpus) as environment:
+    with files.locked(LOCKS / args.name, "stage"), shared_lock(args.name) as lock, gpus(args.gpus) as environment:
         if args.makes:
             make_room(args.name, args.makes, key, args.resumes)
         args.log.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ def attempt(args: argparse.Namespace) -> tuple[int, str]:
             log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(args.command)}\n")
             log.flush()
             start = log.tell()
-            code, stopped = processes.run(args.command, log, environment)
+            code, stopped = processes.run(args.command, log, environment, [lock])
             log.seek(start)
             printed = log.read()
         # As the programs say, whichever process the signal came to.
@@ -81,7 +83,7 @@ def attempt(args: argparse.Namespace) -> tuple[int, str]:
         missing = [pattern for pattern, paths in found.items() if not paths]
         if code == 0 and missing and not stopped:
             raise FileNotFoundError(f"{args.name} ended without {missing[0]}: remove {args.makes} to have it made anew")
-        if (code == 0 and missing) or code - 128 in processes.FORWARDED:  # it has saved, or has nothing to save
+        if (code == 0 and missing) or code - 128 in signals.SIGNALS:  # it has saved, or has nothing to save
             code = cli.NOT_FINISHED
         if code == 0 and args.makes:
             seal = {
@@ -91,6 +93,25 @@ def attempt(args: argparse.Namespace) -> tuple[int, str]:
             }
             files.write_json(STAGES / f"{args.name}.json", seal)
     return code, printed
+
+
+@contextlib.contextmanager
+def shared_lock(name: str) -> Iterator[int]:
+    """
+    A lock that a stage's command has too: what outlives a stage that was killed must not write among what the next one
+    makes.
+
+    :return: its file's descriptor, for the command to keep.
+    :raises ValueError: where a command has it still.
+    """
+    with open(LOCKS / name / "command", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"stage {name} was killed, and its command is still running: wait for its end") from None
+        except OSError:
+            pass  # no locks here
+        yield file.fileno()
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -147,19 +168,21 @@ def gpus(count: int) -> Iterator[dict[str, str]]:
     if not known or not count:
         yield {}
         return
-    with contextlib.ExitStack() as stack:
-        held: list[str] = []
-        while len(held) < min(count, len(known)):
+    while True:
+        with contextlib.ExitStack() as stack:
+            held: list[str] = []
             for name in known:
                 # Two jobs of Slurm on one machine may each call another GPU 0.
                 place = LOCKS / "-".join(["gpu", socket.gethostname(), *filter(None, [JOB]), name])
                 with contextlib.suppress(ValueError):
-                    if name not in held and len(held) < count:
+                    if len(held) < count:
                         stack.enter_context(files.locked(place, "GPU"))
                         held.append(name)
-            if len(held) < min(count, len(known)):
-                time.sleep(1)
-        yield {"CUDA_VISIBLE_DEVICES": ",".join(held)}
+            if len(held) == min(count, len(known)):
+                yield {"CUDA_VISIBLE_DEVICES": ",".join(held)}
+                return
+        # Given back meanwhile: two that each keep what the other one lacks would wait for ever.
+        time.sleep(random.uniform(0.5, 1.5))
 
 
 def find(pattern: str) -> list[Path]:

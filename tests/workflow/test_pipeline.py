@@ -20,7 +20,7 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
-from guided_diffusion import cell_classes, cli, processes
+from guided_diffusion import cell_classes, cli, signals
 from guided_diffusion.histology.slides import toy as toy_slides
 from guided_diffusion.image_files import read_inst_mask, read_mask
 from guided_diffusion.images import list_items
@@ -273,15 +273,12 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen | None, se
 
 @pytest.mark.slow
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("number", processes.FORWARDED)
-def test_any_signal_stops_the_engine(tmp_path, number, early):
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_any_signal_stops_the_engine(number, early):
     """Also one that comes before it is known who is to be told."""
-    engine = ["sh", "-c", "trap 'echo stopped; exit 1' TERM; echo begun; while :; do sleep 0.01; done"]
-    code = "import os, pathlib, subprocess; from scripts.workflow.run import Runner; real = subprocess.Popen; "
-    code += f"kill = lambda child: (os.kill(os.getpid(), {int(number)}), child)[1]; "
-    code += "subprocess.Popen = lambda *words, **more: kill(real(*words, **more)); " if early else ""
-    code += f"Runner(pathlib.Path({str(tmp_path)!r}), dict(os.environ), None, False).run({engine})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    before = f"real = subprocess.Popen; kill = lambda child: (os.kill(os.getpid(), {int(number)}), child)[1]; "
+    before += "subprocess.Popen = lambda *words, **more: kill(real(*words, **more)); "
+    process = start_runner("trap 'echo stopped; exit 1' TERM; echo begun; while :; do sleep 0.01; done", before * early)
     if not early:
         assert process.stdout.readline() == "begun\n"
         process.send_signal(number)
@@ -289,6 +286,44 @@ def test_any_signal_stops_the_engine(tmp_path, number, early):
     assert process.returncode == cli.NOT_FINISHED
     assert text.endswith(f"{number.name}: not finished, the same command goes on\n")
     assert early or text.startswith("stopped\n")
+
+
+def start_runner(engine: str, before: str = "", limit: int | None = None, **options) -> subprocess.Popen:
+    """Start the runner of an engine that is a shell's command; :param before: Python that is run before."""
+    code = "import os, pathlib, subprocess, sys; from scripts.workflow import run; "
+    code += f"{before}runner = run.Runner(pathlib.Path('.'), dict(os.environ), {limit}, False); "
+    code += f"sys.exit(not runner.run(['bash', '-c', {engine!r}]))"
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_hangs_up_twice():
+    process = start_runner("trap 'sleep 1; echo saved; exit 1' TERM; echo begun; while :; do sleep 0.01; done")
+    assert process.stdout.readline() == "begun\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+    assert process.communicate(timeout=60)[0].startswith("saved\n") and process.returncode == cli.NOT_FINISHED
+
+
+@pytest.mark.slow
+def test_nohup_is_meant():
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    process = start_runner("echo begun; sleep 1; echo ended", **options)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=60)[0] == "ended\n" and process.returncode == 0
+
+
+@pytest.mark.slow
+def test_what_does_not_stop_is_ended_with_all_that_it_started():
+    engine = "trap '' TERM; set -m; sleep 100 & echo $!; wait"
+    process = start_runner(engine, "run.GRACE = 1; ", limit=1, env={**os.environ, "TIME_LIMIT": "1"})
+    started = int(process.stdout.readline())
+    process.communicate(timeout=60)
+    assert process.returncode == cli.NOT_FINISHED
+    wait_for(lambda: not psutil.pid_exists(started) or psutil.Process(started).status() == "zombie", None, 10)
 
 
 def test_a_training_takes_all_gpus_unless_it_is_told_how_many(toy, raw, tmp_path):

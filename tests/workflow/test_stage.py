@@ -1,5 +1,6 @@
 """One stage: what it seals and clears away, which GPUs it gets, what tells its failure; and what a run decides."""
 
+import contextlib
 import json
 import os
 import socket
@@ -121,6 +122,40 @@ def test_stages_at_once_get_gpus_of_their_own(tmp_path):
         code, _ = stage(tmp_path, name, "--makes", name, "--gpus", "1", *show, name, SDM_GPUS=gpus, SLURM_JOB_ID="7")
         assert code == 0 and (tmp_path / name).read_text() == f"{gpus}\n"
     assert (tmp_path / "stages/locks" / f"gpu-{socket.gethostname()}-7-0").is_dir()
+
+
+def test_who_waits_for_several_gpus_keeps_none_of_them(tmp_path):
+    """Else two that each keep what the other one lacks would wait for ever."""
+    places = [tmp_path / "stages/locks" / f"gpu-{socket.gethostname()}-{name}" for name in "01"]
+    with files.locked(places[1], "GPU"):
+        process = start(tmp_path, "two", "--gpus", "2", "--", "true", SDM_GPUS="0,1")
+        while not (places[0] / files.LOCK).exists():
+            time.sleep(0.01)
+        had = False
+        for _ in range(500):
+            with contextlib.suppress(ValueError), files.locked(places[0], "GPU"):
+                had = True
+                break
+            time.sleep(0.01)
+        assert had and process.poll() is None
+    assert process.wait(timeout=60) == 0
+
+
+def test_a_command_that_outlives_its_stage_keeps_others_out(tmp_path):
+    words = ["--makes", "a", "--", "bash", "-c", "trap '' TERM; mkdir a; for i in {1..40}; do sleep 0.1; done; >a/late"]
+    first = start(tmp_path, "one", "--settings=old", *words)
+    while not (tmp_path / "a").exists():
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    again = ["--settings=new", "--makes", "a", "--", "mkdir", "a"]
+    code, said = stage(tmp_path, "one", *again)
+    assert (code, said) == (2, "error: stage one was killed, and its command is still running: wait for its end\n")
+    while not (tmp_path / "a/late").exists():
+        time.sleep(0.01)
+    while (code := stage(tmp_path, "one", *again)[0]) == 2:  # its last moment
+        pass
+    assert code == 0 and list((tmp_path / "a").iterdir()) == []
 
 
 def test_a_stage_that_is_stopped_while_it_waits_for_a_gpu_is_not_finished(tmp_path):

@@ -123,7 +123,10 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Read one results folder; parameters, result and errors as find_runs'."""
+    """
+    Read one results folder; parameters, result and errors as find_runs'. Where it has a manifest, pictures without a
+    row in it are those of a run that was killed, and no samples.
+    """
     rows = _rows(path / MANIFEST)
     files, masks = _files(path / "samples", ".png"), _files(path / "inst_masks", ".tif")
     appearances = {stem: file for stem, file in _files(path / "images", ".png").items() if file.exists()}
@@ -134,6 +137,8 @@ def read_run(path: Path, name: str) -> Run:
             raise ValueError(f"{part} is a link that leads nowhere: make it again")
     samples = []
     for stem, file in files.items():
+        if rows and stem not in rows:
+            continue
         if stem not in masks:
             raise ValueError(f"{file} has no mask {path / 'inst_masks' / stem}.tif: sample it again, or remove it")
         samples.append(Sample(stem, file, masks[stem], appearances.get(stem), rows.get(stem, {})))
