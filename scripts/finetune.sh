@@ -57,7 +57,7 @@ for i in "${!labels[@]}"; do
     OPENAI_LOGDIR=$run forwarding \
         "${LAUNCH[@]}" "$ROOT/image_train.py" --data_dir "${folders[i]}" "${train_flags[@]}" \
         --init_checkpoint "$checkpoint" "$@" || status=$?
-    if [[ -n $stopped ]] || ((status == 75)); then
+    if [[ -n $stopped ]] || ((status == 75)) || { ((status == 0)) && stopped_early "$run"; }; then
         echo "stopped: the same command goes on"
         exit 75
     fi

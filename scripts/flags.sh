@@ -86,6 +86,16 @@ forwarding() {
     return "$status"
 }
 
+# stopped_early RUN: whether a training that ended well was asked to stop, whichever of its processes heard it.
+stopped_early() {
+    local reached wanted
+    reached=$(number_in "$1/result.json" step) wanted=$(number_in "$1/config.json" max_steps)
+    [[ -n $reached && -n $wanted ]] && ((reached < wanted))
+}
+
+# number_in FILE NAME: a whole number that a JSON file says; nothing where it does not.
+number_in() { sed -n "s/^ *\"$2\": \([0-9]*\),*$/\1/p" "$1" 2>/dev/null || true; }
+
 # One process a GPU that may be used, by CUDA_VISIBLE_DEVICES if that is set; without a GPU, one. Of GPUs that are cut
 # into parts (MIG) CUDA shows a process one part alone.
 count_processes() {

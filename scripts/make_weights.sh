@@ -69,6 +69,7 @@ best=0 best_kid=inf since=0
 for ((steps = every; steps <= most && since < patience; steps += every)); do
     if [[ ! -f $out/marks/$steps/figures.csv ]]; then
         run image_train.py "${train_flags[@]}" --max_steps "$steps"
+        ! stopped_early "$OPENAI_LOGDIR" || exit 75
         measure "$steps"
     fi
     IFS=, read -r _ kid colour <"$out/marks/$steps/figures.csv"

@@ -1,6 +1,7 @@
 import csv
 import functools
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -359,6 +360,18 @@ def test_finetune_goes_on_after_a_failure_and_fails_at_its_end(launch, clusters)
     assert run.calls[-1].argv[3:] == runs and run.out[-1].startswith("summary: ")
     alone = launch("finetune.sh", "data", "model.pt", "0", FAIL="data/0")
     assert alone.code == 1 and alone.err[-1] == "error: not fine-tuned: 0" and "summary" not in " ".join(alone.out)
+
+
+def test_finetune_begins_no_other_cluster_where_a_training_was_asked_to_stop(launch, clusters, tmp_path):
+    """By a signal that did not come to the launcher: it saved, and ended well."""
+    run = tmp_path / "here/OUTPUT/SDM-MoNuSeg-clus-1"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"max_steps": 12}, indent=2))
+    for step, count in ((7, 1), (12, 3)):
+        (run / "result.json").write_text(json.dumps({"images": 9, "step": step, "samples": 3}, indent=2))
+        ended = launch("finetune.sh", "data", "model.pt")
+        assert (ended.code, len(ended.trainings)) == ((75, 1) if count == 1 else (0, 3))
+        assert ended.out[-1].startswith("stopped: the same command goes on" if count == 1 else "summary: ")
 
 
 # Saves at SIGTERM, as image_train.py does, and ends well.

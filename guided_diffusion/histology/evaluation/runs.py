@@ -6,6 +6,7 @@ Owns how runs are found, checked and named. Knows nothing of how samples are mad
 
 import argparse
 import csv
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -125,7 +126,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 def read_run(path: Path, name: str) -> Run:
     """
     Read one results folder; parameters, result and errors as find_runs'. Where it has a manifest, pictures without a
-    row in it are those of a run that was killed, and no samples.
+    row in it are those of a run that was killed, and no samples, which a line says.
     """
     rows = _rows(path / MANIFEST)
     files, masks = _files(path / "samples", ".png"), _files(path / "inst_masks", ".tif")
@@ -135,10 +136,11 @@ def read_run(path: Path, name: str) -> Run:
     for part in (*files.values(), *masks.values()):
         if part.is_symlink() and not part.exists():
             raise ValueError(f"{part} is a link that leads nowhere: make it again")
+    if unknown := files.keys() - rows.keys() if rows else ():
+        sys.stderr.write(f"WARNING: {path}: {len(unknown)} pictures that {MANIFEST} does not name are left out\n")
     samples = []
-    for stem, file in files.items():
-        if rows and stem not in rows:
-            continue
+    for stem in (stem for stem in files if stem not in unknown):
+        file = files[stem]
         if stem not in masks:
             raise ValueError(f"{file} has no mask {path / 'inst_masks' / stem}.tif: sample it again, or remove it")
         samples.append(Sample(stem, file, masks[stem], appearances.get(stem), rows.get(stem, {})))

@@ -33,13 +33,14 @@ def test_without_appearances_or_manifest(tmp_path):
     assert [(sample.appearance, sample.row) for sample in run.samples] == [(None, {})] * 2
 
 
-def test_pictures_that_no_row_tells_of_are_no_samples(tmp_path):
+def test_pictures_that_no_row_tells_of_are_no_samples(tmp_path, capsys):
     """A run was killed between the two, and another one is in its place."""
     path = write_run(tmp_path / "run")
     for part, suffix in (("samples", ".png"), ("inst_masks", ".tif")):
         (path / part / f"b{suffix}").rename(path / part / f"c{suffix}")
     (run,) = runs.find_runs([path])
     assert [sample.stem for sample in run.samples] == ["a"]
+    assert capsys.readouterr().err == f"WARNING: {path}: 1 pictures that manifest.csv does not name are left out\n"
 
 
 def test_a_sweep_and_equal_names(tmp_path):
